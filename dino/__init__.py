@@ -1,0 +1,1 @@
+"""Self-supervised DINO and DINOv2 pre-training of vision backbones, and their evaluation."""

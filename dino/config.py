@@ -1,0 +1,345 @@
+"""Every setting of a pre-training run: its type, default and meaning, in one place.
+
+A run is configured by the defaults below, then a YAML file, then `key=value` arguments. Values that depend on the data
+set or the batch may be `auto`; `dino.training.auto` resolves them once and says why.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dino.errors import UserError
+
+AUTO = "auto"
+
+
+def setting(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its meaning (for `--help`) and, for names, the values it may take."""
+    metadata = {"meaning": meaning, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    root: str = setting("", "folder of images (searched recursively), a .zip of one, or a data set's own file")
+    kind: str = setting(AUTO, "how root is read; auto: by what it is", (AUTO, "folder", "zip", "omniglot", "digits"))
+    channels: int | str = setting(AUTO, "channels of an image; auto: 1 for omniglot and digits, else 3")
+    workers: int | str = setting(AUTO, "processes per training process that decode and crop; auto: by CPU cores")
+    max_unreadable: float = setting(0.01, "share of images that may be unreadable before the run fails")
+
+
+@dataclass
+class ViewsConfig:
+    preset: str = setting(
+        "dino", "augmentation as published for DINO or DINOv2, or for handwriting", ("dino", "dinov2", "line_art")
+    )
+    global_size: int = setting(224, "side of a global crop in pixels")
+    global_scale: list[float] = setting([0.4, 1.0], "least and greatest share of the image's area in a global crop")
+    local_size: int = setting(96, "side of a local crop in pixels")
+    local_scale: list[float] = setting([0.05, 0.4], "least and greatest share of the image's area in a local crop")
+    local_crops: int = setting(8, "local crops per image; 0: global crops only")
+    inverted_blur: bool = setting(
+        False, "blur with the probabilities DINOv2's released weights were in effect trained with (0, 0.9, 0.5)"
+    )
+    mean: list[float] | None = setting(None, "channel means to subtract; none: ImageNet's for 3 channels, else 0.5")
+    std: list[float] | None = setting(None, "channel deviations to divide by; none: ImageNet's for 3, else 0.5")
+
+
+@dataclass
+class ModelConfig:
+    arch: str = setting(
+        "vit_small",
+        "backbone",
+        ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2", "resnet18", "resnet50"),
+    )
+    patch_size: int = setting(16, "side of a ViT patch in pixels")
+    embed_dim: int | None = setting(None, "width of a ViT; none: the arch's own")
+    depth: int | None = setting(None, "blocks of a ViT; none: the arch's own")
+    num_heads: int | None = setting(None, "attention heads of a ViT; none: the arch's own")
+    ffn: str = setting(AUTO, "feed-forward layer; auto: swiglu for giant2, else mlp", (AUTO, "mlp", "swiglu"))
+    layer_scale: float = setting(0.0, "initial LayerScale; 0: none (DINO), 1e-5 (DINOv2)")
+    registers: int = setting(0, "register tokens")
+    drop_path: float = setting(0.1, "stochastic depth of the student at the last block (0 at the first)")
+    position_interpolation: str = setting(
+        "size", "how positions are resampled: size (register releases) or offset (plain releases)", ("size", "offset")
+    )
+
+
+@dataclass
+class ObjectiveConfig:
+    prototypes: int | str = setting(AUTO, "outputs of the DINO head, K; auto: by number of images")
+    head_layers: int = setting(3, "layers of the head's MLP")
+    head_hidden: int = setting(2048, "width of the head's MLP")
+    head_bottleneck: int = setting(256, "width of the head's L2-normalised bottleneck")
+    norm_last_layer: bool = setting(True, "keep prototypes at unit length (steadier); false may gain with long runs")
+    student_temperature: float = setting(0.1, "temperature of the student's softmax")
+    teacher_temperature: float | str = setting(AUTO, "the teacher's, after warm-up; auto: by number of images")
+    teacher_temperature_start: float = setting(0.04, "the teacher's at the first step")
+    teacher_temperature_warmup: int | str = setting(AUTO, "steps from start to final; auto: 10 % of the run")
+    centering: str = setting(
+        AUTO,
+        "what keeps the teacher from collapsing: centre (EMA of its logits) or sinkhorn; auto: by number of images",
+        (AUTO, "centre", "sinkhorn"),
+    )
+    center_momentum: float = setting(0.9, "EMA rate of the centre")
+    sinkhorn_iterations: int = setting(3, "Sinkhorn-Knopp iterations")
+    momentum: float | str = setting(AUTO, "EMA rate of the teacher at the first step; auto: by images and batch")
+    momentum_end: float | str = setting(AUTO, "and at the last; auto: 1.0, or constant on a small data set")
+
+
+@dataclass
+class OptimConfig:
+    lr: float | str = setting(AUTO, "peak learning rate of AdamW; auto: by batch size")
+    lr_end: float = setting(1e-6, "learning rate of the last step")
+    warmup_steps: int | str = setting(AUTO, "steps of linear warm-up; auto: 10 epochs, at most 10 % of the run")
+    weight_decay: float = setting(0.04, "weight decay of the first step")
+    weight_decay_end: float = setting(0.4, "weight decay of the last step (cosine)")
+    betas: list[float] = setting([0.9, 0.999], "AdamW's two EMA rates")
+    decay_tokens: bool = setting(True, "decay class token, registers and positions too, as published")
+    clip_grad: float = setting(3.0, "largest gradient norm; 0: no clipping")
+    clip_scope: str = setting(
+        "global", "norm of all gradients together, or of each parameter (as DINO does)", ("global", "parameter")
+    )
+    freeze_last_layer_steps: int | str = setting(AUTO, "steps during which the prototypes stand still; auto: 1 epoch")
+
+
+@dataclass
+class TrainConfig:
+    batch_size: int = setting(256, "images per optimizer step over all processes and micro-batches")
+    accumulation: int = setting(1, "micro-batches per optimizer step")
+    epochs: float = setting(100.0, "passes over the images, when steps is auto")
+    steps: int | str = setting(AUTO, "optimizer steps; auto: from epochs")
+    precision: str = setting(
+        AUTO, "auto: the launcher's, else bf16 on CUDA and fp32 on CPU", (AUTO, "fp32", "bf16", "fp16")
+    )
+    seed: int = setting(0, "seed of weights, order and views")
+    checkpoint_every: int | str = setting(AUTO, "steps between checkpoints; auto: 10 a run, at most 1000 apart")
+    keep_checkpoints: int = setting(3, "newest checkpoints that are kept")
+    resume: str = setting(AUTO, "auto: go on from the newest checkpoint; never; or the path of a checkpoint")
+    time_limit: float | None = setting(None, "minutes after which the run checkpoints and ends; none: no limit")
+    compile: bool = setting(False, "compile each transformer block (needs a C++ compiler; pays on GPUs)")
+    cpu_threads: int | str = setting(AUTO, "CPU threads of a training process; auto: cores / local processes")
+
+
+@dataclass
+class MonitorConfig:
+    log_every: int = setting(10, "steps between two logged lines")
+
+
+@dataclass
+class TrackingConfig:
+    backends: list[str] = setting([], "trackers besides metrics.jsonl, by Accelerate's names: wandb, tensorboard …")
+    project: str = setting("dino", "project name for the trackers")
+    name: str | None = setting(None, "run name for the trackers; none: the run directory's")
+
+
+@dataclass
+class RunConfig:
+    dir: str = setting("runs/pretrain", "directory of the run: config, metrics, checkpoints, backbone, report")
+
+
+@dataclass
+class Config:
+    """The whole tree. A leaf is addressed as `group.key`, e.g. `train.batch_size`."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+
+def leaves(config: Config | type[Config] = Config) -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every setting as (`group.key`, its dataclass field), in the order of this file."""
+    for group in dataclasses.fields(config):
+        for field in dataclasses.fields(cast(Any, group.type)):
+            yield f"{group.name}.{field.name}", field
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of `group.key`."""
+    group, name = key.split(".")
+    return getattr(getattr(config, group), name)
+
+
+def assign(config: Config, key: str, value: Any) -> None:
+    """Set `group.key`."""
+    group, name = key.split(".")
+    setattr(getattr(config, group), name, value)
+
+
+def describe() -> str:
+    """The table of keys that `--help` prints: key, type, default, meaning."""
+    blank = Config()
+    lines = []
+    for key, field in leaves():
+        value = get(blank, key)
+        kind = " | ".join(field.metadata["choices"]) or _type_name(field)
+        lines.append(
+            f"  {key} ({kind}; default {'none' if value is None else value})\n      {field.metadata['meaning']}"
+        )
+    return "\n".join(lines)
+
+
+def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Defaults, then the YAML file, then `key=value` overrides.
+
+    Raises:
+        UserError: unreadable YAML, unknown key (with the nearest valid one), wrong type, impossible value; all of
+            them are listed at once.
+    """
+    given = dict(_read_yaml(path)) if path else {}
+    for argument in overrides:
+        key, separator, text = argument.partition("=")
+        if not separator:
+            raise UserError(f"'{argument}' is not a setting: write key=value, for example train.batch_size=128")
+        given[key.strip()] = _parse_scalar(text)
+
+    fields, errors = dict(leaves()), []
+    config = OmegaConf.structured(Config)
+    for key, value in given.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.3)
+            errors.append(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            continue
+        try:
+            OmegaConf.update(config, key, value)
+        except OmegaConfBaseException:
+            errors.append(f"{key} must be {_type_name(fields[key])}, got {value!r}")
+    if errors:
+        raise UserError(
+            "\n  ".join([f"{len(errors)} of the settings cannot be used:", *errors]) if errors[1:] else errors[0]
+        )
+    loaded = cast(Config, OmegaConf.to_object(config))
+    check(loaded)
+    return loaded
+
+
+def save(config: Config, path: Path) -> None:
+    """Write `config` as YAML that `load` reads back to an equal one."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def check(config: Config) -> None:
+    """Raise a `UserError` that lists every value that cannot work, whatever the data set."""
+    views, model, train = config.views, config.model, config.train
+    errors = list(_check_choices(config))
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            errors.append(message)
+
+    for key in ("train.batch_size", "train.accumulation", "train.keep_checkpoints", "monitor.log_every",
+                "model.patch_size", "views.global_size", "views.local_size", "objective.head_layers",
+                "objective.head_hidden", "objective.head_bottleneck", "objective.sinkhorn_iterations"):  # fmt: skip
+        require(get(config, key) >= 1, f"{key} must be at least 1, got {get(config, key)}")
+    for key in ("data.channels", "objective.prototypes", "train.steps", "train.checkpoint_every", "train.cpu_threads"):
+        value = get(config, key)
+        require(value == AUTO or value >= 1, f"{key} must be auto or at least 1, got {value}")
+    for key in ("data.workers", "optim.warmup_steps", "optim.freeze_last_layer_steps", "views.local_crops",
+                "objective.teacher_temperature_warmup", "model.registers"):  # fmt: skip
+        value = get(config, key)
+        require(value == AUTO or value >= 0, f"{key} must not be negative, got {value}")
+    for key in ("objective.student_temperature", "objective.teacher_temperature", "optim.lr",
+                "objective.teacher_temperature_start", "train.epochs"):  # fmt: skip
+        value = get(config, key)
+        require(value == AUTO or value > 0, f"{key} must be above 0, got {value}")
+    for key in ("objective.momentum", "objective.momentum_end", "objective.center_momentum", "data.max_unreadable"):
+        value = get(config, key)
+        require(value == AUTO or 0 <= value <= 1, f"{key} must lie between 0 and 1, got {value}")
+    require(0 <= model.drop_path < 1, f"model.drop_path must lie in [0, 1), got {model.drop_path}")
+
+    local_sizes = [("views.local_size", views.local_size)] if views.local_crops else []
+    for key, size in [("views.global_size", views.global_size), *local_sizes]:
+        if not model.arch.startswith("vit") or size < 1 or model.patch_size < 1:
+            continue
+        if size < model.patch_size:
+            errors.append(f"{key}={size} is smaller than one patch (model.patch_size={model.patch_size})")
+        elif size % model.patch_size:
+            below = size - size % model.patch_size
+            errors.append(
+                f"{key}={size} is not divisible by model.patch_size={model.patch_size}: "
+                f"use {below} or {below + model.patch_size}"
+            )
+    for key in ("views.global_scale", "views.local_scale"):
+        scale = get(config, key)
+        require(
+            len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
+            f"{key} must be two shares of the area, 0 < least <= greatest <= 1, got {scale}",
+        )
+    require(
+        train.batch_size % max(train.accumulation, 1) == 0,
+        f"train.batch_size={train.batch_size} cannot be divided into train.accumulation={train.accumulation} equal "
+        "micro-batches: change one of them",
+    )
+    if errors:
+        raise UserError(
+            "\n  ".join([f"{len(errors)} of the settings cannot be used:", *errors]) if errors[1:] else errors[0]
+        )
+
+
+def _check_choices(config: Config) -> Iterator[str]:
+    for key, field in leaves():
+        value, choices = get(config, key), field.metadata["choices"]
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            yield f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}"
+        elif isinstance(value, str) and value != AUTO and _takes_auto(field):
+            yield f"{key} must be {_type_name(field)}, got {value!r}"
+
+
+def _takes_auto(field: dataclasses.Field) -> bool:
+    return str(field.type) in ("int | str", "float | str")
+
+
+def _type_name(field: dataclasses.Field) -> str:
+    name = field.type.__name__ if isinstance(field.type, type) and "[" not in str(field.type) else str(field.type)
+    name = name.replace("| str", "or 'auto'").replace("| None", "or none")
+    return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}.get(name, name)
+
+
+def _read_yaml(path: str | Path) -> Iterator[tuple[str, Any]]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if tree is None:
+        return
+    groups = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold groups of settings ({', '.join(sorted(groups))}), not {type(tree).__name__}")
+    for group, settings in tree.items():
+        if isinstance(settings, dict):
+            yield from ((f"{group}.{key}", value) for key, value in settings.items())
+        else:
+            yield str(group), settings
+
+
+def _parse_scalar(text: str) -> Any:
+    """YAML's reading of a value, except that 1e-3 is a number, as everywhere but in YAML 1.1."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None if value.lower() == "none" else value
+    return value
