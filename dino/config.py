@@ -291,6 +291,13 @@ def check(config: Config) -> None:
         )
 
 
+def _refuse(errors: list[str]) -> None:
+    if len(errors) == 1:
+        raise UserError(errors[0])
+    if errors:
+        raise UserError("\n  ".join([f"{len(errors)} settings cannot be used:", *errors]))
+
+
 def _check_choices(config: Config) -> Iterator[str]:
     for key, field in leaves():
         value, choices = get(config, key), field.metadata["choices"]

@@ -1,0 +1,7 @@
+"""Images in: folders, archives and data sets, and the order in which a run visits them."""
+
+from dino.data.decode import UnreadableImage
+from dino.data.images import Images, fingerprint, open_images
+from dino.data.sampler import EpochStream, MicroBatches
+
+__all__ = ["EpochStream", "Images", "MicroBatches", "UnreadableImage", "fingerprint", "open_images"]

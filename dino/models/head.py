@@ -1,5 +1,7 @@
 """The DINO head: backbone features to prototype scores (Caron et al. 2021, §3.1 and appendix C)."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ class DINOHead(nn.Module):
         super().__init__()
         widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
         modules: list[nn.Module] = []
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+        for width_in, width_out in itertools.pairwise(widths):
             modules += [nn.Linear(width_in, width_out), nn.GELU()]
         self.mlp = nn.Sequential(*modules[:-1])
         self.last_layer = Prototypes(bottleneck, prototypes, norm_last_layer)

@@ -6,14 +6,13 @@ only attention runs once per size. Shapes: B images, C channels, N patches, R re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Interpolation = Literal["offset", "size"]
+from dino.models.layers import Block, Group, Interpolation, PatchEmbed, interpolate_positions, unpack
 
 
 class Size(NamedTuple):
@@ -31,13 +30,6 @@ SIZES = {
     "vit_large": Size(1024, 24, 16),
     "vit_giant2": Size(1536, 40, 24),
 }
-
-
-class Group(NamedTuple):
-    """A run of equally long sequences in a packed (T, D) matrix: `batch` sequences of `length` tokens."""
-
-    batch: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,9 @@ class VisionTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if spec.mask_token else None
         rates = torch.linspace(0, drop_path, spec.depth).tolist()
-        self.blocks = nn.ModuleList(Block(spec, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(width, spec.num_heads, spec.mlp_ratio, spec.ffn, spec.layer_scale, rate) for rate in rates
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self._initialise()
 
@@ -114,18 +108,15 @@ class VisionTransformer(nn.Module):
         Returns:
             (B, D), or a list of them in the order given.
         """
-        single = isinstance(images, Tensor)
-        tokens, groups = self._embed([images] if single else images)
+        tokens, groups = self._embed([images] if isinstance(images, Tensor) else images)
         for block in self.blocks[:-1]:
             tokens = block(tokens, groups)
         # Only class tokens are asked for, so the last block need not compute the rest (exact, not an approximation).
         class_tokens = self.norm(self.blocks[-1](tokens, groups, class_only=True))
         outputs = list(class_tokens.split([group.batch for group in groups]))
-        return outputs[0] if single else outputs
+        return outputs[0] if isinstance(images, Tensor) else outputs
 
-    def forward_features(
-        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def forward_features(self, images: Tensor | Sequence[Tensor], masks: Any = None) -> Any:
         """Every token after the last norm, under the names of DINOv2's hub models.
 
         Args:
@@ -137,17 +128,13 @@ class VisionTransformer(nn.Module):
             (B, 1+R+N, D) and `masks`; a list of such dictionaries for a list.
         """
         if isinstance(images, Tensor):
-            return self.forward_features([images], [masks] if masks is None or isinstance(masks, Tensor) else masks)[0]  # type: ignore[return-value]
-        masks = [None] * len(images) if masks is None else list(masks)
+            return self.forward_features([images], [masks])[0]
+        masks = [None] * len(images) if masks is None else masks
         tokens, groups = self._embed(images, masks)
         for block in self.blocks:
             tokens = block(tokens, groups)
-        return [
-            self._named(before, after, mask)
-            for before, after, mask in zip(
-                unpack(tokens, groups), unpack(self.norm(tokens), groups), masks, strict=True
-            )
-        ]
+        after = unpack(self.norm(tokens), groups)
+        return [self._named(*three) for three in zip(unpack(tokens, groups), after, masks, strict=True)]
 
     def get_intermediate_layers(
         self,
@@ -195,7 +182,7 @@ class VisionTransformer(nn.Module):
         tokens, groups = self._embed([images])
         for block in self.blocks[:-1]:
             tokens = block(tokens, groups)
-        last = self.blocks[-1]
+        last = cast(Block, self.blocks[-1])
         query, key, _ = last.attn.heads(last.attn.qkv(last.norm1(tokens)), groups[0])
         scores = query[:, :, :1] @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # (B, heads, 1, 1+R+N)
         attention = scores.softmax(dim=-1)[:, :, 0, 1 + self.spec.registers :]
@@ -223,181 +210,12 @@ class VisionTransformer(nn.Module):
         registers = [] if self.register_tokens is None else [self.register_tokens.expand(batch, -1, -1)]
         return torch.cat([class_token, *registers, patches + positions[:, 1:]], dim=1)
 
-    def _named(self, before: Tensor, after: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _named(self, before: Tensor, after: Tensor, mask: Tensor | None) -> dict[str, Tensor | None]:
         patches_start = 1 + self.spec.registers
         return {
             "x_norm_clstoken": after[:, 0],
             "x_norm_regtokens": after[:, 1:patches_start],
             "x_norm_patchtokens": after[:, patches_start:],
             "x_prenorm": before,
-            "masks": mask,  # type: ignore[dict-item]  # DINOv2's interface: None without masks
+            "masks": mask,
         }
-
-
-class PatchEmbed(nn.Module):
-    """Patches to tokens: the published convolution's weights, applied as one matrix product."""
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, N, D).
-
-        Raises:
-            ValueError: height or width is not a multiple of the patch size, or the channels differ.
-        """
-        _, channels, height, width = images.shape
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"images of {height}×{width} cannot be cut into patches of {self.patch_size}")
-        if channels != self.proj.in_channels:
-            raise ValueError(f"images have {channels} channels, the model takes {self.proj.in_channels}")
-        p = self.patch_size
-        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale and stochastic depth, on packed tokens (T, D)."""
-
-    def __init__(self, spec: ViTSpec, drop_path: float):
-        super().__init__()
-        width = spec.embed_dim
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, spec.num_heads)
-        self.ls1 = LayerScale(width, spec.layer_scale) if spec.layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = (SwiGLU if spec.ffn == "swiglu" else MLP)(width, spec.mlp_ratio)
-        self.ls2 = LayerScale(width, spec.layer_scale) if spec.layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, tokens: Tensor, groups: list[Group], class_only: bool = False) -> Tensor:
-        """(T, D) to (T, D), or to the class tokens alone (one row per sequence) if `class_only`."""
-        attended = self.attn(self.norm1(tokens), groups, class_only)
-        if class_only:
-            tokens = torch.cat([sequences[:, 0] for sequences in unpack(tokens, groups)])
-            groups = [Group(group.batch, 1) for group in groups]
-        tokens = tokens + self.drop_path(self.ls1(attended), groups)
-        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))), groups)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention inside each sequence of a packed matrix, by `scaled_dot_product_attention`."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor, groups: list[Group], class_only: bool = False) -> Tensor:
-        """(T, D) to (T, D); with `class_only`, only the first token of each sequence asks."""
-        packed = self.qkv(tokens).split([group.batch * group.length for group in groups])
-        outputs = []
-        for qkv, group in zip(packed, groups, strict=True):
-            query, key, value = self.heads(qkv, group)
-            if class_only:
-                query = query[:, :, :1]
-            outputs.append(rearrange(attend(query, key, value), "b m n d -> (b n) (m d)"))
-        return self.proj(torch.cat(outputs))
-
-    def heads(self, qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch·length, 3D) to query, key and value, each (batch, heads, length, D / heads)."""
-        query, key, value = rearrange(qkv, "(b n) (s m d) -> s b m n d", b=group.batch, s=3, m=self.num_heads)
-        return query, key, value
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v of (B, heads, length, d); on CPU in fp32, where bf16's backward pass is 8 times slower."""
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(query.float(), key.float(), value.float())
-
-
-class MLP(nn.Module):
-    """Two linear layers around a GELU."""
-
-    def __init__(self, width: int, ratio: float):
-        super().__init__()
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens)))
-
-
-class SwiGLU(nn.Module):
-    """Gated MLP (Shazeer 2020) of DINOv2's giant: two thirds of the MLP's width, rounded up to a multiple of 8."""
-
-    def __init__(self, width: int, ratio: float):
-        super().__init__()
-        hidden = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        gate, value = self.w12(tokens).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch (Touvron et al. 2021)."""
-
-    def __init__(self, width: int, initial: float):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), initial))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens * self.gamma
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, drops the branch for whole sequences, scaling up the others."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, tokens: Tensor, groups: list[Group]) -> Tensor:
-        if not self.training or self.rate == 0:
-            return tokens
-        keep = 1 - self.rate
-        kept = torch.cat(
-            [tokens.new_empty(group.batch).bernoulli_(keep).repeat_interleave(group.length) for group in groups]
-        )
-        return tokens * (kept / keep)[:, None]
-
-
-def unpack(tokens: Tensor, groups: list[Group]) -> list[Tensor]:
-    """(T, D) to one (batch, length, D) per group."""
-    parts = tokens.split([group.batch * group.length for group in groups])
-    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
-
-
-def interpolate_positions(table: Tensor, grid: tuple[int, int], convention: Interpolation) -> Tensor:
-    """Resample a square position table to another grid of patches, in fp32.
-
-    Args:
-        table: (1, 1+M², D), the class token's position first.
-        grid: rows and columns of patches.
-        convention: `offset` multiplies by (grid + 0.1) / M without antialiasing, which is what DINO's and DINOv2's
-            plain releases were used with; `size` asks for the exact grid with antialiasing, as the register releases.
-
-    Returns:
-        (1, 1+rows·columns, D), `table` itself if the grid is its own.
-    """
-    side = round((table.shape[1] - 1) ** 0.5)
-    if grid == (side, side):
-        return table
-    positions = rearrange(table[:, 1:].float(), "b (h w) d -> b d h w", h=side)
-    if convention == "offset":
-        factors = [(cells + 0.1) / side for cells in grid]
-        positions = F.interpolate(positions, scale_factor=factors, mode="bicubic")
-    else:
-        positions = F.interpolate(positions, size=grid, mode="bicubic", antialias=True)
-    if positions.shape[-2:] != grid:
-        raise ValueError(f"positions came out as {tuple(positions.shape[-2:])}, not {grid}")
-    positions = rearrange(positions, "b d h w -> b (h w) d").to(table.dtype)
-    return torch.cat([table[:, :1], positions], dim=1)

@@ -1,0 +1,85 @@
+"""One image file to pixels: every format Pillow reads, brought to 8 bits and the channels asked for."""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".npy")
+SMALLEST_SIDE = 4
+
+
+class UnreadableImage(Exception):
+    """A file that gives no usable image; the message is the reason."""
+
+
+def decode(content: bytes, channels: int, name: str = "") -> Tensor:
+    """Decode an image file.
+
+    Upright by its EXIF orientation; transparency is laid on white; CMYK, palettes and greyscale are converted; 16 bits
+    are scaled to 8. An `.npy` file holds an (H, W, C) array of uint8 or uint16, for images of any number of channels.
+
+    Args:
+        content: the file's bytes.
+        channels: 1 (luminance), 3 (RGB), or the number an `.npy` file has.
+        name: the file's name; only its ending matters.
+
+    Returns:
+        (channels, H, W), uint8.
+
+    Raises:
+        UnreadableImage: truncated, empty, animated, no image at all, smaller than 4 pixels a side, or other channels.
+    """
+    if not content:
+        raise UnreadableImage("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF and the like: the pixels are what counts
+            array = _read_array(content) if name.lower().endswith(".npy") else _read_picture(content, channels)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever comes up: OSError, SyntaxError, struct.error …
+        raise UnreadableImage(str(error).replace("\n", " ") or type(error).__name__) from error
+    height, width, found = array.shape
+    if found != channels:
+        raise UnreadableImage(f"it has {found} channels, data.channels is {channels}")
+    if min(height, width) < SMALLEST_SIDE:
+        raise UnreadableImage(f"{width}×{height} pixels are too few: at least {SMALLEST_SIDE} a side are needed")
+    return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))
+
+
+def _read_picture(content: bytes, channels: int) -> np.ndarray:
+    """A picture as (H, W, 1 or 3) uint8."""
+    with Image.open(io.BytesIO(content)) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise UnreadableImage(f"it is animated or has several pages ({frames} frames)")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F":
+        raise UnreadableImage("its pixels are 32-bit fractions of unknown range: save it with 8 or 16 bits")
+    if upright.mode.startswith("I"):
+        upright = Image.fromarray(_to_8_bits(np.asarray(upright)))
+    if upright.has_transparency_data:
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    if channels == 1:
+        return np.asarray(upright.convert("L"))[:, :, None]
+    return np.asarray(upright.convert("RGB"))
+
+
+def _read_array(content: bytes) -> np.ndarray:
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.dtype not in (np.uint8, np.uint16):
+        raise UnreadableImage(f"an .npy image is (H, W, C) of uint8 or uint16, this is {array.shape} of {array.dtype}")
+    return array if array.dtype == np.uint8 else _to_8_bits(array)
+
+
+def _to_8_bits(array: np.ndarray) -> np.ndarray:
+    """0 … 65,535 to 0 … 255, rounded."""
+    return ((array.astype(np.float64).clip(0, 65535)) / 257).round().astype(np.uint8)

@@ -1,0 +1,185 @@
+"""The parts of a Vision Transformer, on packed tokens: all sequences of all crop sizes in one (T, D) matrix."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Interpolation = Literal["offset", "size"]
+
+
+class Group(NamedTuple):
+    """A run of equally long sequences in a packed (T, D) matrix: `batch` sequences of `length` tokens."""
+
+    batch: int
+    length: int
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: the published convolution's weights, applied as one matrix product."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, N, D).
+
+        Raises:
+            ValueError: height or width is not a multiple of the patch size, or the channels differ.
+        """
+        _, channels, height, width = images.shape
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"images of {height}×{width} cannot be cut into patches of {self.patch_size}")
+        if channels != self.proj.in_channels:
+            raise ValueError(f"images have {channels} channels, the model takes {self.proj.in_channels}")
+        p = self.patch_size
+        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with LayerScale and stochastic depth, on packed tokens (T, D)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, ffn: str, layer_scale: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = (SwiGLU if ffn == "swiglu" else MLP)(width, mlp_ratio)
+        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor, groups: list[Group], class_only: bool = False) -> Tensor:
+        """(T, D) to (T, D), or to the class tokens alone (one row per sequence) if `class_only`."""
+        attended = self.attn(self.norm1(tokens), groups, class_only)
+        if class_only:
+            tokens = torch.cat([sequences[:, 0] for sequences in unpack(tokens, groups)])
+            groups = [Group(group.batch, 1) for group in groups]
+        tokens = tokens + self.drop_path(self.ls1(attended), groups)
+        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))), groups)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each sequence of a packed matrix, by `scaled_dot_product_attention`."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, groups: list[Group], class_only: bool = False) -> Tensor:
+        """(T, D) to (T, D); with `class_only`, only the first token of each sequence asks."""
+        packed = self.qkv(tokens).split([group.batch * group.length for group in groups])
+        outputs = []
+        for qkv, group in zip(packed, groups, strict=True):
+            query, key, value = self.heads(qkv, group)
+            if class_only:
+                query = query[:, :, :1]
+            outputs.append(rearrange(attend(query, key, value), "b m n d -> (b n) (m d)"))
+        return self.proj(torch.cat(outputs))
+
+    def heads(self, qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch·length, 3D) to query, key and value, each (batch, heads, length, D / heads)."""
+        query, key, value = rearrange(qkv, "(b n) (s m d) -> s b m n d", b=group.batch, s=3, m=self.num_heads)
+        return query, key, value
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v of (B, heads, length, d); on CPU in fp32, where bf16's backward pass is 8 times slower."""
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, width: int, ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.fc2 = nn.Linear(int(width * ratio), width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (Shazeer 2020) of DINOv2's giant: two thirds of the MLP's width, rounded up to a multiple of 8."""
+
+    def __init__(self, width: int, ratio: float):
+        super().__init__()
+        hidden = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        gate, value = self.w12(tokens).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch (Touvron et al. 2021)."""
+
+    def __init__(self, width: int, initial: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, drops a branch for whole sequences, scaling up the others."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, tokens: Tensor, groups: list[Group]) -> Tensor:
+        if not self.training or self.rate == 0:
+            return tokens
+        keep = 1 - self.rate
+        kept = torch.cat(
+            [tokens.new_empty(group.batch).bernoulli_(keep).repeat_interleave(group.length) for group in groups]
+        )
+        return tokens * (kept / keep)[:, None]
+
+
+def unpack(tokens: Tensor, groups: list[Group]) -> list[Tensor]:
+    """(T, D) to one (batch, length, D) per group."""
+    parts = tokens.split([group.batch * group.length for group in groups])
+    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
+
+
+def interpolate_positions(table: Tensor, grid: tuple[int, int], convention: Interpolation) -> Tensor:
+    """Resample a square position table to another grid of patches, in fp32.
+
+    Args:
+        table: (1, 1+M², D), the class token's position first.
+        grid: rows and columns of patches.
+        convention: `offset` multiplies by (grid + 0.1) / M without antialiasing, which is what DINO's and DINOv2's
+            plain releases were used with; `size` asks for the exact grid with antialiasing, as the register releases.
+
+    Returns:
+        (1, 1+rows·columns, D), `table` itself if the grid is its own.
+    """
+    side = round((table.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    positions = rearrange(table[:, 1:].float(), "b (h w) d -> b d h w", h=side)
+    if convention == "offset":
+        factors = [(cells + 0.1) / side for cells in grid]
+        positions = F.interpolate(positions, scale_factor=factors, mode="bicubic")
+    else:
+        positions = F.interpolate(positions, size=grid, mode="bicubic", antialias=True)
+    if positions.shape[-2:] != grid:
+        raise ValueError(f"positions came out as {tuple(positions.shape[-2:])}, not {grid}")
+    positions = rearrange(positions, "b d h w -> b (h w) d").to(table.dtype)
+    return torch.cat([table[:, :1], positions], dim=1)
