@@ -228,9 +228,9 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     return loaded
 
 
-def save(config: Config, path: Path) -> None:
-    """Write `config` as YAML that `load` reads back to an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+def dump(config: Config) -> str:
+    """`config` as YAML that `load` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def check(config: Config) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dino.data.decode import EXTENSIONS, UnreadableImage, decode
+from dino.data.omniglot import parse
 from dino.errors import UserError
 
 
@@ -23,7 +24,8 @@ class Images(Protocol):
     """A pool of images.
 
     `names` holds one name per image, the same in every process and on every start; `labels` a class name per image, or
-    None where the pool has none; every image that `read` gives has `channels` channels.
+    None where the pool has none; every image that `read` gives has `channels` channels; `kind` is what data.kind calls
+    the pool.
     """
 
     @property
@@ -32,6 +34,8 @@ class Images(Protocol):
     def labels(self) -> Sequence[str] | None: ...
     @property
     def channels(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
 
     def read(self, index: int) -> Tensor:
         """(channels, H, W) uint8; raises `UnreadableImage`."""
@@ -40,6 +44,8 @@ class Images(Protocol):
 
 class FolderImages:
     """All image files below a folder, sorted by path; the first folder level is the label, if there are several."""
+
+    kind = "folder"
 
     def __init__(self, root: Path, channels: int = 3):
         self.root, self.channels = root, channels
@@ -57,6 +63,8 @@ class FolderImages:
 
 class ZipImages:
     """The image files in a zip archive, read in place; nothing is extracted, so no entry can name a path outside."""
+
+    kind = "zip"
 
     def __init__(self, path: Path, channels: int = 3):
         self.path, self.channels = path, channels
@@ -94,7 +102,7 @@ class ZipImages:
 class Digits:
     """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), 8×8 grey pixels with light ink."""
 
-    channels = 1
+    channels, kind = 1, "digits"
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -108,19 +116,19 @@ class Digits:
         return self.pixels[index]
 
 
-def open_images(root: str, kind: str = "auto", channels: int | None = None) -> Images:
+def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> Images:
     """Open a pool of images.
 
     Args:
         root: a folder, or a zip archive; ignored for `digits`.
         kind: `folder`, `zip`, `omniglot`, `digits`, or `auto`.
-        channels: of the images given back; None: 1 for Omniglot and digits, else 3.
+        channels: of the images given back; `auto`: 1 for Omniglot and digits, else 3.
 
     Raises:
         UserError: nothing there, or no image in it.
     """
     if kind == "digits":
-        if channels not in (None, 1):
+        if channels not in ("auto", 1):
             raise UserError(f"data.channels={channels}: the digits have 1 channel")
         return Digits()
     if not root:
@@ -134,10 +142,13 @@ def open_images(root: str, kind: str = "auto", channels: int | None = None) -> I
         raise UserError(f"data.kind=folder, but data.root={root} is a file: use data.kind=zip, or leave it auto")
     if not path.is_dir() and not zipfile.is_zipfile(path):
         raise UserError(f"data.root={root} is neither a folder nor a zip archive")
-    wanted = channels or (1 if kind == "omniglot" else 3)
+    wanted = int(channels) if channels != "auto" else (1 if kind == "omniglot" else 3)
     images = FolderImages(path, wanted) if path.is_dir() else ZipImages(path, wanted)
     if not images.names:
         raise UserError(f"no image in data.root={root}: looked for {', '.join(EXTENSIONS)} at every depth")
+    if kind == "omniglot":
+        parse(images.names[0])
+        images.kind = kind
     return images
 
 

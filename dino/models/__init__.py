@@ -3,5 +3,16 @@
 from dino.models.head import DINOHead
 from dino.models.resnet import ResNet, ResNetSpec
 from dino.models.vit import SIZES, VisionTransformer, ViTSpec
+from dino.models.weights import Backbone, load_backbone, save_backbone
 
-__all__ = ["SIZES", "DINOHead", "ResNet", "ResNetSpec", "ViTSpec", "VisionTransformer"]
+__all__ = [
+    "SIZES",
+    "Backbone",
+    "DINOHead",
+    "ResNet",
+    "ResNetSpec",
+    "ViTSpec",
+    "VisionTransformer",
+    "load_backbone",
+    "save_backbone",
+]

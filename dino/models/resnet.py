@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torchvision
 from torch import Tensor, nn
 
+from dino.models.preprocess import Preprocess
+
 CONSTRUCTORS = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
 
 
@@ -23,6 +25,8 @@ class ResNet(nn.Module):
     The pooled features stand for the class token and the last feature map for the patch tokens. BatchNorm makes its
     statistics of one micro-batch of one crop size: accumulation changes them, as with any BatchNorm network.
     """
+
+    preprocess: Preprocess  # set by load_backbone
 
     def __init__(self, spec: ResNetSpec):
         super().__init__()

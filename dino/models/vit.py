@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dino.models.layers import Block, Group, Interpolation, PatchEmbed, interpolate_positions, unpack
+from dino.models.preprocess import Preprocess
 
 
 class Size(NamedTuple):
@@ -65,6 +66,8 @@ class VisionTransformer(nn.Module):
     Raises:
         ValueError: sizes that do not divide (image by patch, width by heads).
     """
+
+    preprocess: Preprocess  # set by load_backbone
 
     def __init__(self, spec: ViTSpec, drop_path: float = 0.0):
         super().__init__()

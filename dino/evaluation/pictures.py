@@ -1,0 +1,120 @@
+"""Pictures people would rather look at than read: curves, crops, attention, bars. Each function gives a PNG."""
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from dino.models import VisionTransformer
+
+INK, TEACHER, MUTED = "#1f3a5f", "#c8553d", "#8a94a0"
+
+
+def curves(metrics: Sequence[dict], names: dict[str, str]) -> bytes:
+    """Metrics over steps, a panel each.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        names: metric to the title of its panel.
+    """
+    shown = {name: title for name, title in names.items() if any(name in line for line in metrics)}
+    rows = (len(shown) + 2) // 3
+    figure = Figure(figsize=(11, 2.4 * rows), layout="constrained")
+    for position, (name, title) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(rows, 3, position)
+        points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+        axes.plot(*zip(*points, strict=True), color=INK, linewidth=1.4)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    return png(figure)
+
+
+def crop_sheet(views: Sequence[Sequence[Tensor]]) -> bytes:
+    """One row an image, its views side by side as the network sees them.
+
+    Args:
+        views: for each image its views, (C, size, size) uint8; other than 1 or 3 channels are shown by their mean.
+    """
+    side = max(view.shape[-1] for row in views for view in row)
+    tiles = [_tile(view, max(side, 64)) for row in views for view in row]
+    return _grid_png(tiles, columns=len(views[0]))
+
+
+def attention_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor) -> bytes:
+    """One row an image: the image, where the class token looks on average over heads, and each of up to 6 heads.
+
+    Args:
+        images: (B, C, H, W), preprocessed.
+        shown: the same images as uint8.
+    """
+    attention = backbone.class_attention(images)  # (B, heads, h, w)
+    maps = torch.cat([attention.mean(dim=1, keepdim=True), attention[:, :6]], dim=1)
+    side = max(96, shown.shape[-1])
+    heat = matplotlib.colormaps["inferno"]
+    tiles = []
+    for image, rows in zip(shown, maps, strict=True):
+        tiles.append(_tile(image, side))
+        for values in rows:
+            relative = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+            colours = torch.from_numpy(heat(relative.numpy())[..., :3]).permute(2, 0, 1).float()
+            tiles.append(F.interpolate(colours[None], size=(side, side), mode="nearest")[0])
+    return _grid_png(tiles, columns=1 + maps.shape[1])
+
+
+def bars(rows: Sequence[tuple[str, float, float]], title: str, lines: dict[str, float]) -> bytes:
+    """Horizontal bars with spread, and published or chance levels as dashed lines.
+
+    Args:
+        rows: (name, accuracy, spread), in per cent.
+        lines: name to level, in per cent.
+    """
+    figure = Figure(figsize=(9, 1.3 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    names, values, spreads = zip(*rows, strict=True)
+    positions = range(len(rows))
+    axes.barh(positions, values, xerr=[spread or float("nan") for spread in spreads], color=INK, height=0.6, capsize=3)
+    for position, value in zip(positions, values, strict=True):
+        axes.text(value + 0.6, position, f"{value:.1f}", va="center", fontsize=9)
+    for height, (name, level) in enumerate(lines.items()):
+        axes.axvline(level, color=TEACHER, linestyle="--", linewidth=1)
+        label = f" {name} {level:g}"
+        place = axes.get_xaxis_transform()
+        axes.text(level, 1.02 + 0.07 * (height % 3), label, color=TEACHER, fontsize=8, transform=place)
+    axes.set_yticks(positions, names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, %")
+    axes.set_title(title, fontsize=11, loc="left", pad=34 if lines else 8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return png(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _tile(image: Tensor, side: int) -> Tensor:
+    """(C, H, W) uint8 to (3, side, side) in [0, 1]."""
+    pixels = image.float() / 255
+    if pixels.shape[0] not in (1, 3):
+        pixels = pixels.mean(dim=0, keepdim=True)
+    return F.interpolate(pixels[None], size=(side, side), mode="nearest")[0].expand(3, -1, -1)
+
+
+def _grid_png(tiles: list[Tensor], columns: int) -> bytes:
+    from PIL import Image
+
+    grid = make_grid(tiles, nrow=columns, padding=3, pad_value=1.0)
+    pixels = (grid.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

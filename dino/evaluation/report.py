@@ -1,0 +1,83 @@
+"""report.html: one self-contained page that opens offline."""
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; margin: 0; background: #f6f7f9; }
+main { max-width: 1040px; margin: 0 auto; padding: 28px 24px 60px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 0 0 6px; }
+section { background: #fff; border: 1px solid #e3e7ec; border-radius: 8px; padding: 18px 20px; margin-top: 18px; }
+p { margin: 0 0 10px; color: #51606f; } img { max-width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: 4px 18px 4px 0; vertical-align: top; }
+th { color: #51606f; font-weight: 600; } tbody tr { border-top: 1px solid #edf0f3; }
+td.figure { font-variant-numeric: tabular-nums; white-space: nowrap; }
+pre { font: 12.5px/1.45 ui-monospace, monospace; overflow-x: auto; margin: 0; }
+summary { cursor: pointer; color: #51606f; }
+"""
+
+
+class Picture(NamedTuple):
+    """A PNG with its heading and a sentence on how to read it."""
+
+    title: str
+    caption: str
+    png: bytes
+
+
+class Table(NamedTuple):
+    """A table with its heading and a sentence on how it came about."""
+
+    title: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write(path: Path, title: str, facts: dict[str, str], sections: Sequence[Picture | Table], settings: str) -> None:
+    """Write the page; every text is escaped, every picture embedded.
+
+    Args:
+        facts: what ran, name to value.
+        settings: the resolved config, shown folded.
+    """
+    rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
+    body = "".join(_picture(part) if isinstance(part, Picture) else _table(part) for part in sections)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main><h1>{_text(title)}</h1><section><h2>What ran</h2><table>{rows}</table></section>{body}"
+        f"<section><details><summary>All settings (config.yaml)</summary><pre>{_text(settings)}</pre></details>"
+        "</section>"
+        "</main></body></html>\n"
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+
+
+def _picture(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode()
+    return (
+        f"<section><h2>{_text(picture.title)}</h2><p>{_text(picture.caption)}</p>"
+        f'<img alt="{_text(picture.title)}" src="data:image/png;base64,{data}"></section>'
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{_text(column)}</th>" for column in table.columns)
+    body = "".join(
+        "<tr>" + "".join(f'<td class="figure">{_text(cell)}</td>' for cell in row) + "</tr>" for row in table.rows
+    )
+    return (
+        f"<section><h2>{_text(table.title)}</h2><p>{_text(table.caption)}</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></section>"
+    )
+
+
+def _text(value: str) -> str:
+    return html.escape(str(value), quote=True)

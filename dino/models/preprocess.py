@@ -1,0 +1,34 @@
+"""From pixels to what a backbone's weights expect."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize, centre crop and normalise.
+
+    Attributes:
+        image_size: side in pixels that the weights were trained at.
+        mean, std: per channel, of pixels in [0, 1].
+    """
+
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(…, C, H, W) uint8 to (…, C, image_size, image_size) fp32, normalised."""
+        return functional.normalize(
+            functional.to_dtype(self.crop(images), torch.float32, scale=True), self.mean, self.std
+        )
+
+    def crop(self, images: Tensor) -> Tensor:
+        """The shorter side brought to `image_size` by antialiased bicubic resampling, then the centre."""
+        resized = functional.resize(images, [self.image_size], InterpolationMode.BICUBIC, antialias=True)
+        return functional.center_crop(resized, [self.image_size])

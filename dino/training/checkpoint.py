@@ -1,0 +1,190 @@
+"""Complete training state on disk: written aside, renamed when whole, the newest few kept.
+
+checkpoints/step-00000500/student.safetensors      parameters and buffers
+                          teacher.safetensors
+                          targets.safetensors      the centre
+                          optimizer.safetensors    moments, by parameter name
+                          random-0.safetensors     random state, one file a process
+                          state.json               step, scaler, data fingerprint
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from dino.errors import UserError
+from dino.models.weights import load_strictly
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: RUN/checkpoints.
+        modules: what is saved by its state dict: student, teacher, targets.
+        optimizer: its state is saved under the names of the student's parameters.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        keep: int,
+    ):
+        self.folder, self.accelerator, self.modules, self.keep = folder, accelerator, modules, keep
+        self.optimizer = optimizer
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in modules["student"].named_parameters()}
+
+    def save(self, step: int, facts: dict[str, Any]) -> Path:
+        """Write the state after `step` optimizer steps; every process calls this.
+
+        Args:
+            facts: what else `load` should give back; JSON values.
+
+        Raises:
+            UserError: the disk is full or cannot be written; checkpoints before this one stay whole.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".step-{step:08d}.partial"
+        accelerator = self.accelerator
+        failure = _failure(self._begin, partial) if accelerator.is_main_process else ""
+        accelerator.wait_for_everyone()
+        failure = failure or _failure(self._write_share, partial, {"step": step, **facts})
+        failed = accelerator.gather(torch.tensor([int(bool(failure))], device=accelerator.device))
+        if int(failed.max()):
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            newest = self.newest()
+            before = f"{newest} is whole" if newest else "there is no earlier one"
+            raise UserError(
+                f"the checkpoint of step {step} could not be written ({failure or 'by another process'}); {before}. "
+                "Make room on the disk and start the same command again"
+            )
+        if accelerator.is_main_process:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _sync_folder(self.folder)
+            for old in self.all()[: -self.keep]:
+                gone = old.with_name(f".{old.name}.removed")
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        return final
+
+    def _begin(self, partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def _write_share(self, partial: Path, state: dict[str, Any]) -> None:
+        """This process's files: its random state, and on the first process everything that all have in common."""
+        _write(partial / f"random-{self.accelerator.process_index}.safetensors", _tensor_bytes(self._random_state()))
+        if not self.accelerator.is_main_process:
+            return
+        for name, module in self.modules.items():
+            _write(partial / f"{name}.safetensors", _tensor_bytes(module.state_dict()))
+        _write(partial / "optimizer.safetensors", _tensor_bytes(self._optimizer_state()))
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        _write(partial / "state.json", json.dumps({"scaler": scaler, **state}, indent=1, sort_keys=True).encode())
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Put the state of a checkpoint back; returns the facts given to `save`, with `step`.
+
+        Raises:
+            UserError: damaged, or of a run with other networks.
+        """
+        try:
+            state = json.loads((path / "state.json").read_text())
+            for name, module in self.modules.items():
+                load_strictly(module, load_file(path / f"{name}.safetensors"), f"{path}/{name}.safetensors")
+            self._load_optimizer(load_file(path / "optimizer.safetensors"))
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            random = path / f"random-{self.accelerator.process_index}.safetensors"
+            if random.exists():  # absent for processes that the saved run did not have
+                self._set_random_state(load_file(random))
+        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint {path} is damaged ({error}): remove it to go on from the one before"
+            ) from error
+        return state
+
+    def newest(self) -> Path | None:
+        """The last whole checkpoint."""
+        return next(reversed(self.all()), None)
+
+    def all(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return whole_checkpoints(self.folder)
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        return {
+            f"{self.names[parameter]}/{key}": value
+            for parameter, values in self.optimizer.state.items()
+            for key, value in values.items()
+        }
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            parameter, key = name.rsplit("/", 1)
+            by_name.setdefault(parameter, {})[key] = tensor
+        ordered = [self.names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = self.optimizer.state_dict()
+        state["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+        self.optimizer.load_state_dict(state)
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        return state
+
+    def _set_random_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.accelerator.device)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in RUN/checkpoints, oldest first; partial ones have other names."""
+    return sorted(folder.glob("step-[0-9]*"))
+
+
+def _failure(work: Callable[..., None], *arguments: Any) -> str:
+    """Why `work` could not write, or nothing."""
+    try:
+        work(*arguments)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

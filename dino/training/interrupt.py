@@ -1,0 +1,70 @@
+"""Why a run may end before its last step, and that all processes agree on it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+
+class Stop(IntEnum):
+    """Reasons to end early; the greatest that any process has counts for all."""
+
+    NO = 0
+    TIME = 1
+    SIGNAL = 2
+    UNREADABLE = 3
+
+    def farewell(self, run: Path) -> str:
+        """What to say at the end."""
+        if self == Stop.NO:
+            return f"done: {run / 'backbone.safetensors'} and {run / 'report.html'}"
+        why = "the time limit is reached" if self == Stop.TIME else "asked to stop"
+        return f"{why}: the state is saved in {run / 'checkpoints'}; the same command goes on from there"
+
+
+class Interrupt:
+    """Turns SIGTERM and SIGINT, the end of the launcher, and the time limit into a request to stop after this step.
+
+    A second signal ends the process at once, as without this class.
+    """
+
+    def __init__(self, accelerator: Accelerator, time_limit: float | None):
+        self.accelerator = accelerator
+        self.deadline = None if time_limit is None else time.monotonic() + 60 * time_limit
+        self.signalled = False
+        # Accelerate's launcher does not hand a SIGTERM on; that it is gone shows in this process's parent.
+        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def asked(self, too_many_unreadable: Callable[[], bool], together: bool) -> Stop:
+        """Whether to stop now.
+
+        Args:
+            too_many_unreadable: looked at by every process.
+            together: whether all processes ask at this step; at the others, a process of several does not stop.
+        """
+        alone = self.accelerator.num_processes == 1
+        if not (alone or together):
+            return Stop.NO
+        mine = Stop.NO
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            mine = Stop.TIME
+        if self.signalled or (self.launcher is not None and os.getppid() != self.launcher):
+            mine = Stop.SIGNAL
+        if together and too_many_unreadable():
+            mine = Stop.UNREADABLE
+        if alone:
+            return mine
+        reasons = self.accelerator.gather(torch.tensor([int(mine)], device=self.accelerator.device))
+        return Stop(int(reasons.max()))

@@ -1,0 +1,119 @@
+"""Batches of views for one process, from any step on."""
+
+import signal
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dino.config import Config
+from dino.data import EpochStream, Images, MicroBatches, UnreadableImage
+from dino.errors import UserError
+from dino.training.run_directory import RunDirectory
+from dino.views import MultiCrop, ViewsDataset, collate, multi_crop
+
+
+def view_spec(config: Config) -> MultiCrop:
+    """The views that `config.views` describes."""
+    views = config.views
+    return multi_crop(
+        views.preset,
+        views.global_size,
+        (views.global_scale[0], views.global_scale[1]),
+        views.local_size,
+        (views.local_scale[0], views.local_scale[1]),
+        views.local_crops,
+        views.inverted_blur,
+    )
+
+
+class Batches:
+    """The micro-batches of each optimizer step of this process, and a record of images that cannot be read.
+
+    Args:
+        start: first step; the batches are those that an uninterrupted run has from there on.
+        stop: step before which to end.
+        directory: where unreadable images are listed; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        images: Images,
+        accelerator: Accelerator,
+        start: int,
+        stop: int,
+        directory: RunDirectory | None,
+    ):
+        self.config, self.images, self.directory = config, images, directory
+        self.start, self.stop = start, stop
+        self.stream = EpochStream(len(images.names), config.train.batch_size, config.train.seed)
+        workers = int(config.data.workers)
+        self.loader = DataLoader(
+            ViewsDataset(images, view_spec(config), config.train.seed),
+            batch_sampler=MicroBatches(
+                self.stream,
+                start,
+                stop,
+                accelerator.process_index,
+                accelerator.num_processes,
+                config.train.accumulation,
+            ),
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=accelerator.device.type == "cuda",
+            prefetch_factor=max(4, 2 * config.train.accumulation) if workers else None,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+            generator=torch.Generator(),  # its own, so that starting workers draws nothing from the run's random state
+        )
+        self.skipped = {} if directory is None else directory.read_skipped()
+
+    def __iter__(self) -> Iterator[list[list[Tensor]]]:
+        """For each step, its micro-batches, each a list of crops by size."""
+        micro_batches = []
+        try:
+            for batch in self.loader:
+                if batch.skipped:
+                    self._note(batch.skipped)
+                micro_batches.append(batch.crops)
+                if len(micro_batches) == self.config.train.accumulation:
+                    yield micro_batches
+                    micro_batches = []
+        except UnreadableImage as error:
+            raise UserError(f"data.root={self.config.data.root}: {error}") from error
+
+    def names(self, step: int) -> list[str]:
+        """The images of a step's global batch."""
+        return [self.images.names[index] for _, index in self.stream.batch(step)]
+
+    def too_many_unreadable(self) -> bool:
+        """Whether more than `data.max_unreadable` of all images turned out unreadable, in any process."""
+        if self.directory is not None and self.directory.skipped.exists():
+            self.skipped.update(self.directory.read_skipped())
+        return len(self.skipped) > self.config.data.max_unreadable * len(self.images.names)
+
+    def unreadable_error(self) -> UserError:
+        """What to tell the user then."""
+        name, reason = next(iter(self.skipped.items()))
+        share = len(self.skipped) / len(self.images.names)
+        where = f"; all are listed in {self.directory.skipped}" if self.directory else ""
+        return UserError(
+            f"{len(self.skipped)} of {len(self.images.names):,} images ({share:.1%}) cannot be read, more than "
+            f"data.max_unreadable={self.config.data.max_unreadable:g} allows, for example {name}: {reason}{where}. "
+            "Mend or remove them, or raise data.max_unreadable"
+        )
+
+    def _note(self, entries: list[tuple[int, str]]) -> None:
+        new = {self.images.names[index]: reason for index, reason in entries}
+        new = {name: reason for name, reason in new.items() if name not in self.skipped}
+        self.skipped.update(new)
+        if new and self.directory is not None:
+            self.directory.add_skipped(list(new.items()))
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; workers must live until the main process has saved its checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

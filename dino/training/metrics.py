@@ -1,0 +1,123 @@
+"""What a run says of itself while it trains: metrics.jsonl, the trackers and the progress bar, by the same names."""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from dino.config import Config, get, leaves
+from dino.training.run_directory import RunDirectory
+
+T = TypeVar("T")
+
+
+class Metrics:
+    """Averages device scalars between log points and writes them there; the host waits for the device only then.
+
+    Args:
+        steps: of the whole run.
+        start: step from which this process goes on.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config, directory: RunDirectory, start: int):
+        self.accelerator, self.config, self.directory = accelerator, config, directory
+        self.images_per_step = config.train.batch_size
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.bar = tqdm(
+            total=int(config.train.steps),
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+            mininterval=0.5 if os.isatty(2) else 10.0,
+        )
+        self._start_trackers()
+
+    def timing(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; counts the time spent waiting for them."""
+        began = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take one step's scalars; they stay on the device."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+        self.bar.update()
+
+    def log(self, step: int, epoch: float, rates: dict[str, float]) -> None:
+        """Average over steps and processes, and write one line everywhere.
+
+        Args:
+            step: optimizer steps taken so far.
+            epoch: passes over the images so far.
+            rates: values of this step that the host knows: the schedules'.
+        """
+        names = sorted(self.sums)
+        means = self.accelerator.reduce(torch.stack([self.sums[name].float() for name in names]), "mean") / self.count
+        now = time.perf_counter()
+        elapsed = now - self.since
+        line: dict[str, Any] = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            **dict(zip(names, means.tolist(), strict=True)),
+            **rates,
+            "time/images_per_second": round(self.count * self.images_per_step / elapsed, 2),
+            "time/data_wait": round(self.waited / elapsed, 4),
+        }
+        self.sums, self.count, self.waited, self.since = {}, 0, 0.0, now
+        if self.accelerator.is_main_process:
+            with self.directory.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.bar.set_postfix_str(
+                f"loss {line['loss/dino']:.4f}, {line['time/images_per_second']:.0f} images/s, "
+                f"{line['time/data_wait']:.0%} waiting for data",
+                refresh=False,
+            )
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+
+    def close(self) -> None:
+        """End the bar and the trackers."""
+        self.bar.close()
+        self.accelerator.end_training()
+
+    def _start_trackers(self) -> None:
+        tracking = self.config.tracking
+        if not tracking.backends:
+            return
+        settings = {}
+        if "wandb" in tracking.backends:
+            settings["wandb"] = self._wandb_settings()
+        flat = {
+            key: value if isinstance(value := get(self.config, key), int | float | str) else str(value)
+            for key, _ in leaves()
+        }
+        self.accelerator.init_trackers(tracking.project, config=flat, init_kwargs=settings)
+
+    def _wandb_settings(self) -> dict[str, Any]:
+        """One W&B run for one run directory, whatever the number of starts; offline where there is no key."""
+        import wandb
+
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            os.environ["WANDB_MODE"] = "offline"
+        identity = self.directory.path / "wandb_id"
+        if not identity.exists() and self.accelerator.is_main_process:
+            identity.write_text(secrets.token_hex(8))
+        self.accelerator.wait_for_everyone()
+        return {
+            "id": identity.read_text(),
+            "resume": "allow",
+            "name": self.config.tracking.name or self.directory.path.name,
+            "dir": str(self.directory.path),
+        }

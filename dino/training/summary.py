@@ -1,0 +1,46 @@
+"""The block that says, before the first step, what will run."""
+
+from accelerate import Accelerator
+
+from dino.config import Config, get
+from dino.training.auto import Pool
+from dino.training.network import Network
+from dino.training.run_directory import RunDirectory
+
+
+def summary(
+    config: Config,
+    pool: Pool,
+    student: Network,
+    accelerator: Accelerator,
+    directory: RunDirectory,
+    start: int,
+    reasons: dict[str, str],
+) -> str:
+    """Images, steps, epochs, batch, networks, views, precision, checkpoints, and each `auto` value with its reason."""
+    train, views, steps = config.train, config.views, int(config.train.steps)
+    share = train.batch_size // (accelerator.num_processes * train.accumulation)
+    backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
+    device = accelerator.device.type.upper() + (
+        f", {train.cpu_threads} threads" if accelerator.device.type == "cpu" else ""
+    )
+    local = f" + {views.local_crops} local {views.local_size}²" if views.local_crops else ""
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    rows = {
+        "images": f"{pool.images:,} ({config.data.kind}, {pool.channels} channel{'s'[: pool.channels - 1]})",
+        "steps": f"{steps:,} = {steps * train.batch_size / pool.images:.4g} epochs"
+        + (f", going on from step {start:,}" if start else ""),
+        "global batch": f"{train.batch_size} = {accelerator.num_processes} process(es) × {train.accumulation} "
+        f"micro-batch(es) × {share} images",
+        "network": f"{config.model.arch}: {backbone / 1e6:.2f} M parameters, head {head / 1e6:.2f} M "
+        f"({config.objective.prototypes} prototypes, {config.objective.centering})",
+        "views": f"2 global {views.global_size}²{local}, {views.preset}",
+        "device": f"{device}, {precision}",
+        "checkpoints": f"every {train.checkpoint_every} steps in {directory.checkpoints}, the newest "
+        f"{train.keep_checkpoints} kept",
+    }
+    lines = [f"{name:>13}  {text}" for name, text in rows.items()]
+    if reasons:
+        lines.append("set by auto:")
+        lines += [f"  {key} = {get(config, key)}  ({reason})" for key, reason in reasons.items()]
+    return "\n".join(lines)

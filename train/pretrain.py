@@ -1,0 +1,119 @@
+"""Pre-train a vision backbone with DINO on a folder of unlabelled images.
+
+    accelerate launch train/pretrain.py data.root=path/to/images run.dir=runs/mine
+    accelerate launch train/pretrain.py --config configs/omniglot_cpu.yaml data.root=omniglot.zip train.epochs=5
+
+The run leaves RUN/backbone.safetensors, metrics.jsonl, report.html and checkpoints. Started again by the same command,
+it goes on where it stopped.
+"""
+
+import argparse
+
+from dino import cli
+from dino import config as configuration
+from dino.data import fingerprint, open_images
+from dino.training import faults, launch
+from dino.training.artifacts import write_backbone, write_report
+from dino.training.auto import Pool, keep_resolved, resolve
+from dino.training.checkpoint import Checkpoints
+from dino.training.interrupt import Interrupt, Stop
+from dino.training.loader import Batches
+from dino.training.metrics import Metrics
+from dino.training.network import Normalise, build_networks
+from dino.training.optimizer import adamw
+from dino.training.run_directory import RunDirectory
+from dino.training.schedules import schedules
+from dino.training.step import Step, build_targets
+from dino.training.summary import summary
+from dino.training.teacher import synchronise_buffers
+
+
+def main() -> None:
+    arguments = parse()
+    config = configuration.load(arguments.config, arguments.settings)
+    accelerator = launch.start(config)
+    directory = RunDirectory(config.run.dir)
+    earlier = directory.earlier_config(config.train.resume)
+
+    # Data, and the settings that depend on it.
+    images = open_images(config.data.root, config.data.kind, config.data.channels)
+    pool = Pool(len(images.names), images.channels, images.kind)
+    config, reasons = resolve(keep_resolved(config, earlier) if earlier else config, pool, launch.local_processes())
+    if earlier:
+        directory.refuse_other_config(config, earlier)
+    steps = int(config.train.steps)
+
+    # Student, teacher, objective, optimizer.
+    launch.set_threads_and_seed(config)
+    student, teacher = launch.place(accelerator, build_networks(config))
+    targets = build_targets(config).to(accelerator.device)
+    normalise = Normalise(config.views.mean, config.views.std).to(accelerator.device)
+    optimizer = adamw(student, config.optim)
+    modules = {"student": student, "teacher": teacher, "targets": targets}
+    checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, optimizer, config.train.keep_checkpoints)
+    wrapped, prepared = accelerator.prepare(student, optimizer)
+    plan = schedules(config)
+    take_step = Step(accelerator, config, wrapped, teacher, targets, prepared, normalise, plan)
+
+    # Where to begin.
+    launch.seed_process(config.train.seed, accelerator.process_index)
+    facts = {"images": fingerprint(images)}
+    start = 0
+    if found := directory.starting_point(config.train.resume):
+        state = checkpoints.load(found)
+        faults.refuse_other_images(state["images"], facts["images"], found)
+        start = state["step"]
+    accelerator.print(summary(config, pool, student, accelerator, directory, start, reasons))
+    if arguments.dry_run:
+        faults.rehearse(take_step, Batches(config, images, accelerator, start, start + 2, None), accelerator)
+        return
+    if accelerator.is_main_process:
+        directory.prepare(config, start)
+    accelerator.wait_for_everyone()
+
+    # The run.
+    interrupt = Interrupt(accelerator, config.train.time_limit)
+    batches = Batches(config, images, accelerator, start, steps, directory)
+    metrics = Metrics(accelerator, config, directory, start)
+    stop = Stop.NO
+    for step, micro_batches in enumerate(metrics.timing(batches), start):
+        metrics.add(take_step(step, micro_batches))
+        taken = step + 1
+        logs = taken % config.monitor.log_every == 0 or taken == steps
+        saves = taken % int(config.train.checkpoint_every) == 0 or taken == steps
+        if logs or saves:
+            faults.raise_if_broken(take_step, batches, directory)
+        if logs:
+            metrics.log(taken, taken * config.train.batch_size / pool.images, plan.at(step))
+        stop = interrupt.asked(batches.too_many_unreadable, together=logs)
+        if stop == Stop.UNREADABLE:
+            raise batches.unreadable_error()
+        if saves or stop:
+            synchronise_buffers(teacher)
+            checkpoints.save(taken, facts)
+            if accelerator.is_main_process:
+                write_backbone(directory, config, teacher.backbone, taken, facts["images"])
+        if stop:
+            break
+    metrics.close()
+    if accelerator.is_main_process:
+        write_report(directory)
+        print(stop.farewell(directory.path))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings, in YAML as groups and keys or as key=value:\n" + configuration.describe(),
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, for example one of configs/")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, take two steps, write nothing")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings that take precedence over the file's"
+    )
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
