@@ -45,8 +45,8 @@ class DINOHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_dim) to scores (B, K)."""
         # The length is taken in fp32: in half precision a short vector's would underflow.
-        bottleneck = F.normalize(self.mlp(features).float(), dim=-1)
-        return self.last_layer(bottleneck)
+        hidden = self.mlp(features)
+        return self.last_layer(F.normalize(hidden.float(), dim=-1).to(hidden.dtype))
 
 
 class Prototypes(nn.Module):

@@ -92,10 +92,10 @@ class Attention(nn.Module):
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q·kᵀ/√d)·v of (B, heads, length, d); on CPU in fp32, where bf16's backward pass is 8 times slower."""
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or query.dtype in (torch.float32, torch.float64):
         return F.scaled_dot_product_attention(query, key, value)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float()).to(query.dtype)
 
 
 class MLP(nn.Module):

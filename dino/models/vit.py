@@ -85,7 +85,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if spec.mask_token else None
-        rates = torch.linspace(0, drop_path, spec.depth).tolist()
+        rates = torch.linspace(0, drop_path, spec.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             Block(width, spec.num_heads, spec.mlp_ratio, spec.ffn, spec.layer_scale, rate) for rate in rates
         )
