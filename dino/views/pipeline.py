@@ -1,9 +1,10 @@
-"""Views made by worker processes: torchvision's transforms on uint8 tensors of one image."""
+"""Views made by worker processes: torchvision's v2 operations on uint8 tensors of one image."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
 from dino.views.spec import MultiCrop, View
 
@@ -16,16 +17,7 @@ class Augment:
         self.crop = v2.RandomResizedCrop(
             view.size, scale=view.scale, interpolation=InterpolationMode.BICUBIC, antialias=True
         )
-        kernel = min(view.blur_kernel, view.size - 1 + view.size % 2)  # odd, and no wider than the crop
-        self.colour = v2.Compose(
-            [
-                v2.RandomHorizontalFlip(view.flip),
-                v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=view.jitter),
-                v2.RandomGrayscale(view.grey),
-                v2.RandomApply([v2.GaussianBlur(kernel, sigma=view.blur_sigma)], p=view.blur),
-                v2.RandomSolarize(threshold=128, p=view.solarize),
-            ]
-        )
+        self.colour = colour_steps(view)
 
     def __call__(self, image: Tensor) -> Tensor:
         """(C, H, W) uint8 to (C, size, size) uint8."""
@@ -33,12 +25,28 @@ class Augment:
             image = small_affine(image)
         crop = self.crop(image)
         if self.view.stroke:
-            crop = change_stroke(crop, float(torch.empty(()).uniform_(-self.view.stroke, self.view.stroke)))
-        if crop.shape[0] in (1, 3):
-            return self.colour(crop)
-        # torchvision's colour transforms know 1 and 3 channels; as a stack of grey images, any number goes through with
+            crop = change_stroke(crop, uniform(-self.view.stroke, self.view.stroke))
+        # torchvision's colour operations know 1 and 3 channels; as a stack of grey images any number goes through, with
         # the same draw for all (saturation, hue and greyscale then change nothing).
-        return self.colour(crop[:, None])[:, 0]
+        as_greys = crop.shape[0] not in (1, 3)
+        crop = crop[:, None] if as_greys else crop
+        for step in self.colour:
+            crop = step(crop)
+        return crop[:, 0] if as_greys else crop
+
+
+def colour_steps(view: View) -> list[nn.Module]:
+    """Flip, jitter, greyscale, blur and solarisation, those that the view asks for."""
+    kernel = min(view.blur_kernel, view.size - 1 + view.size % 2)  # odd, and no wider than the crop
+    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    steps = [
+        (view.flip, v2.RandomHorizontalFlip(view.flip)),
+        (view.jitter, v2.RandomApply([jitter], p=view.jitter)),
+        (view.grey, v2.RandomGrayscale(view.grey)),
+        (view.blur, v2.RandomApply([v2.GaussianBlur(kernel, sigma=view.blur_sigma)], p=view.blur)),
+        (view.solarize, v2.RandomSolarize(threshold=128, p=view.solarize)),
+    ]
+    return [step for probability, step in steps if probability > 0]
 
 
 class MultiCropViews:
@@ -67,12 +75,16 @@ def small_affine(image: Tensor) -> Tensor:
     The background is the median of the image's border, per channel.
     """
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1)
-    background = border.median(dim=1).values.tolist()
-    transform = v2.RandomAffine(
-        degrees=10, translate=(0.05, 0.05), scale=(0.9, 1.1), shear=10, interpolation=InterpolationMode.BILINEAR,
-        fill=background,
-    )  # fmt: skip
-    return transform(image)
+    height, width = image.shape[1:]
+    return functional.affine(
+        image,
+        angle=uniform(-10, 10),
+        translate=[round(uniform(-0.05, 0.05) * width), round(uniform(-0.05, 0.05) * height)],
+        scale=uniform(0.9, 1.1),
+        shear=[uniform(-10, 10), 0.0],
+        interpolation=InterpolationMode.BILINEAR,
+        fill=border.median(dim=1).values.tolist(),
+    )
 
 
 def change_stroke(image: Tensor, amount: float) -> Tensor:
@@ -88,3 +100,8 @@ def change_stroke(image: Tensor, amount: float) -> Tensor:
     sign = 1.0 if amount >= 0 else -1.0
     extreme = sign * F.max_pool2d(sign * pixels, kernel_size=3, stride=1, padding=1)
     return torch.lerp(pixels, extreme, abs(amount)).round().to(torch.uint8)
+
+
+def uniform(low: float, high: float) -> float:
+    """One number from torch's global random state."""
+    return float(torch.empty(()).uniform_(low, high))
