@@ -15,7 +15,7 @@ from dino.models import Backbone
 def class_tokens(
     backbone: Backbone,
     images: Images,
-    indices: Sequence[int],
+    indices: Sequence[int] | np.ndarray,
     transform: Callable[[Tensor], Tensor],
     batch_size: int = 256,
     title: str = "features",
