@@ -69,6 +69,9 @@ class ModelConfig:
     layer_scale: float = setting(0.0, "initial LayerScale; 0: none (DINO), 1e-5 (DINOv2)")
     registers: int = setting(0, "register tokens")
     drop_path: float = setting(0.1, "stochastic depth of the student at the last block (0 at the first)")
+    initialisation: str = setting(
+        "published", "of random weights: published (std 0.02) or fan_in, for narrow networks", ("published", "fan_in")
+    )
     position_interpolation: str = setting(
         "size", "how positions are resampled: size (register releases) or offset (plain releases)", ("size", "offset")
     )

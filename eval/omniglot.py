@@ -17,7 +17,7 @@ from dino.data import open_images
 from dino.evaluation import omniglot
 from dino.evaluation.pictures import bars
 from dino.evaluation.readout import LogisticResult
-from dino.models import ResNet, VisionTransformer
+from dino.models import Backbone, ResNet, VisionTransformer
 from dino.training.artifacts import write_report
 from dino.training.run_directory import RunDirectory
 
@@ -55,8 +55,8 @@ def main() -> None:
 
     caption = (
         f"Article protocol: {len(data.indices):,} drawings of {len(set(data.labels))} alphabets (a seeded "
-        f"reconstruction of the published subset), {len(data.train):,} to learn from and {len(data.test):,} to test, one split. "
-        "Weights pre-trained on Omniglot have seen the test images, without labels: transductive."
+        f"reconstruction of the published subset), {len(data.train):,} to learn from and {len(data.test):,} to test, "
+        "one split. Weights pre-trained on Omniglot have seen the test images, without labels: transductive."
     )
     save(arguments.out, caption, rows, accuracy)
     print(f"\n{caption}\n")
@@ -65,12 +65,15 @@ def main() -> None:
     print(f"\n{arguments.out / 'results.json'}\n{arguments.out / 'chart.png'}")
 
 
-def random_like(backbone: VisionTransformer | ResNet) -> VisionTransformer | ResNet:
-    """The same architecture before training."""
-    torch.manual_seed(0)
-    blank = type(backbone)(backbone.spec).eval()
+def random_like(backbone: Backbone) -> Backbone:
+    """The same architecture as it was before training."""
+    torch.manual_seed(backbone.description["training"]["seed"])
+    if isinstance(backbone, ResNet):
+        blank: Backbone = ResNet(backbone.spec)
+    else:
+        blank = VisionTransformer(backbone.spec, initialisation=backbone.description["training"]["initialisation"])
     blank.preprocess = backbone.preprocess
-    return blank
+    return blank.eval()
 
 
 def save(out: Path, caption: str, rows: list[list[str]], accuracy: dict[str, LogisticResult]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torchvision
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class ResNet(nn.Module):
     statistics of one micro-batch of one crop size: accumulation changes them, as with any BatchNorm network.
     """
 
-    preprocess: Preprocess  # set by load_backbone
+    preprocess: Preprocess  # these two are set by load_backbone
+    description: dict[str, Any]
 
     def __init__(self, spec: ResNetSpec):
         super().__init__()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from dino.models.layers import Block, Group, Interpolation, PatchEmbed, interpolate_positions, unpack
 from dino.models.preprocess import Preprocess
 
+Initialisation = Literal["published", "fan_in"]
+
 
 class Size(NamedTuple):
     """Width, depth and heads of a named ViT."""
@@ -62,14 +64,18 @@ class VisionTransformer(nn.Module):
     Args:
         spec: sizes and conventions.
         drop_path: rate of stochastic depth at the last block, growing linearly from 0 at the first.
+        initialisation: of random weights. `published`: truncated normal of std 0.02 throughout, as DINO; narrow
+            networks then begin with nearly nothing in their residual branches and positions, and short runs do not get
+            over it. `fan_in`: std 1/√inputs in linear layers and 0.2 for positions.
 
     Raises:
         ValueError: sizes that do not divide (image by patch, width by heads).
     """
 
-    preprocess: Preprocess  # set by load_backbone
+    preprocess: Preprocess  # these two are set by load_backbone
+    description: dict[str, Any]
 
-    def __init__(self, spec: ViTSpec, drop_path: float = 0.0):
+    def __init__(self, spec: ViTSpec, drop_path: float = 0.0, initialisation: Initialisation = "published"):
         super().__init__()
         if spec.image_size % spec.patch_size:
             raise ValueError(f"image_size {spec.image_size} is not divisible by patch_size {spec.patch_size}")
@@ -90,16 +96,17 @@ class VisionTransformer(nn.Module):
             Block(width, spec.num_heads, spec.mlp_ratio, spec.ffn, spec.layer_scale, rate) for rate in rates
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self._initialise()
+        self._initialise(initialisation)
 
-    def _initialise(self) -> None:
-        """Linear layers, positions and tokens from a truncated normal of std 0.02 (DINO), biases 0."""
-        for token in (self.cls_token, self.pos_embed, self.register_tokens):
+    def _initialise(self, initialisation: Initialisation) -> None:
+        by_fan_in = initialisation == "fan_in"
+        nn.init.trunc_normal_(self.pos_embed, std=0.2 if by_fan_in else 0.02)
+        for token in (self.cls_token, self.register_tokens):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 if by_fan_in else 0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:

@@ -58,7 +58,8 @@ def load_backbone(weights: str | Path) -> Backbone:
     """A backbone in evaluation mode, from a run directory or a `backbone.safetensors`.
 
     It has the interface of DINOv2's hub models (`model(images)`, `forward_features`, `get_intermediate_layers`), and
-    `model.preprocess`, which brings uint8 images (…, C, H, W) to what the weights expect.
+    `model.preprocess`, which brings uint8 images (…, C, H, W) to what the weights expect; `model.description` is what
+    the file says of itself.
 
     Raises:
         UserError: no such file, not a file of this project, damaged, or tensors that do not match one to one.
@@ -78,6 +79,7 @@ def load_backbone(weights: str | Path) -> Backbone:
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} cannot be read as a backbone: {error}") from error
     load_strictly(backbone, tensors, str(file))
+    backbone.description = description
     backbone.preprocess = Preprocess(description["image_size"], description["mean"], description["std"])
     return backbone.eval()
 

@@ -39,6 +39,7 @@ def write_backbone(directory: RunDirectory, config: Config, backbone: Backbone, 
         "batch_size": config.train.batch_size,
         "seed": config.train.seed,
         "preset": config.views.preset,
+        "initialisation": config.model.initialisation,
         "images": fingerprint,
     }
     try:

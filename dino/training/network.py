@@ -42,7 +42,7 @@ def build_backbone(config: Config, drop_path: float = 0.0) -> VisionTransformer 
     model, channels = config.model, int(config.data.channels)
     if model.arch.startswith("resnet"):
         return ResNet(ResNetSpec(model.arch, channels))
-    return VisionTransformer(vit_spec(config), drop_path)
+    return VisionTransformer(vit_spec(config), drop_path, model.initialisation)  # type: ignore[arg-type]
 
 
 def vit_spec(config: Config) -> ViTSpec:
