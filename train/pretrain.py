@@ -45,7 +45,7 @@ def main() -> None:
 
     # Student, teacher, objective, optimizer.
     launch.set_threads_and_seed(config)
-    student, teacher = launch.place(accelerator, build_networks(config))
+    student, teacher = launch.place(accelerator, build_networks(config), config.train.compile)
     targets = build_targets(config).to(accelerator.device)
     normalise = Normalise(config.views.mean, config.views.std).to(accelerator.device)
     optimizer = adamw(student, config.optim)
@@ -67,12 +67,12 @@ def main() -> None:
     if arguments.dry_run:
         faults.rehearse(take_step, Batches(config, images, accelerator, start, start + 2, None), accelerator)
         return
+    interrupt = Interrupt(accelerator, config.train.time_limit)
     if accelerator.is_main_process:
         directory.prepare(config, start)
     accelerator.wait_for_everyone()
 
     # The run.
-    interrupt = Interrupt(accelerator, config.train.time_limit)
     batches = Batches(config, images, accelerator, start, steps, directory)
     metrics = Metrics(accelerator, config, directory, start)
     stop = Stop.NO

@@ -8,6 +8,7 @@ from torch import nn
 
 from dino.config import AUTO, Config
 from dino.errors import UserError
+from dino.models import VisionTransformer
 from dino.training.network import Network
 
 LAUNCHER_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16"}
@@ -58,12 +59,20 @@ def choose_precision(wanted: str, launcher: str | None, has_accelerator: bool) -
     return precision
 
 
-def place(accelerator: Accelerator, networks: tuple[Network, Network]) -> tuple[Network, Network]:
-    """Networks on this process's device; on several GPUs, BatchNorm takes its statistics over all of them."""
+def place(
+    accelerator: Accelerator, networks: tuple[Network, Network], compile_blocks: bool = False
+) -> tuple[Network, Network]:
+    """Networks on this process's device, if asked compiled; BatchNorm takes its statistics over all GPUs."""
     student, teacher = networks
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks)
-    return student.to(accelerator.device), teacher.to(accelerator.device)
+    for network in (student, teacher):
+        network.to(accelerator.device)
+        if compile_blocks and isinstance(network.backbone, VisionTransformer):
+            # Block by block: the one compiled graph serves all of them, and start-up stays short.
+            for block in network.backbone.blocks:
+                block.compile(dynamic=False)
+    return student, teacher
 
 
 def set_threads_and_seed(config: Config) -> None:
