@@ -1,6 +1,7 @@
 """What every entry point does around its work: user errors become one message and exit code 2."""
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -12,6 +13,9 @@ from dino.errors import UserError
 def run(main: Callable[[], None]) -> None:
     """Call `main`; print a `UserError` as `error: …` (once, on the first process) and exit with code 2."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
     try:
         main()
     except UserError as error:

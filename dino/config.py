@@ -265,6 +265,22 @@ def check(config: Config) -> None:
         require(value == AUTO or 0 <= value <= 1, f"{key} must lie between 0 and 1, got {value}")
     require(0 <= model.drop_path < 1, f"model.drop_path must lie in [0, 1), got {model.drop_path}")
 
+    require(0 <= train.seed < 2**63, f"train.seed must lie in [0, 2^63), got {train.seed}")
+    for key in ("model.embed_dim", "model.depth", "model.num_heads"):
+        require(get(config, key) is None or get(config, key) >= 1, f"{key} must be at least 1, got {get(config, key)}")
+    heads, width = model.num_heads, model.embed_dim
+    require(
+        not heads or not width or width % heads == 0,
+        f"model.embed_dim={width} is not divisible by model.num_heads={heads}",
+    )
+    betas = config.optim.betas
+    require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        f"optim.betas must be two numbers in [0, 1), got {betas}",
+    )
+    require(views.std is None or all(value > 0 for value in views.std), f"views.std must be above 0, got {views.std}")
+    require(config.optim.clip_grad >= 0, f"optim.clip_grad must not be negative, got {config.optim.clip_grad}")
+
     local_sizes = [("views.local_size", views.local_size)] if views.local_crops else []
     for key, size in [("views.global_size", views.global_size), *local_sizes]:
         if not model.arch.startswith("vit") or size < 1 or model.patch_size < 1:

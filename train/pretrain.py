@@ -8,6 +8,7 @@ it goes on where it stopped.
 """
 
 import argparse
+from contextlib import closing
 
 from dino import cli
 from dino import config as configuration
@@ -70,32 +71,33 @@ def main() -> None:
     interrupt = Interrupt(accelerator, config.train.time_limit)
     if accelerator.is_main_process:
         directory.prepare(config, start)
+        if start == steps:  # killed before the last checkpoint's backbone was written?
+            write_backbone(directory, config, teacher.backbone, start, facts["images"])
     accelerator.wait_for_everyone()
 
     # The run.
     batches = Batches(config, images, accelerator, start, steps, directory)
-    metrics = Metrics(accelerator, config, directory, start)
     stop = Stop.NO
-    for step, micro_batches in enumerate(metrics.timing(batches), start):
-        metrics.add(take_step(step, micro_batches))
-        taken = step + 1
-        logs = taken % config.monitor.log_every == 0 or taken == steps
-        saves = taken % int(config.train.checkpoint_every) == 0 or taken == steps
-        if logs or saves:
-            faults.raise_if_broken(take_step, batches, directory)
-        if logs:
-            metrics.log(taken, taken * config.train.batch_size / pool.images, plan.at(step))
-        stop = interrupt.asked(batches.too_many_unreadable, together=logs)
-        if stop == Stop.UNREADABLE:
-            raise batches.unreadable_error()
-        if saves or stop:
-            synchronise_buffers(teacher)
-            checkpoints.save(taken, facts)
-            if accelerator.is_main_process:
-                write_backbone(directory, config, teacher.backbone, taken, facts["images"])
-        if stop:
-            break
-    metrics.close()
+    with Metrics(accelerator, config, directory, start) as metrics, closing(metrics.timing(batches)) as timed:
+        for step, micro_batches in enumerate(timed, start):
+            metrics.add(take_step(step, micro_batches))
+            taken = step + 1
+            logs = taken % config.monitor.log_every == 0 or taken == steps
+            saves = taken % int(config.train.checkpoint_every) == 0 or taken == steps
+            stop = interrupt.asked(batches.too_many_unreadable, together=logs)
+            if logs or saves or stop:
+                faults.raise_if_broken(take_step, batches, directory)
+            if logs:
+                metrics.log(taken, taken * config.train.batch_size / pool.images, plan.at(step))
+            if stop == Stop.UNREADABLE:
+                raise batches.unreadable_error()
+            if saves or stop:
+                synchronise_buffers(teacher)
+                checkpoints.save(taken, facts)
+                if accelerator.is_main_process:
+                    write_backbone(directory, config, teacher.backbone, taken, facts["images"])
+            if stop:
+                break
     if accelerator.is_main_process:
         write_report(directory)
         print(stop.farewell(directory.path))

@@ -43,6 +43,11 @@ def resolve(config: Config, pool: Pool, local_processes: int = 1) -> tuple[Confi
             value, reason = rule(resolved, pool, local_processes)
             assign(resolved, key, value)
             reasons[key] = reason
+    for key in ("views.mean", "views.std"):
+        if len(get(resolved, key)) != pool.channels:
+            raise UserError(
+                f"{key}={get(resolved, key)} must have one value a channel: these images have {pool.channels}"
+            )
     return resolved, reasons
 
 

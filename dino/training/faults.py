@@ -57,6 +57,11 @@ def rehearse(take_step: Step, batches: Batches, accelerator: Accelerator) -> Non
             unreadable.append(f"  {images.names[index]}: {reason}")
     accelerator.print(f"read {len(chosen):,} of {len(images.names):,} images, {len(unreadable)} unreadable")
     accelerator.print(*unreadable[:20], sep="\n")
+    if len(unreadable) > take_step.config.data.max_unreadable * len(chosen):
+        raise UserError(
+            f"{len(unreadable)} of {len(chosen):,} images cannot be read, more than "
+            f"data.max_unreadable={take_step.config.data.max_unreadable:g} allows: mend or remove them, or raise it"
+        )
     for step, micro_batches in enumerate(batches, batches.start):
         began = time.perf_counter()
         loss = float(take_step(step, micro_batches)["loss/dino"])

@@ -68,13 +68,16 @@ class Batches:
             worker_init_fn=_leave_interrupts_to_the_main_process,
             generator=torch.Generator(),  # its own, so that starting workers draws nothing from the run's random state
         )
-        self.skipped = {} if directory is None else directory.read_skipped()
+        self.skipped = {} if directory is None else self._still_unreadable(directory.read_skipped())
+        if directory is not None and accelerator.is_main_process:
+            directory.write_skipped(list(self.skipped.items()))
 
     def __iter__(self) -> Iterator[list[list[Tensor]]]:
         """For each step, its micro-batches, each a list of crops by size."""
         micro_batches = []
+        iterator = iter(self.loader)
         try:
-            for batch in self.loader:
+            for batch in iterator:
                 if batch.skipped:
                     self._note(batch.skipped)
                 micro_batches.append(batch.crops)
@@ -82,7 +85,10 @@ class Batches:
                     yield micro_batches
                     micro_batches = []
         except UnreadableImage as error:
-            raise UserError(f"data.root={self.config.data.root}: {error}") from error
+            reason = str(error).strip().rsplit("\n", 1)[-1].removeprefix("dino.data.decode.UnreadableImage: ")
+            raise UserError(f"data.root={self.config.data.root}: {reason}") from error
+        finally:
+            del iterator  # ends the worker processes now, not when the last traceback has been forgotten
 
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch."""
@@ -105,6 +111,17 @@ class Batches:
             "Mend or remove them, or raise data.max_unreadable"
         )
 
+    def _still_unreadable(self, skipped: dict[str, str]) -> dict[str, str]:
+        """Without images that were mended since an earlier start."""
+        places = {name: index for index, name in enumerate(self.images.names)} if skipped else {}
+        found = {}
+        for name in skipped.keys() & places.keys():
+            try:
+                self.images.read(places[name])
+            except UnreadableImage as reason:
+                found[name] = str(reason)
+        return found
+
     def _note(self, entries: list[tuple[int, str]]) -> None:
         new = {self.images.names[index]: reason for index, reason in entries}
         new = {name: reason for name, reason in new.items() if name not in self.skipped}
@@ -116,4 +133,4 @@ class Batches:
 def _leave_interrupts_to_the_main_process(worker: int) -> None:
     """Ctrl-C reaches the whole process group; workers must live until the main process has saved its checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

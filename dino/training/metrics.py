@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +41,7 @@ class Metrics:
         )
         self._start_trackers()
 
-    def timing(self, batches: Iterable[T]) -> Iterator[T]:
+    def timing(self, batches: Iterable[T]) -> Generator[T, None, None]:
         """The same batches; counts the time spent waiting for them."""
         began = time.perf_counter()
         for batch in batches:
@@ -87,10 +87,13 @@ class Metrics:
             )
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
 
-    def close(self) -> None:
-        """End the bar and the trackers."""
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
-        self.accelerator.end_training()
+        if kind is None:  # trackers of a process that failed end with it; ending them may need the other processes
+            self.accelerator.end_training()
 
     def _start_trackers(self) -> None:
         tracking = self.config.tracking
@@ -109,8 +112,7 @@ class Metrics:
         """One W&B run for one run directory, whatever the number of starts; offline where there is no key."""
         import wandb
 
-        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-            os.environ["WANDB_MODE"] = "offline"
+        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
         identity = self.directory.path / "wandb_id"
         if not identity.exists() and self.accelerator.is_main_process:
             identity.write_text(secrets.token_hex(8))
@@ -120,4 +122,5 @@ class Metrics:
             "resume": "allow",
             "name": self.config.tracking.name or self.directory.path.name,
             "dir": str(self.directory.path),
+            **({"mode": "offline"} if offline else {}),
         }

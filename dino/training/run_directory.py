@@ -45,9 +45,11 @@ class RunDirectory:
         Raises:
             UserError: the directory holds something else, or a run while `train.resume=never`.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run.dir={self.path} is a file: name another directory")
+        if not self.path.exists() or not any(map(self._is_somebodys, self.path.iterdir())):
             return None
-        if not self.path.is_dir() or not self.config.exists():
+        if not self.config.exists():
             raise UserError(f"run.dir={self.path} is not empty and holds no run: name another directory")
         if resume == "never":
             raise UserError(
@@ -55,6 +57,10 @@ class RunDirectory:
                 "name another directory, or go on from its newest checkpoint with train.resume=auto"
             )
         return configuration.load(self.config)
+
+    def _is_somebodys(self, path: Path) -> bool:
+        """Whether it is more than what a run leaves that is killed before it has written its config."""
+        return not path.name.endswith(".partial") and not (path == self.checkpoints and not any(path.iterdir()))
 
     def refuse_other_config(self, config: Config, earlier: Config) -> None:
         """Raise a `UserError` if resuming with `config` would make another run of it."""
@@ -75,6 +81,9 @@ class RunDirectory:
         if resume in ("auto", "never"):
             return next(reversed(whole_checkpoints(self.checkpoints)), None)
         path = Path(resume)
+        mine = whole_checkpoints(self.checkpoints)
+        if mine and path.resolve().parent != self.checkpoints.resolve():
+            return mine[-1]  # an earlier start of this command went on from `path`
         if not (path / "state.json").exists():
             raise UserError(f"train.resume={resume} is no checkpoint: name a folder like RUN/checkpoints/step-00000500")
         return path
@@ -85,12 +94,21 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for left in [*self.checkpoints.glob(".*"), *self.path.glob(".*.partial")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for later in whole_checkpoints(self.checkpoints):
+                if int(later.name.removeprefix("step-")) > step:
+                    shutil.rmtree(later)
             _replace(self.config, configuration.dump(config))
             if self.metrics.exists():
                 lines = read_metrics(self.metrics)
                 _replace(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
+
+    def write_skipped(self, entries: list[tuple[str, str]]) -> None:
+        """The same, anew."""
+        self.skipped.unlink(missing_ok=True)
+        if entries:
+            self.add_skipped(entries)
 
     def add_skipped(self, entries: list[tuple[str, str]]) -> None:
         """Append unreadable images, (name, reason), to skipped.txt; any process may."""
