@@ -71,7 +71,7 @@ def main() -> None:
     interrupt = Interrupt(accelerator, config.train.time_limit)
     if accelerator.is_main_process:
         directory.prepare(config, start)
-        if start == steps:  # killed before the last checkpoint's backbone was written?
+        if start >= steps:  # killed before the last checkpoint's backbone was written?
             write_backbone(directory, config, teacher.backbone, start, facts["images"])
     accelerator.wait_for_everyone()
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dino.config import OptimConfig
+from dino.settings import OptimConfig
 
 TOKENS = ("cls_token", "register_tokens", "mask_token", "pos_embed")
 
