@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino.errors import UserError
+from dino.models.vit import SIZES
 from dino.settings import AUTO, Config
 
 
@@ -53,14 +55,15 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
         UserError: unreadable YAML, unknown key (with the nearest valid one), wrong type, impossible value; all of
             them are listed at once.
     """
+    fields = dict(leaves())
     given = dict(_read_yaml(path)) if path else {}
     for argument in overrides:
         key, separator, text = argument.partition("=")
         if not separator:
             raise UserError(f"'{argument}' is not a setting: write key=value, for example train.batch_size=128")
-        given[key.strip()] = _parse_scalar(text)
+        given[key.strip()] = _parse(text, fields.get(key.strip()))
 
-    fields, errors = dict(leaves()), []
+    errors = []
     config = OmegaConf.structured(Config)
     for key, value in given.items():
         if key not in fields:
@@ -68,13 +71,11 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
             errors.append(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             continue
         try:
-            OmegaConf.update(config, key, value)
+            OmegaConf.update(config, key, _number(value) if _takes_number(fields[key]) else value)
+            OmegaConf.select(config, key, throw_on_missing=True)  # ${…} and ??? mean something to OmegaConf
         except OmegaConfBaseException:
             errors.append(f"{key} must be {_type_name(fields[key])}, got {value!r}")
-    if errors:
-        raise UserError(
-            "\n  ".join([f"{len(errors)} of the settings cannot be used:", *errors]) if errors[1:] else errors[0]
-        )
+    _refuse(errors)
     loaded = cast(Config, OmegaConf.to_object(config))
     check(loaded)
     return loaded
@@ -88,7 +89,7 @@ def dump(config: Config) -> str:
 def check(config: Config) -> None:
     """Raise a `UserError` that lists every value that cannot work, whatever the data set."""
     views, model, train = config.views, config.model, config.train
-    errors = list(_check_choices(config))
+    errors = list(_check_choices(config))  # text that is not auto is told there
 
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -100,28 +101,27 @@ def check(config: Config) -> None:
         require(get(config, key) >= 1, f"{key} must be at least 1, got {get(config, key)}")
     for key in ("data.channels", "objective.prototypes", "train.steps", "train.checkpoint_every", "train.cpu_threads"):
         value = get(config, key)
-        require(value == AUTO or value >= 1, f"{key} must be auto or at least 1, got {value}")
+        require(isinstance(value, str) or value >= 1, f"{key} must be auto or at least 1, got {value}")
     for key in ("data.workers", "optim.warmup_steps", "optim.freeze_last_layer_steps", "views.local_crops",
                 "objective.teacher_temperature_warmup", "model.registers"):  # fmt: skip
         value = get(config, key)
-        require(value == AUTO or value >= 0, f"{key} must not be negative, got {value}")
+        require(isinstance(value, str) or value >= 0, f"{key} must not be negative, got {value}")
     for key in ("objective.student_temperature", "objective.teacher_temperature", "optim.lr",
                 "objective.teacher_temperature_start", "train.epochs"):  # fmt: skip
         value = get(config, key)
-        require(value == AUTO or value > 0, f"{key} must be above 0, got {value}")
+        require(isinstance(value, str) or value > 0, f"{key} must be above 0, got {value}")
     for key in ("objective.momentum", "objective.momentum_end", "objective.center_momentum", "data.max_unreadable"):
         value = get(config, key)
-        require(value == AUTO or 0 <= value <= 1, f"{key} must lie between 0 and 1, got {value}")
+        require(isinstance(value, str) or 0 <= value <= 1, f"{key} must lie between 0 and 1, got {value}")
     require(0 <= model.drop_path < 1, f"model.drop_path must lie in [0, 1), got {model.drop_path}")
 
     require(0 <= train.seed < 2**63, f"train.seed must lie in [0, 2^63), got {train.seed}")
     for key in ("model.embed_dim", "model.depth", "model.num_heads"):
         require(get(config, key) is None or get(config, key) >= 1, f"{key} must be at least 1, got {get(config, key)}")
-    heads, width = model.num_heads, model.embed_dim
-    require(
-        not heads or not width or width % heads == 0,
-        f"model.embed_dim={width} is not divisible by model.num_heads={heads}",
-    )
+    if named := SIZES.get(model.arch):
+        heads, width = model.num_heads or named.num_heads, model.embed_dim or named.embed_dim
+        require(width % heads == 0, f"model.embed_dim={width} is not divisible by model.num_heads={heads}")
+    require(train.epochs < math.inf, "train.epochs must be finite, got inf")
     betas = config.optim.betas
     require(
         len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
@@ -153,10 +153,7 @@ def check(config: Config) -> None:
         f"train.batch_size={train.batch_size} cannot be divided into train.accumulation={train.accumulation} equal "
         "micro-batches: change one of them",
     )
-    if errors:
-        raise UserError(
-            "\n  ".join([f"{len(errors)} of the settings cannot be used:", *errors]) if errors[1:] else errors[0]
-        )
+    _refuse(errors)
 
 
 def _refuse(errors: list[str]) -> None:
@@ -200,21 +197,34 @@ def _read_yaml(path: str | Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold groups of settings ({', '.join(sorted(groups))}), not {type(tree).__name__}")
     for group, settings in tree.items():
+        if settings is None and group in groups:
+            continue  # all of its lines are commented out
         if isinstance(settings, dict):
             yield from ((f"{group}.{key}", value) for key, value in settings.items())
         else:
             yield str(group), settings
 
 
-def _parse_scalar(text: str) -> Any:
-    """YAML's reading of a value, except that 1e-3 is a number, as everywhere but in YAML 1.1."""
+def _parse(text: str, field: dataclasses.Field | None) -> Any:
+    """A `key=value` argument's value: text as it stands where text is wanted, else YAML's reading of it."""
+    if field is not None and str(field.type) in ("<class 'str'>", "str | None"):
+        return None if text.lower() in ("none", "null") and "None" in str(field.type) else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return None if value.lower() == "none" else value
-    return value
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def _takes_number(field: dataclasses.Field) -> bool:
+    return "float" in str(field.type) and "list" not in str(field.type)
+
+
+def _number(value: Any) -> Any:
+    """1e-3 and 1 as the fractions that they are meant as; YAML 1.1 takes the first for text."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value

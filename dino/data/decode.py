@@ -55,7 +55,7 @@ def _read_picture(content: bytes, channels: int) -> np.ndarray:
     """A picture as (H, W, 1 or 3) uint8."""
     with Image.open(io.BytesIO(content)) as image:
         frames = getattr(image, "n_frames", 1)
-        if frames > 1:
+        if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or gain map after it
             raise UnreadableImage(f"it is animated or has several pages ({frames} frames)")
         image.load()
         upright = ImageOps.exif_transpose(image)

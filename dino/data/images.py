@@ -7,7 +7,6 @@ import hashlib
 import os
 import threading
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -73,7 +72,7 @@ class ZipImages:
             entries = self._archive().namelist()
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"{path} cannot be read as a zip archive: {error}") from error
-        hidden = [entry.startswith("__MACOSX/") or "/." in f"/{entry}" for entry in entries]
+        hidden = [entry.startswith("__MACOSX/") or _is_hidden(entry) for entry in entries]
         wanted = (entry for entry, skip in zip(entries, hidden, strict=True) if not skip and is_image(entry))
         self.names = sorted(set(wanted))
         self.labels = labels_of(self.names)
@@ -82,7 +81,7 @@ class ZipImages:
         name = self.names[index]
         try:
             content = self._archive().read(name)
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+        except Exception as error:  # BadZipFile, and whatever zlib, bz2 and lzma raise
             raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
         return decode(content, self.channels, name)
 
@@ -174,6 +173,10 @@ def labels_of(names: Sequence[str]) -> list[str] | None:
 def is_image(name: str) -> bool:
     """Whether a file name has the ending of a format that is read."""
     return name.lower().endswith(EXTENSIONS)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _image_paths(root: Path) -> Iterator[str]:

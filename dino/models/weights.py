@@ -76,11 +76,12 @@ def load_backbone(weights: str | Path) -> Backbone:
             raise UserError(f"{file} does not describe itself (no '{METADATA_KEY}' metadata): not made by this project")
         description = json.loads(text)
         backbone = _build(description)
+        preprocess = Preprocess(description["image_size"], description["mean"], description["std"])
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} cannot be read as a backbone: {error}") from error
     load_strictly(backbone, tensors, str(file))
     backbone.description = description
-    backbone.preprocess = Preprocess(description["image_size"], description["mean"], description["std"])
+    backbone.preprocess = preprocess
     return backbone.eval()
 
 

@@ -114,7 +114,7 @@ class Checkpoints:
             random = path / f"random-{self.accelerator.process_index}.safetensors"
             if random.exists():  # absent for processes that the saved run did not have
                 self._set_random_state(load_file(random))
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(
                 f"the checkpoint {path} is damaged ({error}): remove it to go on from the one before"
             ) from error

@@ -17,7 +17,7 @@ CHECKED_IMAGES = 1000
 def raise_if_broken(take_step: Step, batches: Batches, directory: RunDirectory | None) -> None:
     """Raise a `UserError` if a loss or gradient was not finite since the start; the device decided it, step by step.
 
-    No weight has been changed by such a step, and no checkpoint is written after it.
+    No such step has changed the student, and no checkpoint is written after it.
     """
     step = int(take_step.first_broken)
     if step < 0:
@@ -31,7 +31,7 @@ def raise_if_broken(take_step: Step, batches: Batches, directory: RunDirectory |
             listing.write_text("\n".join(names) + "\n", encoding="utf-8", errors="surrogateescape")
     raise UserError(
         f"the loss or its gradient is NaN or infinite at step {step + 1} (batch: {', '.join(names[:3])} …{listed}). "
-        "That step changed no weight, and the checkpoints before it are whole. Usual ways on: a lower optim.lr, a "
+        "Its update was left out, and the checkpoints before it are whole. Usual ways on: a lower optim.lr, a "
         "longer optim.warmup_steps, optim.clip_grad=1, or train.precision=fp32"
     )
 

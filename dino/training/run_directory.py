@@ -1,6 +1,7 @@
 """RUN/: what a run leaves on disk, and the refusal to mix two runs in one place."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -112,16 +113,17 @@ class RunDirectory:
 
     def add_skipped(self, entries: list[tuple[str, str]]) -> None:
         """Append unreadable images, (name, reason), to skipped.txt; any process may."""
-        lines = "".join(f"{name}\t{reason}\n" for name, reason in entries)
-        with self.skipped.open("a", encoding="utf-8", errors="surrogateescape") as file:
+        lines = "".join(f"{_escape(name)}\t{_escape(reason)}\n" for name, reason in entries)
+        with self.skipped.open("a", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             file.write(lines)
 
     def read_skipped(self) -> dict[str, str]:
         """Unreadable images so far: name to reason."""
         if not self.skipped.exists():
             return {}
-        lines = self.skipped.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        return dict(line.split("\t", 1) for line in lines if "\t" in line)
+        lines = self.skipped.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+        pairs = (line.split("\t", 1) for line in lines if "\t" in line)
+        return {_unescape(name): _unescape(reason) for name, reason in pairs}
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -133,6 +135,19 @@ def read_metrics(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+
+
+def _escape(text: str) -> str:
+    """Tabs and line ends, which a file name may hold, as \\t, \\n and \\r."""
+    return "".join(ESCAPES.get(character, character) for character in text)
+
+
+def _unescape(text: str) -> str:
+    written = {escaped: plain for plain, escaped in ESCAPES.items()}
+    return re.sub(r"\\[\\tnr]", lambda match: written[match[0]], text)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ class Schedule:
         if step >= self.steps - 1:
             return self.end
         progress = (step - self.warmup) / (self.steps - 1 - self.warmup)
-        return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.peak + (self.end - self.peak) * 0.5 * (1 - math.cos(math.pi * progress))  # exactly peak at 0
 
 
 @dataclass(frozen=True)

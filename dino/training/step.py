@@ -51,8 +51,8 @@ class Step:
             micro_batches: each a list of crops by size, (views·B, C, size, size) uint8, global views first.
 
         Returns:
-            Named scalars on the device. A loss or gradient that is not finite changes no weight; `first_broken` then
-            holds the step at which it first came up.
+            Named scalars on the device. A loss or gradient that is not finite leaves the student and its optimizer as
+            they were (the teacher follows them, finite); `first_broken` then holds the step at which it first came up.
         """
         schedules, device = self.schedules, self.accelerator.device
         set_rates(self.optimizer, schedules.lr(step), schedules.weight_decay(step))

@@ -75,16 +75,18 @@ def small_affine(image: Tensor) -> Tensor:
     The background is the median of the image's border, per channel.
     """
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1)
+    background = border.median(dim=1).values[:, None, None].float()
     height, width = image.shape[1:]
-    return functional.affine(
-        image,
+    # Moved as the difference from the background: torchvision's own `fill` leaves a dark seam where the image ends.
+    moved = functional.affine(
+        image.float() - background,
         angle=uniform(-10, 10),
         translate=[round(uniform(-0.05, 0.05) * width), round(uniform(-0.05, 0.05) * height)],
         scale=uniform(0.9, 1.1),
         shear=[uniform(-10, 10), 0.0],
         interpolation=InterpolationMode.BILINEAR,
-        fill=border.median(dim=1).values.tolist(),
     )
+    return (moved + background).round().clamp(0, 255).to(torch.uint8)
 
 
 def change_stroke(image: Tensor, amount: float) -> Tensor:

@@ -1,0 +1,241 @@
+"""The entry points started as a user starts them: each run a process of its own, with no key, no settings, no cache."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "train" / "pretrain.py"
+TINY = (
+    "data.kind=digits",
+    "data.workers=0",
+    "views.preset=line_art",
+    "views.global_size=8",
+    "views.local_size=4",
+    "views.local_crops=2",
+    "model.arch=vit_tiny",
+    "model.patch_size=4",
+    "model.embed_dim=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "objective.prototypes=64",
+    "objective.head_hidden=32",
+    "objective.head_bottleneck=16",
+    "train.batch_size=32",
+    "train.cpu_threads=1",
+    "monitor.log_every=1",
+)
+ONE = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+TWO = "-m torch.distributed.run --standalone --nproc_per_node 2"
+LAUNCHERS = {"python": [], "accelerate": ONE.split(), "torchrun": TWO.split()}
+FROM_OUTSIDE = ("ACCELERATE_", "WANDB_", "MASTER_", "TORCHELASTIC_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_")
+FULL_DISK = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
+FULL_DISK += "os.execv(sys.argv[2], sys.argv[2:])"
+LONGEST = 120  # seconds that a process may take on a busy machine
+
+
+class Process(subprocess.Popen):
+    """A run that goes on while the test looks at it, in a process group of its own."""
+
+    output: Path
+    errors: Path
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Return once `holds()`; the test fails if the run ends before."""
+
+        def holds_or_ended() -> bool:
+            return holds() or self.poll() is not None
+
+        wait_for(holds_or_ended, self.errors)
+        assert self.poll() is None, f"the run ended too early, {self.returncode}: {self.errors.read_text()}"
+
+    def end(self, number: signal.Signals, everybody: bool = False) -> int:
+        """Send a signal, to the process or to its whole group, and wait for the exit code."""
+        if everybody:
+            os.killpg(self.pid, number)
+        else:
+            self.send_signal(number)
+        return self.wait(LONGEST)
+
+
+def wait_for(holds: Callable[[], bool], errors: Path) -> None:
+    """Return once `holds()`; after two minutes the test fails with the text in `errors`."""
+    deadline = time.monotonic() + LONGEST
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {LONGEST} s in vain: {errors.read_text()}"
+        time.sleep(0.001)
+
+
+class Runs:
+    """Starts pre-trainings, by default of a tiny ViT on scikit-learn's digits.
+
+    Args:
+        folder: the home directory that the runs see, and where their output is kept.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.started: list[Process] = []
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        """This process's variables without those that steer launchers and trackers."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(FROM_OUTSIDE)}
+        home = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), str(self.folder))
+        return {**kept, **home, "PYTHONUNBUFFERED": "1", **changes}
+
+    def run(
+        self,
+        *arguments: object,
+        launcher: str = "python",
+        largest_file: int = 0,
+        timeout: int = LONGEST,
+        **variables: str,
+    ) -> CompletedProcess:
+        """Run to the end; gives the exit code and the output.
+
+        Args:
+            arguments: of pretrain.py, after the tiny settings, over which they take precedence.
+            launcher: python, accelerate (one process) or torchrun (two).
+            largest_file: bytes; a file that grows beyond fails as on a full disk. 0: any.
+            variables: changes of the environment.
+        """
+        command = _command(launcher, arguments)
+        if largest_file:
+            command = [sys.executable, "-c", FULL_DISK, str(largest_file), *command]
+        try:
+            return subprocess.run(
+                command,
+                env=self.environment(**variables),
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=LONGEST,
+            )
+        except subprocess.TimeoutExpired as expired:  # killed; the other runs of `together` shall still be judged
+            output, errors = ((text or b"").decode() for text in (expired.stdout, expired.stderr))
+            return CompletedProcess(command, -signal.SIGKILL, output, f"{errors}\nhung for {LONGEST} s")
+
+    def finish(self, *arguments: object, **options: str) -> CompletedProcess:
+        """`run`; the test fails unless the exit code is 0."""
+        done = self.run(*arguments, **options)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def together(self, commands: dict[str, Sequence[object]], **launchers: str) -> dict[str, CompletedProcess]:
+        """Several runs, two at a time: most of a short run is the import of torch, which takes one core.
+
+        Args:
+            commands: name to arguments.
+            launchers: name to launcher, where it is not python.
+        """
+
+        def run(name: str) -> CompletedProcess:
+            return self.run(*commands[name], launcher=launchers.get(name, "python"))
+
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(commands, pool.map(run, commands), strict=True))
+
+    def start(self, *arguments: object, launcher: str = "python") -> Process:
+        """Start a run and return while it goes on."""
+        output, errors = (self.folder / f"process-{len(self.started)}.{kind}" for kind in ("out", "err"))
+        with output.open("w") as out, errors.open("w") as err:
+            process = Process(
+                _command(launcher, arguments),
+                env=self.environment(),
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        process.output, process.errors = output, errors
+        self.started.append(process)
+        return process
+
+    def stop_all(self) -> None:
+        """Kill what a failed test has left running."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _command(launcher: str, arguments: Sequence[object]) -> list[str]:
+    return [sys.executable, *LAUNCHERS[launcher], str(SCRIPT), *TINY, *map(str, arguments)]
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of RUN/metrics.jsonl, without one that is just being written."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def steps_logged(run: Path) -> list[int]:
+    """The steps in RUN/metrics.jsonl, in the file's order."""
+    return [line["step"] for line in metrics(run)]
+
+
+def losses(run: Path) -> list[float]:
+    """The losses in RUN/metrics.jsonl, in the file's order."""
+    return [line["loss/dino"] for line in metrics(run)]
+
+
+def checkpoints(run: Path) -> list[int]:
+    """The steps of a run's whole checkpoints."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    """RUN/checkpoints/step-…"""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def copy_run(source: Path, target: Path, *steps: int) -> Path:
+    """A copy of a run directory with only the checkpoints of `steps`."""
+    shutil.copytree(source, target)
+    for step in set(checkpoints(target)) - set(steps):
+        shutil.rmtree(checkpoint(target, step))
+    return target
+
+
+def backbone(run: Path) -> bytes:
+    """RUN/backbone.safetensors."""
+    return (run / "backbone.safetensors").read_bytes()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def error_of(done: CompletedProcess) -> str:
+    """The message for a user's error: exit code 2, 'error: ' at the beginning of a line of stderr, no traceback."""
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr}"
+    _, found, message = f"\n{done.stderr}".partition("\nerror: ")
+    assert found, f"no line begins with 'error: ': {done.stderr!r}"
+    assert "error: " not in message, f"said twice: {done.stderr!r}"
+    return message
+
+
+def write_images(folder: Path, count: int, size: int = 24, suffix: str = ".png") -> list[Path]:
+    """Small RGB images of noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    paths = [folder / f"image-{index:03d}{suffix}" for index in range(count)]
+    for path in paths:
+        Image.fromarray(generator.integers(0, 256, (size, size + 5, 3), dtype=np.uint8)).save(path)
+    return paths

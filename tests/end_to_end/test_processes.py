@@ -1,0 +1,108 @@
+"""Two real CPU processes, and micro-batches, give the curves of one process and one batch."""
+
+import shutil
+import signal
+
+import pytest
+from launching import backbone, checkpoint, checkpoints, copy_run, metrics, steps_logged
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=4", "model.drop_path=0", "optim.lr=0.003")
+CENTRE = (*SETTINGS, "objective.centering=centre")
+SINKHORN = (*SETTINGS, "objective.centering=sinkhorn")
+
+
+@pytest.fixture(scope="module")
+def done(runs, tmp_path_factory):
+    """Finished runs by name: (run directory, process)."""
+    folder = tmp_path_factory.mktemp("processes")
+    commands = {
+        "two_centre": CENTRE,
+        "one_centre": CENTRE,
+        "two_sinkhorn": SINKHORN,
+        "one_sinkhorn": SINKHORN,
+        "two_sinkhorn_accumulated": (*SINKHORN, "train.accumulation=2"),
+        "one_centre_accumulated": (*CENTRE, "train.accumulation=4"),
+        "two_random": (*CENTRE, "model.drop_path=0.2"),
+    }
+    commands = {name: (*settings, f"run.dir={folder / name}") for name, settings in commands.items()}
+    launchers = {name: "torchrun" for name in commands if name.startswith("two")}
+    finished = runs.together(commands, **launchers)
+    for process in finished.values():
+        assert process.returncode == 0, process.stderr
+    return {name: (folder / name, process) for name, process in finished.items()}
+
+
+def assert_same_curves(run, reference, rtol=1e-4):
+    assert steps_logged(run) == list(range(1, STEPS + 1))
+    for line, wanted in zip(metrics(run), metrics(reference), strict=True):
+        assert line["loss/dino"] == pytest.approx(wanted["loss/dino"], rel=rtol), f"step {line['step']}"
+        assert line["optim/gradient_norm"] == pytest.approx(wanted["optim/gradient_norm"], rel=10 * rtol)
+
+
+def test_the_curves_compared_here_move(done):
+    """Otherwise equality would say nothing."""
+    for name in ("one_centre", "one_sinkhorn"):
+        losses = [line["loss/dino"] for line in metrics(done[name][0])]
+        assert max(losses) - min(losses) > 100 * 1e-4 * max(losses)
+
+
+@pytest.mark.parametrize("centring", ["centre", "sinkhorn"])
+def test_two_processes_give_the_curve_of_one(done, centring):
+    (two, process), (one, alone) = done[f"two_{centring}"], done[f"one_{centring}"]
+    assert "32 = 2 process(es) × 1 micro-batch(es) × 16 images" in process.stdout  # there really were two
+    assert "32 = 1 process(es) × 1 micro-batch(es) × 32 images" in alone.stdout
+    assert_same_curves(two, one)
+
+
+def test_what_two_processes_print_is_printed_once(done):
+    assert done["two_centre"][1].stdout.count("global batch") == 1
+    assert done["two_centre"][1].stdout.count("done: ") == 1
+
+
+def test_micro_batches_give_the_curve_of_one_batch(done):
+    assert "1 process(es) × 4 micro-batch(es) × 8 images" in done["one_centre_accumulated"][1].stdout
+    assert_same_curves(done["one_centre_accumulated"][0], done["one_centre"][0])
+
+
+def test_two_processes_with_micro_batches_give_the_curve_of_one_batch(done):
+    assert "2 process(es) × 2 micro-batch(es) × 8 images" in done["two_sinkhorn_accumulated"][1].stdout
+    assert_same_curves(done["two_sinkhorn_accumulated"][0], done["one_sinkhorn"][0])
+
+
+def test_the_number_of_processes_may_change_when_a_run_is_resumed(runs, done, tmp_path):
+    run = copy_run(done["two_centre"][0], tmp_path / "run", 4)
+    alone = runs.finish(*CENTRE, f"run.dir={run}")
+    assert "going on from step 4\n" in alone.stdout
+    shutil.rmtree(checkpoint(run, 12))
+    both = runs.finish(*CENTRE, f"run.dir={run}", launcher="torchrun")
+    assert "going on from step 8\n" in both.stdout
+    assert "2 process(es)" in both.stdout
+    assert_same_curves(run, done["one_centre"][0])
+
+
+def test_two_processes_with_random_state_resume_bit_identical(runs, done, tmp_path):
+    whole, _ = done["two_random"]
+    run = copy_run(whole, tmp_path / "run", 8)
+    runs.finish(*CENTRE, "model.drop_path=0.2", f"run.dir={run}", launcher="torchrun")
+    assert backbone(run) == backbone(whole)
+
+
+def test_batch_that_processes_cannot_share_is_refused(runs, tmp_path):
+    done = runs.run("train.batch_size=33", "train.steps=2", f"run.dir={tmp_path / 'run'}", launcher="torchrun")
+    assert done.returncode != 0
+    assert done.stderr.count("error: train.batch_size=33 cannot be shared equally by 2 process(es)") == 1
+    assert "use 32 or 34" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_to_torchrun_leaves_a_checkpoint(runs, tmp_path):
+    run = tmp_path / "run"
+    process = runs.start("train.steps=2000", "train.checkpoint_every=1000", f"run.dir={run}", launcher="torchrun")
+    process.wait_until(lambda: len(steps_logged(run)) >= 3)
+    process.end(signal.SIGTERM)
+    assert "asked to stop" in process.output.read_text()
+    assert checkpoints(run) == [steps_logged(run)[-1]]

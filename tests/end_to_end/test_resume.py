@@ -1,0 +1,256 @@
+"""A run that is killed, stopped, or started again with other settings: the end is that of an uninterrupted run, or no
+byte of it is changed."""
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+from launching import (
+    backbone,
+    checkpoint,
+    checkpoints,
+    contents,
+    copy_run,
+    error_of,
+    steps_logged,
+    wait_for,
+    write_images,
+)
+
+pytestmark = pytest.mark.slow
+
+STEPS = 60
+SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=7", "model.drop_path=0.2")
+CENTRE = (*SETTINGS, "objective.centering=centre")
+SINKHORN = (*SETTINGS, "objective.centering=sinkhorn", "train.cpu_threads=2")
+
+
+@pytest.fixture(scope="module")
+def whole(runs, tmp_path_factory):
+    """Run directories of uninterrupted runs, by centring."""
+    folder = tmp_path_factory.mktemp("whole")
+    commands = {
+        "centre": [*CENTRE, f"run.dir={folder / 'centre'}"],
+        "sinkhorn": [*SINKHORN, f"run.dir={folder / 'sinkhorn'}"],
+    }
+    for done in runs.together(commands).values():
+        assert done.returncode == 0, done.stderr
+    assert checkpoints(folder / "centre") == [49, 56, 60]
+    return {name: folder / name for name in commands}
+
+
+def partial(folder):
+    """What is being written in a folder at this moment."""
+    return {path.name for path in folder.glob(".*.partial")}
+
+
+@pytest.mark.parametrize(("name", "settings", "workers"), [("centre", CENTRE, 0), ("sinkhorn", SINKHORN, 2)])
+def test_killed_at_any_moment_the_same_command_ends_bit_identical(runs, whole, tmp_path, name, settings, workers):
+    run = tmp_path / "run"
+    command = [*settings, f"data.workers={workers}", f"run.dir={run}"]
+
+    moment = random.randrange(1, 25)
+    print(f"killed once step {moment} is logged")
+    process = runs.start(*command)
+    process.wait_until(lambda: len(steps_logged(run)) >= moment)
+    assert process.end(signal.SIGKILL) == -signal.SIGKILL
+
+    left = partial(run / "checkpoints")  # by the first kill, if it came in the midst of a checkpoint
+    process = runs.start(*command)
+    process.wait_until(lambda: bool(partial(run / "checkpoints") - left))
+    assert process.end(signal.SIGKILL) == -signal.SIGKILL
+
+    process = runs.start(*command)
+    process.wait_until(lambda: bool(partial(run)) and max(checkpoints(run), default=0) > 21)
+    assert process.end(signal.SIGKILL) == -signal.SIGKILL
+
+    runs.finish(*command)
+    assert backbone(run) == backbone(whole[name])
+    assert steps_logged(run) == list(range(1, STEPS + 1))
+    assert checkpoints(run) == [49, 56, 60]
+    assert not partial(run)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_stopped_by_signals_and_time_limit_it_goes_on_bit_identical(runs, whole, tmp_path):
+    run = tmp_path / "run"
+    command = [*CENTRE, f"run.dir={run}"]
+
+    process = runs.start(*command, "data.workers=2")
+    process.wait_until(lambda: len(steps_logged(run)) >= 3)
+    reached = len(steps_logged(run))
+    assert process.end(signal.SIGTERM) == 0
+    assert checkpoints(run)[-1] == steps_logged(run)[-1]
+    assert checkpoints(run)[-1] <= reached + 10, "no checkpoint at once"
+    assert "asked to stop" in process.output.read_text()
+    assert (run / "backbone.safetensors").exists()
+
+    stopped = checkpoints(run)[-1]
+    process = runs.start(*command, "data.workers=2")
+    process.wait_until(lambda: steps_logged(run)[-1] >= stopped + 3)
+    assert process.end(signal.SIGINT, everybody=True) == 0, process.errors.read_text()  # Ctrl-C reaches workers too
+    assert checkpoints(run)[-1] == steps_logged(run)[-1]
+    assert f"going on from step {stopped}\n" in process.output.read_text()
+
+    stopped = checkpoints(run)[-1]
+    done = runs.finish(*command, "train.time_limit=0.0001")
+    assert "time limit" in done.stdout
+    assert checkpoints(run)[-1] == stopped + 1
+
+    runs.finish(*command, "train.keep_checkpoints=2")
+    assert backbone(run) == backbone(whole["centre"])
+    assert steps_logged(run) == list(range(1, STEPS + 1))
+    assert checkpoints(run) == [56, 60]
+
+
+def test_sigterm_to_all_processes_of_the_run_leaves_a_checkpoint(runs, tmp_path):
+    """Slurm and service managers signal the whole group: a worker that dies first must not take the run along."""
+    run = tmp_path / "run"
+    process = runs.start(*CENTRE, "data.workers=2", "train.checkpoint_every=1000", f"run.dir={run}")
+    process.wait_until(lambda: len(steps_logged(run)) >= 3)
+    assert process.end(signal.SIGTERM, everybody=True) == 0, process.errors.read_text()
+    assert checkpoints(run) == [steps_logged(run)[-1]]
+
+
+def test_sigterm_to_the_launcher_ends_the_run_with_a_checkpoint(runs, whole, tmp_path):
+    run = tmp_path / "run"
+    command = [*CENTRE, "train.checkpoint_every=1000", f"run.dir={run}"]
+    process = runs.start(*command, launcher="accelerate")
+    process.wait_until(lambda: len(steps_logged(run)) >= 3)
+    assert process.end(signal.SIGTERM) != 0  # the launcher is gone, the run is not yet
+    wait_for(lambda: "asked to stop" in process.output.read_text(), process.errors)
+    assert checkpoints(run) == [steps_logged(run)[-1]]
+    assert checkpoints(run)[0] < STEPS
+
+
+def test_killed_before_the_config_was_written(runs, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / ".config.yaml.partial").write_text("data:\n  ro")
+    runs.finish("train.steps=2", f"run.dir={run}")
+    assert steps_logged(run) == [1, 2]
+
+
+def test_killed_after_the_last_checkpoint_the_backbone_is_still_written(runs, whole, tmp_path):
+    run = copy_run(whole["centre"], tmp_path / "run", 56, 60)
+    for name in ("backbone.safetensors", "report.html"):
+        (run / name).unlink()
+    runs.finish(*CENTRE, f"run.dir={run}")
+    assert backbone(run) == backbone(whole["centre"])
+    assert (run / "report.html").exists()
+
+
+def test_damaged_checkpoint_is_named_and_can_be_removed(runs, whole, tmp_path):
+    run = copy_run(whole["centre"], tmp_path / "run", 56, 60)
+    damaged = checkpoint(run, 60) / "teacher.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    before = contents(run)
+    message = error_of(runs.run(*CENTRE, f"run.dir={run}"))
+    assert str(checkpoint(run, 60)) in message
+    assert "remove it" in message
+    assert contents(run) == before
+    shutil.rmtree(checkpoint(run, 60))
+    runs.finish(*CENTRE, f"run.dir={run}")
+    assert backbone(run) == backbone(whole["centre"])
+
+
+def test_more_steps_may_be_asked_for(runs, whole, tmp_path):
+    run = copy_run(whole["centre"], tmp_path / "run", 60)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6')  # as a kill leaves it
+    runs.finish(*CENTRE, "train.steps=63", f"run.dir={run}")
+    assert steps_logged(run) == list(range(1, 64))
+    assert checkpoints(run) == [60, 63]
+
+
+def test_fewer_steps_than_taken_change_no_weight(runs, whole, tmp_path):
+    run = copy_run(whole["centre"], tmp_path / "run", 60)
+    done = runs.run(*CENTRE, "train.steps=50", f"run.dir={run}")
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 2)
+    assert backbone(run) == backbone(whole["centre"])
+    assert checkpoints(run) == [60]
+
+
+def test_path_of_a_checkpoint_begins_a_new_directory(runs, whole, tmp_path):
+    run = tmp_path / "run"
+    command = [*CENTRE, f"train.resume={checkpoint(whole['centre'], 49)}", f"run.dir={run}"]
+    runs.finish(*command, "train.time_limit=0.0001")
+    assert checkpoints(run) == [50]
+    done = runs.finish(*command)
+    assert "going on from step 50\n" in done.stdout, "the same command must go on where it stopped"
+    assert backbone(run) == backbone(whole["centre"])
+    assert steps_logged(run) == list(range(50, STEPS + 1))
+
+
+def test_path_of_an_earlier_checkpoint_takes_the_run_back(runs, whole, tmp_path):
+    run = copy_run(whole["centre"], tmp_path / "run", 49, 56, 60)
+    runs.finish(*CENTRE, f"train.resume={checkpoint(run, 49)}", "train.time_limit=0.0001", f"run.dir={run}")
+    assert steps_logged(run)[-1] == 50
+    assert 50 in checkpoints(run)
+    done = runs.finish(*CENTRE, f"run.dir={run}")
+    assert "going on from step 50\n" in done.stdout, "checkpoints of the steps taken back must not be gone on from"
+    assert backbone(run) == backbone(whole["centre"])
+    assert steps_logged(run) == list(range(1, STEPS + 1))
+
+
+@pytest.fixture(scope="module")
+def refused(runs, whole, tmp_path_factory):
+    """Starts that must be refused, by name: run directory, its contents before, and what came of it."""
+    folder = tmp_path_factory.mktemp("refused")
+    copies = {name: copy_run(whole["centre"], folder / name, 60) for name in ("other", "never", "narrower")}
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "notes.txt").write_text("mine")
+    write_images(folder / "images", 24)
+    pictures = [
+        "data.kind=folder",
+        f"data.root={folder / 'images'}",
+        "train.batch_size=8",
+        "train.steps=4",
+        f"run.dir={folder / 'pictures'}",
+    ]
+    runs.finish(*pictures)
+    (folder / "images" / "image-007.png").unlink()
+    commands = {
+        "other": [*CENTRE, "optim.lr=0.02", "train.batch_size=16", "model.drop_path=0", f"run.dir={copies['other']}"],
+        "never": [*CENTRE, "train.resume=never", f"run.dir={copies['never']}"],
+        "partial": [*CENTRE, f"train.resume={folder}", f"run.dir={folder / 'partial'}"],
+        "foreign": [*CENTRE, f"run.dir={folder / 'foreign'}"],
+        "pictures": [*pictures, "train.steps=6"],
+        "new": [
+            *CENTRE,
+            "model.embed_dim=16",
+            f"train.resume={checkpoint(copies['narrower'], 60)}",
+            f"run.dir={folder / 'new'}",
+        ],
+    }
+    before = {name: contents(folder / name) for name in commands}
+    done = runs.together(commands)
+    return {name: (folder / name, before[name], done[name]) for name in commands}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("other", ["optim.lr", "0.02", "train.batch_size", "32", "16", "model.drop_path", "0.2", "resume", "run.dir"]),
+        ("never", ["train.resume=never", "train.resume=auto", "another directory"]),
+        ("partial", ["train.resume=", "no checkpoint", "step-"]),
+        ("foreign", ["foreign", "not empty", "another directory"]),
+        ("pictures", ["images", "removed", "another run.dir"]),
+        ("new", ["does not fit", "step-00000060"]),
+    ],
+)
+def test_refused_with_both_ways_on_and_nothing_changed(refused, name, said):
+    run, before, done = refused[name]
+    message = error_of(done)
+    for words in said:
+        assert words in message
+    assert contents(run) == before
+
+
+def test_metrics_hold_the_same_names_at_every_step(whole):
+    lines = [json.loads(line) for line in (whole["sinkhorn"] / "metrics.jsonl").read_text().splitlines()]
+    assert len({tuple(line) for line in lines}) == 1
+    assert {"step", "epoch", "loss/dino", "optim/lr", "teacher/momentum", "time/images_per_second"} <= lines[0].keys()

@@ -1,0 +1,257 @@
+"""A checkpoint gives the whole state back bit by bit, and a failure to write one costs nothing that was there."""
+
+import copy
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dino.errors import UserError
+from dino.objectives import Centre
+from dino.settings import OptimConfig
+from dino.training import checkpoint
+from dino.training.checkpoint import Checkpoints, whole_checkpoints
+from dino.training.optimizer import adamw, set_rates
+
+
+class Run:
+    """A student with BatchNorm and a frozen parameter, its teacher, a centre, an optimizer, and their checkpoints."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, seed: int = 0, keep: int = 3):
+        torch.manual_seed(seed)
+        self.student = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
+        self.student[3].bias.requires_grad_(False)
+        self.teacher = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Identity(), nn.Linear(6, 3))
+        self.centre = Centre(3)
+        self.optimizer = adamw(self.student, OptimConfig())
+        set_rates(self.optimizer, 0.01, 0.1)
+        modules = {"student": self.student, "teacher": self.teacher, "targets": self.centre}
+        self.checkpoints = Checkpoints(folder, accelerator, modules, self.optimizer, keep)
+
+    def train(self, steps: int) -> None:
+        """Steps whose data and dropout come from torch's random state."""
+        for _ in range(steps):
+            images = torch.randn(8, 4)
+            self.student(images).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.centre.update(self.teacher(images))
+
+    def state(self) -> dict[str, Tensor]:
+        modules = {"student": self.student, "teacher": self.teacher, "targets": self.centre}
+        found = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer/{index}/{key}": value for key, value in values.items()}
+        return copy.deepcopy({**found, "random": torch.get_rng_state()})
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [key for key in one if one[key].dtype != other[key].dtype or not torch.equal(one[key], other[key])]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestRoundTrip:
+    def test_everything_comes_back_bit_by_bit(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator)
+        run.train(3)
+        saved = run.state()
+        path = run.checkpoints.save(3, {"images": "abc"})
+        other = Run(tmp_path, accelerator, seed=1)
+        other.train(5)
+        assert differing(other.state(), saved)
+        facts = other.checkpoints.load(path)
+        assert differing(other.state(), saved) == []
+        assert (facts["step"], facts["images"]) == (3, "abc")
+
+    def test_a_resumed_run_is_the_uninterrupted_one(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator)
+        run.train(3)
+        path = run.checkpoints.save(3, {})
+        run.train(4)
+        through = run.state()
+        resumed = Run(tmp_path, accelerator, seed=1)
+        resumed.checkpoints.load(path)
+        resumed.train(4)
+        assert differing(resumed.state(), through) == []
+
+    def test_saving_changes_nothing(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator)
+        run.train(2)
+        before = run.state()
+        run.checkpoints.save(2, {})
+        assert differing(run.state(), before) == []
+
+    def test_before_the_first_step(self, accelerator, tmp_path):
+        """The optimizer has no state yet, and has none after loading."""
+        run = Run(tmp_path, accelerator)
+        path = run.checkpoints.save(0, {})
+        other = Run(tmp_path, accelerator, seed=1)
+        other.checkpoints.load(path)
+        assert differing(other.state(), run.state()) == []
+
+    def test_moments_belong_to_names_not_to_positions(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator)
+        run.train(2)
+        stored = load_file(run.checkpoints.save(2, {}) / "optimizer.safetensors")
+        for name, parameter in run.student.named_parameters():
+            for key, value in run.optimizer.state.get(parameter, {}).items():
+                assert torch.equal(stored[f"{name}/{key}"], value)
+        assert not [key for key in stored if key.startswith("3.bias/")]  # not trained
+
+    def test_nothing_in_it_is_a_pickle(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator)
+        run.train(1)
+        path = run.checkpoints.save(1, {"images": "abc"})
+        files = {file.name for file in path.iterdir()}
+        parts = {"student", "teacher", "targets", "optimizer", "random-0"}
+        assert files == {f"{part}.safetensors" for part in parts} | {"state.json"}
+        for part in parts:
+            load_file(path / f"{part}.safetensors")
+        assert json.loads((path / "state.json").read_text())["step"] == 1
+
+
+class TestKeeping:
+    def test_the_newest_are_kept(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator, keep=2)
+        assert run.checkpoints.newest() is None
+        for step in (5, 10, 900, 1000, 20000):
+            assert run.checkpoints.save(step, {}) == run.checkpoints.newest()
+        assert {path.name for path in tmp_path.iterdir()} == {"step-00001000", "step-00020000"}
+        assert [path.name for path in run.checkpoints.all()] == ["step-00001000", "step-00020000"]
+
+    def test_a_step_saved_again_is_replaced(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator)
+        run.checkpoints.save(1, {"images": "old"})
+        run.train(1)
+        path = run.checkpoints.save(1, {"images": "new"})
+        assert [found.name for found in tmp_path.iterdir()] == [path.name]
+        assert run.checkpoints.load(path)["images"] == "new"
+
+    def test_partial_and_removed_ones_are_never_listed(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator)
+        run.checkpoints.save(3, {})
+        for name in (".step-00000009.partial", ".step-00000001.removed"):
+            (tmp_path / name).mkdir()
+        assert [path.name for path in whole_checkpoints(tmp_path)] == ["step-00000003"]
+
+    def test_what_a_killed_save_left_is_no_obstacle(self, accelerator, tmp_path):
+        run = Run(tmp_path, accelerator)
+        partial = tmp_path / ".step-00000003.partial"
+        partial.mkdir()
+        (partial / "student.safetensors").write_bytes(b"half")
+        (partial / "stray").write_bytes(b"x")
+        path = run.checkpoints.save(3, {})
+        assert [found.name for found in tmp_path.iterdir()] == ["step-00000003"]
+        assert not (path / "stray").exists()
+
+    def test_it_is_renamed_only_when_every_file_is_written(self, accelerator, tmp_path, monkeypatch):
+        run, written = Run(tmp_path, accelerator), []
+
+        def watch(path: Path, content: bytes) -> None:
+            assert whole_checkpoints(tmp_path) == []
+            original(path, content)
+            written.append(path.name)
+
+        original = checkpoint._write
+        monkeypatch.setattr(checkpoint, "_write", watch)
+        path = run.checkpoints.save(1, {})
+        assert sorted(written) == sorted(file.name for file in path.iterdir())
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize("files", range(6))
+    def test_earlier_ones_stay_whole_and_the_message_says_what_to_do(self, files, accelerator, tmp_path, monkeypatch):
+        run = Run(tmp_path, accelerator, keep=1)
+        run.train(1)
+        earlier = run.checkpoints.save(1, {})
+        before = contents(tmp_path)
+        run.train(1)
+        monkeypatch.setattr(checkpoint, "_write", failing_after(files))
+        with pytest.raises(UserError, match=r"step 2 could not be written.*No space left") as caught:
+            run.checkpoints.save(2, {})
+        assert str(earlier) in str(caught.value)
+        assert "Make room on the disk and start the same command again" in str(caught.value)
+        assert contents(tmp_path) == before
+        monkeypatch.undo()
+        assert run.checkpoints.save(2, {}) == run.checkpoints.newest()
+
+    def test_without_an_earlier_one_it_says_so(self, accelerator, tmp_path, monkeypatch):
+        monkeypatch.setattr(checkpoint, "_write", failing_after(0))
+        run = Run(tmp_path, accelerator)
+        with pytest.raises(UserError, match="there is no earlier one"):
+            run.checkpoints.save(2, {})
+        assert run.checkpoints.newest() is None
+
+    def test_a_folder_that_cannot_be_made(self, accelerator, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(UserError, match="could not be written"):
+            Run(tmp_path / "file", accelerator).checkpoints.save(1, {})
+
+
+def failing_after(files: int):
+    """Stands in for `_write` on a disk that takes so many files more, and half of the next."""
+    left = [files]
+    original = checkpoint._write
+
+    def write(path: Path, content: bytes) -> None:
+        if not left[0]:
+            path.write_bytes(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        original(path, content)
+
+    return write
+
+
+FILES = ["student", "teacher", "targets", "optimizer", "random-0"]
+
+
+class TestDamage:
+    @pytest.fixture
+    def saved(self, accelerator, tmp_path) -> tuple[Run, Path]:
+        run = Run(tmp_path, accelerator)
+        run.train(1)
+        return run, run.checkpoints.save(1, {})
+
+    @pytest.mark.parametrize("name", [*(f"{part}.safetensors" for part in FILES), "state.json"])
+    @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+    def test_is_told_with_the_path_and_the_way_on(self, saved, name, damage):
+        run, path = saved
+        content = (path / name).read_bytes()
+        damaged = {"truncated": content[: len(content) // 2], "empty": b"", "garbage": bytes(range(256)) * 2}[damage]
+        (path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged") as caught:
+            run.checkpoints.load(path)
+        assert str(path) in str(caught.value)
+
+    @pytest.mark.parametrize("name", [*(f"{part}.safetensors" for part in FILES[:4]), "state.json"])
+    def test_a_missing_file(self, saved, name):
+        run, path = saved
+        (path / name).unlink()
+        with pytest.raises(UserError, match="damaged"):
+            run.checkpoints.load(path)
+
+    def test_a_process_that_the_saved_run_did_not_have_keeps_its_random_state(self, saved):
+        run, path = saved
+        (path / "random-0.safetensors").unlink()
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        run.checkpoints.load(path)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_another_network_is_refused_by_name(self, saved, accelerator, tmp_path):
+        _, path = saved
+        other = Run(tmp_path, accelerator)
+        modules = {**other.checkpoints.modules, "student": nn.Sequential(nn.Linear(4, 5))}
+        checkpoints = Checkpoints(tmp_path, accelerator, modules, adamw(modules["student"], OptimConfig()), 3)
+        with pytest.raises(UserError, match=r"student\.safetensors does not fit the model.*0\.weight"):
+            checkpoints.load(path)
