@@ -2,12 +2,15 @@
 byte of it is changed."""
 
 import json
+import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from launching import (
+    LONGEST,
     backbone,
     checkpoint,
     checkpoints,
@@ -112,6 +115,21 @@ def test_sigterm_to_all_processes_of_the_run_leaves_a_checkpoint(runs, tmp_path)
     process.wait_until(lambda: len(steps_logged(run)) >= 3)
     assert process.end(signal.SIGTERM, everybody=True) == 0, process.errors.read_text()
     assert checkpoints(run) == [steps_logged(run)[-1]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker processes by Linux's /proc")
+def test_worker_killed_by_the_system_ends_the_run(runs, tmp_path):
+    """As it happens when memory runs out: the run fails, and does not wait for its other workers for ever."""
+    run = tmp_path / "run"
+    process = runs.start(*CENTRE, "train.steps=5000", "data.workers=2", f"run.dir={run}")
+    process.wait_until(lambda: bool(checkpoints(run)))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [child for child in children if "pretrain.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert process.wait(LONGEST) not in (0, 2)
+    assert "worker" in process.errors.read_text()
+    assert checkpoints(run)
 
 
 def test_sigterm_to_the_launcher_ends_the_run_with_a_checkpoint(runs, whole, tmp_path):

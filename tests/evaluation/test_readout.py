@@ -1,7 +1,5 @@
 """Readouts of frozen features against plain loops, and honest flags of what has converged."""
 
-import warnings
-
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -92,18 +90,14 @@ class TestLogistic:
         found = logistic(features[:90], labels[:90], features[90:], labels[90:])
         peer = LogisticRegression().fit(features[:90], labels[:90])
         assert found.converged
-        assert found.accuracy == found.converged_accuracy == peer.score(features[90:], labels[90:])
+        assert found.accuracy == peer.score(features[90:], labels[90:])
 
-    def test_stopped_early_is_said_and_carried_on(self):
+    def test_stopped_early_is_said(self):
         """Badly scaled features: scikit-learn's 100 iterations do not suffice, and warn; the result says it instead."""
         features, labels = blobs(100, 5, spread=2.0)
         features = features * np.array([1, 10, 100, 1000, 1e4, 1e5], dtype=np.float32)
-        found = logistic(features[:300], labels[:300], features[300:], labels[300:], max_iter=400)
+        found = logistic(features[:300], labels[:300], features[300:], labels[300:])
         assert not found.converged
         with pytest.warns(match="converge"):
             early = LogisticRegression().fit(features[:300], labels[:300])
         assert found.accuracy == early.score(features[300:], labels[300:])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            later = LogisticRegression(max_iter=400).fit(features[:300], labels[:300])
-        assert found.converged_accuracy == later.score(features[300:], labels[300:])

@@ -1,0 +1,128 @@
+"""Every command of the README but the two `make` ones runs, with small settings added, and its Python code too."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import REPOSITORY, TINY, Runs
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import dino
+
+pytestmark = pytest.mark.slow
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+SMALL = [setting for setting in TINY if not setting.startswith("data.kind")]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, str]:
+    """The README's names of files and folders to real ones: digits as photographs, and as Omniglot is laid out."""
+    folder = tmp_path_factory.mktemp("readme")
+    images, archive = folder / "images", folder / "images_background.zip"
+    images.mkdir()
+    digits = load_digits()
+    with zipfile.ZipFile(archive, "w") as drawings:
+        for number, (pixels, label) in enumerate(zip(digits.images[:400], digits.target, strict=False)):
+            picture = Image.fromarray(255 - (pixels * 255 / 16).astype(np.uint8)).resize((105, 105))
+            path = images / f"{number}.png"
+            picture.save(path)
+            drawings.write(path, f"images_background/Alphabet{label % 3}/character{label:02d}/0001_{number:02d}.png")
+    return {
+        "path/to/images": str(images),
+        "images_background.zip": str(archive),
+        "runs/mine": str(folder / "mine"),
+        "runs/omniglot": str(folder / "omniglot"),
+    }
+
+
+def run(runs: Runs, command: str, places: dict[str, str]) -> str:
+    words = shlex.split(command)
+    if words[:2] == ["accelerate", "launch"]:
+        words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    elif words[0] == "python":
+        words = [sys.executable, *words[1:]]
+    if "train/pretrain.py" in words and "--help" not in words:
+        words += [*SMALL, "train.epochs=1", f"run.dir={places['runs/omniglot']}"] if "--config" in words else SMALL
+        words += ["train.steps=2"] if "train.epochs=100" in words else []
+    for name, place in places.items():
+        words = [re.sub(rf"(?<![\w/]){re.escape(name)}(?![\w/])", place, word) for word in words]
+    done = subprocess.run(
+        words,
+        cwd=REPOSITORY,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def test_commands_are_found():
+    assert sum("train/pretrain.py" in command for command in COMMANDS) == 3
+    assert sum("eval/" in command for command in COMMANDS) == 1
+
+
+def test_pretraining_and_use(runs, places):
+    for command in COMMANDS:
+        if "train/pretrain.py" in command and "--config" not in command:
+            run(runs, command, places)
+    assert (Path(places["runs/mine"]) / "backbone.safetensors").exists()
+    code = next(block for language, block in BLOCKS if language == "python")
+    found: dict = {}
+    exec(code.replace("runs/mine", places["runs/mine"]), found)
+    assert found["class_tokens"].shape == (2, 32)
+    assert found["patches"].shape == (2, 4, 32)
+    assert "train.batch_size" in run(runs, "python train/pretrain.py --help", places)
+
+
+def test_omniglot(runs, places):
+    for command in COMMANDS:
+        if "omniglot_cpu" in command or "eval/omniglot.py" in command:
+            printed = run(runs, command, places)
+    out = Path(places["runs/omniglot"])
+    results = json.loads((out / "results.json").read_text())
+    assert [row[0] for row in results["rows"]] == ["chance", "raw pixels", "untrained ViT", str(out)]
+    assert all(0 <= value["accuracy"] <= 1 for value in results["accuracy"].values())
+    assert "raw pixels" in printed
+    with Image.open(out / "chart.png") as chart:
+        assert chart.width > 500
+    assert "Readout" in (out / "report.html").read_text()
+    assert dino.load_backbone(out).embed_dim == 32
+
+
+def test_demo_readout(runs, tmp_path):
+    """What `make demo` does after training; the table's pre-trained row is there, and its report shows the table."""
+    demo = tmp_path / "demo"
+    runs.finish(f"run.dir={demo}", "train.steps=3")
+    printed = run(runs, f"python eval/digits.py --run {demo}", {})
+    results = json.loads((demo / "results.json").read_text())
+    assert list(results["accuracy"]) == ["raw pixels", "untrained ViT", "pretrained ViT"]
+    assert results["accuracy"]["raw pixels"]["knn"]["mean"] == pytest.approx(0.912, abs=0.005)
+    assert results["accuracy"]["raw pixels"]["logistic"]["mean"] == pytest.approx(0.899, abs=0.005)
+    assert "pretrained ViT" in printed
+    assert "pretrained ViT" in (demo / "report.html").read_text()
+
+
+def test_compiled_blocks_train(runs, tmp_path):
+    plain = runs.finish(f"run.dir={tmp_path / 'plain'}", "train.steps=2", "model.drop_path=0")
+    compiled = runs.finish(
+        f"run.dir={tmp_path / 'compiled'}", "train.steps=2", "model.drop_path=0", "train.compile=true"
+    )
+    first, second = (
+        [json.loads(line)["loss/dino"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "compiled")
+    )
+    assert first == pytest.approx(second, rel=1e-4)
+    assert plain.returncode == compiled.returncode == 0
