@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dino.config import Config
 from dino.data import EpochStream, Images, MicroBatches, UnreadableImage
@@ -88,7 +89,9 @@ class Batches:
             reason = str(error).strip().rsplit("\n", 1)[-1].removeprefix("dino.data.decode.UnreadableImage: ")
             raise UserError(f"data.root={self.config.data.root}: {reason}") from error
         finally:
-            del iterator  # ends the worker processes now, not when the last traceback has been forgotten
+            # Here and now: what is left to the interpreter's exit waits for workers that ignore its SIGTERM.
+            if isinstance(iterator, _MultiProcessingDataLoaderIter):
+                iterator._shutdown_workers()
 
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch."""
