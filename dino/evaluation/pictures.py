@@ -42,7 +42,7 @@ def crop_sheet(views: Sequence[Sequence[Tensor]]) -> bytes:
         views: for each image its views, (C, size, size) uint8; other than 1 or 3 channels are shown by their mean.
     """
     side = max(view.shape[-1] for row in views for view in row)
-    tiles = [_tile(view, max(side, 64)) for row in views for view in row]
+    tiles = [_tile(view, max(side, 80)) for row in views for view in row]
     return _grid_png(tiles, columns=len(views[0]))
 
 
@@ -113,7 +113,7 @@ def _tile(image: Tensor, side: int) -> Tensor:
 def _grid_png(tiles: list[Tensor], columns: int) -> bytes:
     from PIL import Image
 
-    grid = make_grid(tiles, nrow=columns, padding=3, pad_value=1.0)
+    grid = make_grid(tiles, nrow=columns, padding=3, pad_value=0.85)
     pixels = (grid.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)

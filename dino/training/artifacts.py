@@ -73,11 +73,12 @@ def _facts(config: Config, images: Images, metrics: list[dict]) -> dict[str, str
     last = metrics[-1] if metrics else {}
     width = f", width {model.embed_dim}" if model.embed_dim else ""
     depth = f", depth {model.depth}" if model.depth else ""
+    local = f" + {views.local_crops} local {views.local_size}²" if views.local_crops else ""
     speeds = sorted(line["time/images_per_second"] for line in metrics)
     return {
         "images": f"{len(images.names):,} from {config.data.root or config.data.kind}",
         "backbone": f"{model.arch}, patch {model.patch_size}{width}{depth}",
-        "views": f"2 global {views.global_size}² + {views.local_crops} local {views.local_size}², {views.preset}",
+        "views": f"2 global {views.global_size}²{local}, {views.preset}",
         "objective": f"DINO, {config.objective.prototypes} prototypes, {config.objective.centering}",
         "steps": f"{last.get('step', 0):,} of {train.steps:,} at batch {train.batch_size}, "
         f"{last.get('epoch', 0):.1f} epochs",
