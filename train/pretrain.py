@@ -33,6 +33,7 @@ def main() -> None:
     arguments = parse()
     config = configuration.load(arguments.config, arguments.settings)
     accelerator = launch.start(config)
+    config.train.precision = launch.precision_of(accelerator)
     directory = RunDirectory(config.run.dir)
     earlier = directory.earlier_config(config.train.resume)
 

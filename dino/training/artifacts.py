@@ -90,6 +90,8 @@ def _facts(config: Config, images: Images, metrics: list[dict]) -> dict[str, str
 def _looks(config: Config, images: Images, backbone: Backbone) -> list[report.Picture]:
     """The crops and the attention of a few images spread over the pool."""
     chosen = _readable(images)
+    if not chosen:
+        return []
     make_views = MultiCropViews(view_spec(config))
     sheet = [make_views(image, sample_seed(config.train.seed, 0, index)) for index, image in chosen]
     found = [

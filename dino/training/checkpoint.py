@@ -10,6 +10,7 @@ checkpoints/step-00000500/student.safetensors      parameters and buffers
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -159,7 +160,7 @@ class Checkpoints:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in RUN/checkpoints, oldest first; partial ones have other names."""
-    return sorted(folder.glob("step-[0-9]*"))
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def _failure(work: Callable[..., None], *arguments: Any) -> str:

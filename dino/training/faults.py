@@ -15,13 +15,14 @@ CHECKED_IMAGES = 1000
 
 
 def raise_if_broken(take_step: Step, batches: Batches, directory: RunDirectory | None) -> None:
-    """Raise a `UserError` if a loss or gradient was not finite since the start; the device decided it, step by step.
+    """Raise a `UserError` if a loss or gradient was not finite since the start; every process must call this.
 
     No such step has changed the student, and no checkpoint is written after it.
     """
-    step = int(take_step.first_broken)
-    if step < 0:
+    steps = [step for step in take_step.accelerator.gather(take_step.first_broken[None]).tolist() if step >= 0]
+    if not steps:
         return
+    step = min(steps)  # the same for all processes, though only one may have met it
     names = batches.names(step)
     listed = ""
     if directory is not None:

@@ -75,6 +75,11 @@ def place(
     return student, teacher
 
 
+def precision_of(accelerator: Accelerator) -> str:
+    """The precision that `start` settled on, by the name `train.precision` has for it."""
+    return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+
+
 def set_threads_and_seed(config: Config) -> None:
     """CPU threads of this process (launchers ask for one), and the seed that all processes build their weights from."""
     torch.set_num_threads(int(config.train.cpu_threads))

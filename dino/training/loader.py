@@ -105,7 +105,7 @@ class Batches:
 
     def unreadable_error(self) -> UserError:
         """What to tell the user then."""
-        name, reason = next(iter(self.skipped.items()))
+        name, reason = next(iter(self.skipped.items()), ("one", "see skipped.txt"))
         share = len(self.skipped) / len(self.images.names)
         where = f"; all are listed in {self.directory.skipped}" if self.directory else ""
         return UserError(

@@ -25,7 +25,6 @@ def summary(
         f", {train.cpu_threads} threads" if accelerator.device.type == "cpu" else ""
     )
     local = f" + {views.local_crops} local {views.local_size}²" if views.local_crops else ""
-    precision = accelerator.mixed_precision.replace("no", "fp32")
     rows = {
         "images": f"{pool.images:,} ({config.data.kind}, {pool.channels} channel{'s'[: pool.channels - 1]})",
         "steps": f"{steps:,} = {steps * train.batch_size / pool.images:.4g} epochs"
@@ -35,7 +34,7 @@ def summary(
         "network": f"{config.model.arch}: {backbone / 1e6:.2f} M parameters, head {head / 1e6:.2f} M "
         f"({config.objective.prototypes} prototypes, {config.objective.centering})",
         "views": f"2 global {views.global_size}²{local}, {views.preset}",
-        "device": f"{device}, {precision}",
+        "device": f"{device}, {train.precision}",
         "checkpoints": f"every {train.checkpoint_every} steps in {directory.checkpoints}, the newest "
         f"{train.keep_checkpoints} kept",
     }
