@@ -89,7 +89,7 @@ def dump(config: Config) -> str:
 def check(config: Config) -> None:
     """Raise a `UserError` that lists every value that cannot work, whatever the data set."""
     views, model, train = config.views, config.model, config.train
-    errors = list(_check_choices(config))  # text that is not auto is told there
+    errors = [*_check_choices(config), *_check_sizes(config)]  # text that is not auto is told there
 
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -130,18 +130,6 @@ def check(config: Config) -> None:
     require(views.std is None or all(value > 0 for value in views.std), f"views.std must be above 0, got {views.std}")
     require(config.optim.clip_grad >= 0, f"optim.clip_grad must not be negative, got {config.optim.clip_grad}")
 
-    local_sizes = [("views.local_size", views.local_size)] if views.local_crops else []
-    for key, size in [("views.global_size", views.global_size), *local_sizes]:
-        if not model.arch.startswith("vit") or size < 1 or model.patch_size < 1:
-            continue
-        if size < model.patch_size:
-            errors.append(f"{key}={size} is smaller than one patch (model.patch_size={model.patch_size})")
-        elif size % model.patch_size:
-            below = size - size % model.patch_size
-            errors.append(
-                f"{key}={size} is not divisible by model.patch_size={model.patch_size}: "
-                f"use {below} or {below + model.patch_size}"
-            )
     for key in ("views.global_scale", "views.local_scale"):
         scale = get(config, key)
         require(
@@ -161,6 +149,23 @@ def _refuse(errors: list[str]) -> None:
         raise UserError(errors[0])
     if errors:
         raise UserError("\n  ".join([f"{len(errors)} settings cannot be used:", *errors]))
+
+
+def _check_sizes(config: Config) -> Iterator[str]:
+    """Crops that cannot be cut into patches."""
+    views, model = config.views, config.model
+    if not model.arch.startswith("vit") or model.patch_size < 1:
+        return
+    local_sizes = [("views.local_size", views.local_size)] if views.local_crops else []
+    for key, size in [("views.global_size", views.global_size), *local_sizes]:
+        if 1 <= size < model.patch_size:
+            yield f"{key}={size} is smaller than one patch (model.patch_size={model.patch_size})"
+        elif size >= 1 and size % model.patch_size:
+            below = size - size % model.patch_size
+            yield (
+                f"{key}={size} is not divisible by model.patch_size={model.patch_size}: "
+                f"use {below} or {below + model.patch_size}"
+            )
 
 
 def _check_choices(config: Config) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Settings: what is read from YAML and key=value, and how what cannot be used is told to the user."""
 
-import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -105,8 +104,11 @@ class TestReading:
 
     @pytest.mark.parametrize("text", ["${HOME}/images", "${data.kind}", "???", "${"])
     def test_what_omegaconf_reads_in_a_path_of_its_own_is_no_traceback(self, text):
-        with contextlib.suppress(UserError):
-            load(None, [f"data.root={text}"])
+        """Taken as some text, or refused as a wrong value."""
+        try:
+            assert isinstance(load(None, [f"data.root={text}"]).data.root, str)
+        except UserError as error:
+            assert "data.root" in str(error)
 
     @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
     def test_every_recipe_loads(self, path):
@@ -261,8 +263,10 @@ class TestRefusals:
         assert all(part in text for part in texts)
 
     def test_sizes_do_not_matter_where_there_are_no_patches_or_no_crops(self):
-        load(None, ["model.arch=resnet50", "views.global_size=225", "views.local_size=97"])
-        load(None, ["views.local_crops=0", "views.local_size=97"])
+        assert (
+            load(None, ["model.arch=resnet50", "views.global_size=225", "views.local_size=97"]).views.local_size == 97
+        )
+        assert load(None, ["views.local_crops=0", "views.local_size=97"]).views.local_size == 97
 
     def test_a_batch_that_micro_batches_cannot_share(self):
         text = refusal(None, "train.batch_size=100", "train.accumulation=3")

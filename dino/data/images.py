@@ -52,6 +52,7 @@ class FolderImages:
         self.labels = labels_of(self.names)
 
     def read(self, index: int) -> Tensor:
+        """(channels, H, W) uint8; raises `UnreadableImage`."""
         name = self.names[index]
         try:
             content = (self.root / name).read_bytes()
@@ -78,6 +79,7 @@ class ZipImages:
         self.labels = labels_of(self.names)
 
     def read(self, index: int) -> Tensor:
+        """(channels, H, W) uint8; raises `UnreadableImage`."""
         name = self.names[index]
         try:
             content = self._archive().read(name)

@@ -99,7 +99,6 @@ class Runs:
         *arguments: object,
         launcher: str = "python",
         largest_file: int = 0,
-        timeout: int = LONGEST,
         **variables: str,
     ) -> CompletedProcess:
         """Run to the end; gives the exit code and the output.

@@ -96,7 +96,9 @@ def test_page_is_well_formed_and_says_its_encoding(written):
 
 def test_a_page_without_sections(tmp_path):
     report.write(tmp_path / "report.html", "run", {}, [], "")
-    Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    Page(text)
+    assert "<h1>run</h1>" in text
 
 
 def test_an_earlier_page_is_replaced_only_by_a_whole_one(tmp_path):

@@ -68,7 +68,7 @@ class TestEarlierRun:
 
 class TestOtherConfig:
     def test_the_same_is_accepted(self, directory):
-        directory.refuse_other_config(resolved(), resolved())
+        assert directory.refuse_other_config(resolved(), resolved()) is None
 
     def test_every_difference_is_listed_with_both_values_and_both_ways_on(self, directory):
         now = resolved(optim__lr=0.5, model__arch="vit_tiny", train__seed=7)
