@@ -11,7 +11,7 @@ import torch
 from dino.config import AUTO, Config, assign, get, leaves
 from dino.errors import UserError
 
-SMALL = 100_000  # images; below, published settings for ImageNet (1.28 M) are known to stall
+SMALL = 100_000  # images; below, what is published for ImageNet (1.28 M) hardly learns (benchmarks/RESULTS.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _prototypes(config: Config, pool: Pool, _: int) -> tuple[int, str]:
 
 def _centering(config: Config, pool: Pool, _: int) -> tuple[str, str]:
     if pool.images < SMALL:
-        return "sinkhorn", f"{pool.images:,} images: on small sets EMA centring stalls at ln K"
+        return "sinkhorn", f"{pool.images:,} images: on small sets EMA centring hardly learns"
     return "centre", "as published for DINO"
 
 
