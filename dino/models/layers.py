@@ -107,6 +107,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(int(width * ratio), width)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """(T, D) to (T, D)."""
         return self.fc2(F.gelu(self.fc1(tokens)))
 
 
@@ -120,6 +121,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """(T, D) to (T, D)."""
         gate, value = self.w12(tokens).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
@@ -143,6 +145,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, tokens: Tensor, groups: list[Group]) -> Tensor:
+        """(T, D) to (T, D)."""
         if not self.training or self.rate == 0:
             return tokens
         keep = 1 - self.rate

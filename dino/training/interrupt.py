@@ -31,7 +31,7 @@ class Stop(IntEnum):
 class Interrupt:
     """Turns SIGTERM and SIGINT, the end of the launcher, and the time limit into a request to stop after this step.
 
-    A second signal ends the process at once, as without this class.
+    The same signal a second time ends the process at once, as without this class.
     """
 
     def __init__(self, accelerator: Accelerator, time_limit: float | None):

@@ -69,8 +69,9 @@ class Batches:
             worker_init_fn=_leave_interrupts_to_the_main_process,
             generator=torch.Generator(),  # its own, so that starting workers draws nothing from the run's random state
         )
-        self.skipped = {} if directory is None else self._still_unreadable(directory.read_skipped())
-        if directory is not None and accelerator.is_main_process:
+        listed = {} if directory is None else directory.read_skipped()
+        self.skipped = self._still_unreadable(listed)
+        if directory is not None and accelerator.is_main_process and self.skipped != listed:
             directory.write_skipped(list(self.skipped.items()))
 
     def __iter__(self) -> Iterator[list[list[Tensor]]]:
@@ -118,7 +119,7 @@ class Batches:
         """Without images that were mended since an earlier start."""
         places = {name: index for index, name in enumerate(self.images.names)} if skipped else {}
         found = {}
-        for name in skipped.keys() & places.keys():
+        for name in filter(places.__contains__, skipped):
             try:
                 self.images.read(places[name])
             except UnreadableImage as reason:

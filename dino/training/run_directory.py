@@ -106,7 +106,7 @@ class RunDirectory:
             raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
 
     def write_skipped(self, entries: list[tuple[str, str]]) -> None:
-        """The same, anew."""
+        """Replace what skipped.txt lists by `entries`, (name, reason)."""
         self.skipped.unlink(missing_ok=True)
         if entries:
             self.add_skipped(entries)
