@@ -89,6 +89,11 @@ class Batches:
         except UnreadableImage as error:
             reason = str(error).strip().rsplit("\n", 1)[-1].removeprefix("dino.data.decode.UnreadableImage: ")
             raise UserError(f"data.root={self.config.data.root}: {reason}") from error
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # its socket is gone before PyTorch noticed
+            raise RuntimeError(
+                "a worker process died while it handed over a batch, usually because memory ran out: "
+                "lower data.workers or train.batch_size, and start the same command again"
+            ) from error
         finally:
             # Here and now: what is left to the interpreter's exit waits for workers that ignore its SIGTERM.
             if isinstance(iterator, _MultiProcessingDataLoaderIter):
