@@ -23,6 +23,12 @@ class DataConfig:
     root: str = setting("", "folder of images (searched recursively), a .zip of one, or a data set's own file")
     kind: str = setting(AUTO, "how root is read; auto: by what it is", (AUTO, "folder", "zip", "omniglot", "digits"))
     channels: int | str = setting(AUTO, "channels of an image; auto: 1 for omniglot and digits, else 3")
+    cache: str = setting(
+        AUTO,
+        "device: decode all images once and keep them on the device as uint8; none: decode them as they are needed; "
+        "auto: device for small sets",
+        (AUTO, "device", "none"),
+    )
     workers: int | str = setting(AUTO, "processes per training process that decode and crop; auto: by CPU cores")
     max_unreadable: float = setting(0.01, "share of images that may be unreadable before the run fails")
 
@@ -32,6 +38,12 @@ class ViewsConfig:
     preset: str = setting(
         "dino", "augmentation as published for DINO or DINOv2, or for handwriting", ("dino", "dinov2", "line_art")
     )
+    backend: str = setting(
+        AUTO,
+        "who changes the pixels of crops: device (whole batches) or workers; auto: device, but workers on a CPU that "
+        "does not cache the images",
+        (AUTO, "device", "workers"),
+    )
     global_size: int = setting(224, "side of a global crop in pixels")
     global_scale: list[float] = setting([0.4, 1.0], "least and greatest share of the image's area in a global crop")
     local_size: int = setting(96, "side of a local crop in pixels")
@@ -39,6 +51,12 @@ class ViewsConfig:
     local_crops: int = setting(8, "local crops per image; 0: global crops only")
     inverted_blur: bool = setting(
         False, "blur with the probabilities DINOv2's released weights were in effect trained with (0, 0.9, 0.5)"
+    )
+    affine: float | None = setting(
+        None, "strength of small rotations, shears, shifts and changes of size; none: 1 for line_art, else 0"
+    )
+    stroke: float | None = setting(
+        None, "greatest change of stroke width in pixels at each side; none: 0.5 for line_art, else 0"
     )
     mean: list[float] | None = setting(None, "channel means to subtract; none: ImageNet's for 3 channels, else 0.5")
     std: list[float] | None = setting(None, "channel deviations to divide by; none: ImageNet's for 3, else 0.5")

@@ -2,6 +2,17 @@
 
 from dino.data.decode import UnreadableImage
 from dino.data.images import Images, fingerprint, open_images
+from dino.data.resident import Canvas, ResidentImages, estimated_size
 from dino.data.sampler import EpochStream, MicroBatches
 
-__all__ = ["EpochStream", "Images", "MicroBatches", "UnreadableImage", "fingerprint", "open_images"]
+__all__ = [
+    "Canvas",
+    "EpochStream",
+    "Images",
+    "MicroBatches",
+    "ResidentImages",
+    "UnreadableImage",
+    "estimated_size",
+    "fingerprint",
+    "open_images",
+]

@@ -13,8 +13,8 @@ from dino.models import Backbone, VisionTransformer, load_backbone, save_backbon
 from dino.models.weights import BACKBONE_FILE
 from dino.training.loader import view_spec
 from dino.training.run_directory import RunDirectory, read_metrics
-from dino.views.dataset import sample_seed
-from dino.views.pipeline import MultiCropViews
+from dino.views.draws import sample_key
+from dino.views.pipeline import make_views
 
 PANELS = {
     "loss/dino": "loss",
@@ -92,8 +92,8 @@ def _looks(config: Config, images: Images, backbone: Backbone) -> list[report.Pi
     chosen = _readable(images)
     if not chosen:
         return []
-    make_views = MultiCropViews(view_spec(config))
-    sheet = [make_views(image, sample_seed(config.train.seed, 0, index)) for index, image in chosen]
+    spec, seed = view_spec(config), config.train.seed
+    sheet = [make_views(image, spec, sample_key(seed, 0, index)) for index, image in chosen]
     found = [
         report.Picture(
             "Crops as the network sees them",

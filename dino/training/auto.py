@@ -16,11 +16,18 @@ SMALL = 100_000  # images; below, what is published for ImageNet (1.28 M) hardly
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """What the rules ask of the data: number of images and their channels, and how they were read."""
+    """What the rules ask of the data: how many images of how many channels, how they were read, and how large they are.
+
+    Attributes:
+        bytes: all images decoded.
+        largest: pixels of the largest image, H·W.
+    """
 
     images: int
     channels: int
     kind: str
+    bytes: int = 0
+    largest: int = 0
 
 
 def resolve(config: Config, pool: Pool, local_processes: int = 1) -> tuple[Config, dict[str, str]]:
@@ -43,6 +50,10 @@ def resolve(config: Config, pool: Pool, local_processes: int = 1) -> tuple[Confi
             value, reason = rule(resolved, pool, local_processes)
             assign(resolved, key, value)
             reasons[key] = reason
+    if (resolved.data.cache, resolved.views.backend) == ("device", "workers"):
+        raise UserError(
+            "views.backend=workers reads images itself and data.cache=device is of no use: drop one of them"
+        )
     for key in ("views.mean", "views.std"):
         if len(get(resolved, key)) != pool.channels:
             raise UserError(
@@ -67,6 +78,25 @@ def _kind(config: Config, pool: Pool, _: int) -> tuple[str, str]:
 
 def _channels(config: Config, pool: Pool, _: int) -> tuple[int, str]:
     return pool.channels, f"{pool.kind} images"
+
+
+def _cache(config: Config, pool: Pool, _: int) -> tuple[str, str]:
+    if config.views.backend == "workers":
+        return "none", "views are made by workers"
+    size = f"{pool.bytes / 2**20:,.0f} MiB decoded"
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(0).total_memory // 10
+        return ("device", f"{size}, a tenth of the GPU's memory at most") if pool.bytes <= room else ("none", size)
+    # Crops as matrix products cost by the image's area; on a CPU, workers cut large images faster.
+    if pool.bytes <= 2**30 and pool.largest <= 128**2:
+        return "device", f"{size}, images of at most 128² pixels"
+    return "none", f"{size}, images of up to {pool.largest:,} pixels"
+
+
+def _backend(config: Config, pool: Pool, _: int) -> tuple[str, str]:
+    if config.data.cache == "device":
+        return "device", "the images are there"
+    return ("device", "a GPU is at hand") if torch.cuda.is_available() else ("workers", "no GPU")
 
 
 def _mean(config: Config, pool: Pool, _: int) -> tuple[list[float], str]:
@@ -143,6 +173,8 @@ def _cpu_threads(config: Config, pool: Pool, local_processes: int) -> tuple[int,
 
 
 def _workers(config: Config, pool: Pool, local_processes: int) -> tuple[int, str]:
+    if config.data.cache == "device":
+        return 0, "the images are on the device"
     cores = max(1, _cores() // local_processes)
     if torch.cuda.is_available():
         return min(16, cores), f"{cores} cores for each process"
@@ -157,7 +189,9 @@ Rule = Callable[[Config, Pool, int], tuple[object, str]]
 RULES: dict[str, Rule] = {  # in order: later rules read what earlier ones resolved
     "data.kind": _kind,
     "data.channels": _channels,
+    "data.cache": _cache,
     "data.workers": _workers,
+    "views.backend": _backend,
     "views.mean": _mean,
     "views.std": _std,
     "model.ffn": _ffn,
@@ -174,4 +208,4 @@ RULES: dict[str, Rule] = {  # in order: later rules read what earlier ones resol
     "optim.warmup_steps": _warmup,
     "optim.freeze_last_layer_steps": _freeze,
 }
-OF_THIS_MACHINE = ("data.workers", "train.cpu_threads")
+OF_THIS_MACHINE = ("data.cache", "data.workers", "train.cpu_threads")

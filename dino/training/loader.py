@@ -1,8 +1,10 @@
 """Batches of views for one process, from any step on."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -10,10 +12,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dino.config import Config
-from dino.data import EpochStream, Images, MicroBatches, UnreadableImage
+from dino.data import EpochStream, Images, MicroBatches, ResidentImages, UnreadableImage
 from dino.errors import UserError
 from dino.training.run_directory import RunDirectory
-from dino.views import MultiCrop, ViewsDataset, collate, multi_crop
+from dino.views import DeviceViews, MultiCrop, ViewsDataset, collate, multi_crop
+from dino.views.draws import sample_key
 
 
 def view_spec(config: Config) -> MultiCrop:
@@ -27,11 +30,16 @@ def view_spec(config: Config) -> MultiCrop:
         (views.local_scale[0], views.local_scale[1]),
         views.local_crops,
         views.inverted_blur,
+        views.affine,
+        views.stroke,
     )
 
 
 class Batches:
     """The micro-batches of each optimizer step of this process, and a record of images that cannot be read.
+
+    Views are made in one of three ways, by `data.cache` and `views.backend`: on the device from images that are there;
+    by workers that decode and cut, with the rest on the device; or by workers alone.
 
     Args:
         start: first step; the batches are those that an uninterrupted run has from there on.
@@ -51,41 +59,46 @@ class Batches:
         self.config, self.images, self.directory = config, images, directory
         self.start, self.stop = start, stop
         self.stream = EpochStream(len(images.names), config.train.batch_size, config.train.seed)
-        workers = int(config.data.workers)
-        self.loader = DataLoader(
-            ViewsDataset(images, view_spec(config), config.train.seed),
-            batch_sampler=MicroBatches(
-                self.stream,
-                start,
-                stop,
-                accelerator.process_index,
-                accelerator.num_processes,
-                config.train.accumulation,
-            ),
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=accelerator.device.type == "cuda",
-            prefetch_factor=max(4, 2 * config.train.accumulation) if workers else None,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
-            generator=torch.Generator(),  # its own, so that starting workers draws nothing from the run's random state
+        self.positions = MicroBatches(
+            self.stream, start, stop, accelerator.process_index, accelerator.num_processes, config.train.accumulation
         )
+        self.device, self.views = accelerator.device, DeviceViews(view_spec(config))
         listed = {} if directory is None else directory.read_skipped()
         self.skipped = self._still_unreadable(listed)
         if directory is not None and accelerator.is_main_process and self.skipped != listed:
             directory.write_skipped(list(self.skipped.items()))
+        self.resident = None
+        if config.data.cache == "device":
+            self.resident = ResidentImages(images, self.device, show_progress=accelerator.is_main_process)
+            self._note(self.resident.unreadable)
+            if self.too_many_unreadable():
+                raise self.unreadable_error()
 
     def __iter__(self) -> Iterator[list[list[Tensor]]]:
         """For each step, its micro-batches, each a list of crops by size."""
         micro_batches = []
-        iterator = iter(self.loader)
+        with closing(self._from_workers() if self.resident is None else self._from_device(self.resident)) as batches:
+            for batch in batches:
+                micro_batches.append(batch)
+                if len(micro_batches) == self.config.train.accumulation:
+                    yield micro_batches
+                    micro_batches = []
+
+    def _from_device(self, resident: ResidentImages) -> Generator[list[Tensor], None, None]:
+        for positions in self.positions:
+            keys = np.array([sample_key(self.config.train.seed, *position) for position in positions], dtype=np.uint64)
+            crops = self.views.cut(resident.gather([index for _, index in positions]), keys)
+            yield self.views.retouch(crops, keys)
+
+    def _from_workers(self) -> Generator[list[Tensor], None, None]:
+        iterator = iter(self._loader())
+        retouches = self.config.views.backend == "device"
         try:
             for batch in iterator:
                 if batch.skipped:
                     self._note(batch.skipped)
-                micro_batches.append(batch.crops)
-                if len(micro_batches) == self.config.train.accumulation:
-                    yield micro_batches
-                    micro_batches = []
+                crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
+                yield self.views.retouch(crops, batch.keys) if retouches else crops
         except UnreadableImage as error:
             reason = str(error).strip().rsplit("\n", 1)[-1].removeprefix("dino.data.decode.UnreadableImage: ")
             raise UserError(f"data.root={self.config.data.root}: {reason}") from error
@@ -98,6 +111,19 @@ class Batches:
             # Here and now: what is left to the interpreter's exit waits for workers that ignore its SIGTERM.
             if isinstance(iterator, _MultiProcessingDataLoaderIter):
                 iterator._shutdown_workers()
+
+    def _loader(self) -> DataLoader:
+        config, workers = self.config, int(self.config.data.workers)
+        return DataLoader(
+            ViewsDataset(self.images, self.views.spec, config.train.seed, finished=config.views.backend == "workers"),
+            batch_sampler=self.positions,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=max(4, 2 * config.train.accumulation) if workers else None,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+            generator=torch.Generator(),  # its own, so that starting workers draws nothing from the run's random state
+        )
 
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch."""

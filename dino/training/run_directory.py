@@ -18,6 +18,7 @@ MAY_DIFFER = (  # on resume
     "train.keep_checkpoints",
     "train.resume",
     "train.cpu_threads",
+    "data.cache",
     "data.workers",
     "run.dir",
 )

@@ -1,21 +1,24 @@
 """A pool of images as batches of views: what the DataLoader's worker processes run."""
 
-import hashlib
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino.data import Images, UnreadableImage
-from dino.views.pipeline import MultiCropViews
+from dino.views.draws import sample_key
+from dino.views.pipeline import cut_views, make_views
 from dino.views.spec import MultiCrop
 
 
 class Sample(NamedTuple):
-    """The views of one image, and the unreadable images that were passed over to find it: (index, reason)."""
+    """The views of one image, its key, and the unreadable images that were passed over to find it: (index, reason)."""
 
     views: list[Tensor]
+    key: int
     skipped: list[tuple[int, str]]
 
 
@@ -24,15 +27,17 @@ class Batch(NamedTuple):
 
     Attributes:
         crops: one tensor per crop size, (views·B, C, size, size) uint8, view by view; global crops first.
+        keys: (B,) uint64, from which the views were drawn.
         skipped: unreadable images met on the way, (index, reason).
     """
 
     crops: list[Tensor]
+    keys: np.ndarray
     skipped: list[tuple[int, str]]
 
     def pin_memory(self) -> "Batch":
         """For the DataLoader's pinning thread."""
-        return Batch([crop.pin_memory() for crop in self.crops], self.skipped)
+        return self._replace(crops=[crop.pin_memory() for crop in self.crops])
 
 
 class ViewsDataset(Dataset):
@@ -40,11 +45,14 @@ class ViewsDataset(Dataset):
 
     An unreadable image is replaced by the next readable one in the pool, so that batches keep their size and a run that
     is repeated or resumed sees the same images.
+
+    Args:
+        finished: whole views; otherwise only crops, which `DeviceViews.retouch` finishes on the device.
     """
 
-    def __init__(self, images: Images, spec: MultiCrop, seed: int):
-        self.images, self.seed = images, seed
-        self.views = MultiCropViews(spec)
+    def __init__(self, images: Images, spec: MultiCrop, seed: int, finished: bool = True):
+        self.images, self.spec, self.seed = images, spec, seed
+        self.make = make_views if finished else cut_views
 
     def __len__(self) -> int:
         return len(self.images.names)
@@ -52,6 +60,7 @@ class ViewsDataset(Dataset):
     def __getitem__(self, position: tuple[int, int]) -> Sample:
         """Raises `UnreadableImage` if no image of the pool can be read."""
         epoch, index = position
+        key = sample_key(self.seed, epoch, index)
         skipped: list[tuple[int, str]] = []
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
@@ -60,22 +69,17 @@ class ViewsDataset(Dataset):
             except UnreadableImage as reason:
                 skipped.append((candidate, str(reason)))
                 continue
-            return Sample(self.views(image, sample_seed(self.seed, epoch, index)), skipped)
+            return Sample(self.make(image, self.spec, key), key, skipped)
         raise UnreadableImage(f"no image of {len(self)} can be read; the first: {skipped[0][1]}")
-
-
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """63 well-mixed bits of (seed, epoch, index)."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def collate(samples: list[Sample]) -> Batch:
     """Samples of one micro-batch to a `Batch`."""
-    crops, first = [], 0
     shapes = [view.shape for view in samples[0].views]
-    while first < len(shapes):
-        same = next((i for i in range(first, len(shapes)) if shapes[i] != shapes[first]), len(shapes))
-        crops.append(torch.stack([sample.views[view] for view in range(first, same) for sample in samples]))
-        first = same
-    return Batch(crops, [entry for sample in samples for entry in sample.skipped])
+    edges = [0, *(v for v in range(1, len(shapes)) if shapes[v] != shapes[v - 1]), len(shapes)]
+    crops = [
+        torch.stack([sample.views[view] for view in range(first, last) for sample in samples])
+        for first, last in pairwise(edges)
+    ]
+    keys = np.array([sample.key for sample in samples], dtype=np.uint64)
+    return Batch(crops, keys, [entry for sample in samples for entry in sample.skipped])

@@ -1,109 +1,80 @@
-"""Views made by worker processes: torchvision's v2 operations on uint8 tensors of one image."""
+"""Views made by worker processes: torchvision's operations on uint8 tensors of one image, exact to the pixel."""
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from dino.data.resident import border_colour
+from dino.views.draws import Appearance, Geometry, draw_appearance, draw_geometry
+from dino.views.operations import change_stroke, small_affine
 from dino.views.spec import MultiCrop, View
 
 
-class Augment:
-    """Cuts and augments one view of an image, from torch's global random state."""
-
-    def __init__(self, view: View):
-        self.view = view
-        self.crop = v2.RandomResizedCrop(
-            view.size, scale=view.scale, interpolation=InterpolationMode.BICUBIC, antialias=True
-        )
-        self.colour = colour_steps(view)
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """(C, H, W) uint8 to (C, size, size) uint8."""
-        if self.view.affine:
-            image = small_affine(image)
-        crop = self.crop(image)
-        if self.view.stroke:
-            crop = change_stroke(crop, uniform(-self.view.stroke, self.view.stroke))
-        # torchvision's colour operations know 1 and 3 channels; as a stack of grey images any number goes through, with
-        # the same draw for all (saturation, hue and greyscale then change nothing).
-        as_greys = crop.shape[0] not in (1, 3)
-        crop = crop[:, None] if as_greys else crop
-        for step in self.colour:
-            crop = step(crop)
-        return crop[:, 0] if as_greys else crop
-
-
-def colour_steps(view: View) -> list[nn.Module]:
-    """Flip, jitter, greyscale, blur and solarisation, those that the view asks for."""
-    kernel = min(view.blur_kernel, view.size - 1 + view.size % 2)  # odd, and no wider than the crop
-    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-    steps = [
-        (view.flip, v2.RandomHorizontalFlip(view.flip)),
-        (view.jitter, v2.RandomApply([jitter], p=view.jitter)),
-        (view.grey, v2.RandomGrayscale(view.grey)),
-        (view.blur, v2.RandomApply([v2.GaussianBlur(kernel, sigma=view.blur_sigma)], p=view.blur)),
-        (view.solarize, v2.RandomSolarize(threshold=128, p=view.solarize)),
+def make_views(image: Tensor, spec: MultiCrop, key: int) -> list[Tensor]:
+    """All views of one image (C, H, W) uint8, as a function of a key alone: each (C, size, size) uint8, globals first."""
+    appearance = draw_appearance(spec.views, np.array([key], dtype=np.uint64))
+    crops = cut_views(image, spec, key)
+    return [
+        retouch(crop, view, appearance.flat(slice(index, index + 1)))
+        for index, (crop, view) in enumerate(zip(crops, spec.views, strict=True))
     ]
-    return [step for probability, step in steps if probability > 0]
 
 
-class MultiCropViews:
-    """All views of one image, as a function of a seed alone."""
-
-    def __init__(self, spec: MultiCrop):
-        augments = {view: Augment(view) for view in {*spec.globals_, *spec.locals_}}
-        self.augments = [augments[view] for view in (*spec.globals_, *spec.locals_)]
-
-    def __call__(self, image: Tensor, seed: int) -> list[Tensor]:
-        """(C, H, W) uint8 to the views, each (C, size, size) uint8, global ones first.
-
-        Torch's random state is put back afterwards: no other draw of the process depends on the views.
-        """
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        try:
-            return [augment(image) for augment in self.augments]
-        finally:
-            torch.set_rng_state(state)
+def cut_views(image: Tensor, spec: MultiCrop, key: int) -> list[Tensor]:
+    """The crops of all views, without what changes their pixels: (C, H, W) uint8 to (C, size, size) uint8 each."""
+    geometry = draw_geometry(spec.views, np.array([key], dtype=np.uint64), np.array([image.shape[1:]]))
+    return [cut(image, view, geometry.flat(slice(index, index + 1))) for index, view in enumerate(spec.views)]
 
 
-def small_affine(image: Tensor) -> Tensor:
-    """Rotate and shear by up to 10°, shift by up to 5 %, scale by up to 10 %; what comes in is background.
+def cut(image: Tensor, view: View, geometry: Geometry) -> Tensor:
+    """One crop of an image, bicubic with antialiasing."""
+    if view.affine:
+        background, sizes = border_colour(image).float()[None], torch.tensor([image.shape[1:]], dtype=torch.float32)
+        image = to_bytes(small_affine(image.float()[None], background, geometry, sizes)[0])
+    box, size = geometry.box[0].tolist(), [view.size, view.size]
+    crop = functional.resized_crop(image, *box, size, InterpolationMode.BICUBIC, antialias=True)
+    return crop.flip(-1) if geometry.flip[0] else crop
 
-    The background is the median of the image's border, per channel.
-    """
-    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1)
-    background = border.median(dim=1).values[:, None, None].float()
-    height, width = image.shape[1:]
-    # Moved as the difference from the background: torchvision's own `fill` leaves a dark seam where the image ends.
-    moved = functional.affine(
-        image.float() - background,
-        angle=uniform(-10, 10),
-        translate=[round(uniform(-0.05, 0.05) * width), round(uniform(-0.05, 0.05) * height)],
-        scale=uniform(0.9, 1.1),
-        shear=[uniform(-10, 10), 0.0],
-        interpolation=InterpolationMode.BILINEAR,
+
+def retouch(crop: Tensor, view: View, appearance: Appearance) -> Tensor:
+    """Strokes, colours, blur and solarisation of one crop (C, size, size) uint8."""
+    if view.stroke:
+        crop = to_bytes(change_stroke(crop.float()[None], torch.from_numpy(appearance.stroke))[0])
+    # torchvision's colour operations know 1 and 3 channels; as a stack of grey images any number goes through
+    # (saturation, hue and greyscale then change nothing).
+    as_greys = crop.shape[0] not in (1, 3)
+    crop = crop[:, None] if as_greys else crop
+    if appearance.jitter[0]:
+        crop = _jitter(crop, appearance)
+    if appearance.grey[0] and crop.shape[-3] == 3:
+        crop = functional.rgb_to_grayscale(crop, num_output_channels=3)
+    if sigma := float(appearance.sigma[0]):
+        crop = functional.gaussian_blur(crop, [blur_kernel(view)] * 2, [sigma, sigma])
+    if appearance.solarize[0]:
+        crop = functional.solarize(crop, threshold=128)
+    return crop[:, 0] if as_greys else crop
+
+
+def _jitter(crop: Tensor, appearance: Appearance) -> Tensor:
+    adjustments = (
+        (functional.adjust_brightness, appearance.brightness[0]),
+        (functional.adjust_contrast, appearance.contrast[0]),
+        (functional.adjust_saturation, appearance.saturation[0]),
+        (functional.adjust_hue, appearance.hue[0]),
     )
-    return (moved + background).round().clamp(0, 255).to(torch.uint8)
+    for position in appearance.order[0]:
+        adjust, amount = adjustments[position]
+        crop = adjust(crop, float(amount))
+    return crop
 
 
-def change_stroke(image: Tensor, amount: float) -> Tensor:
-    """Make dark strokes thinner (amount > 0) or thicker (< 0), light ones the other way round.
-
-    A blend of the image with its 3×3 maximum or minimum, so that a fraction of a pixel is possible.
-
-    Args:
-        image: (C, H, W) uint8.
-        amount: −1 … 1, in pixels at each side of a stroke.
-    """
-    pixels = image.float()
-    sign = 1.0 if amount >= 0 else -1.0
-    extreme = sign * F.max_pool2d(sign * pixels, kernel_size=3, stride=1, padding=1)
-    return torch.lerp(pixels, extreme, abs(amount)).round().to(torch.uint8)
+def blur_kernel(view: View) -> int:
+    """Side of the blur's kernel: the view's, but odd and no wider than the crop."""
+    return min(view.blur_kernel, view.size - 1 + view.size % 2)
 
 
-def uniform(low: float, high: float) -> float:
-    """One number from torch's global random state."""
-    return float(torch.empty(()).uniform_(low, high))
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Grey values in fp32 to uint8."""
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)

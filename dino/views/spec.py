@@ -16,7 +16,8 @@ class View:
         blur: probability of a Gaussian blur, sigma drawn from `blur_sigma`.
         blur_kernel: side of the blur's kernel in pixels, odd.
         solarize: probability of inverting pixels of 128 and above.
-        affine: rotate by up to 10°, shear by up to 10°, shift by up to 5 % and scale by up to 10 % before the crop.
+        affine: strength of small affine changes before the crop; at 1 rotate by up to 10°, shear by up to 10°, shift by up
+            to 5 % and scale by up to 10 %.
         stroke: greatest change of stroke width, as the share of one pixel added to or taken from each side of a line.
     """
 
@@ -29,7 +30,7 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     blur_kernel: int = 9
     solarize: float = 0.0
-    affine: bool = False
+    affine: float = 0.0
     stroke: float = 0.0
 
 
@@ -40,6 +41,11 @@ class MultiCrop:
     globals_: tuple[View, ...]
     locals_: tuple[View, ...]
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """All of them, in order."""
+        return self.globals_ + self.locals_
+
 
 def multi_crop(
     preset: str,
@@ -49,6 +55,8 @@ def multi_crop(
     local_scale: tuple[float, float],
     local_crops: int,
     inverted_blur: bool = False,
+    affine: float | None = None,
+    stroke: float | None = None,
 ) -> MultiCrop:
     """Two global crops and `local_crops` local ones with a preset's augmentations.
 
@@ -58,10 +66,10 @@ def multi_crop(
         inverted_blur: use the blur probabilities 0, 0.9 and 0.5 (first global, second global, local crops), with which
             DINOv2's released weights were in effect trained because its transform took p for 1 − p, instead of the
             published 1.0, 0.1 and 0.5 (dinov2 PR 342, dinov3 issue 286).
+        affine, stroke: instead of the preset's (1 and 0.5 for `line_art`, else 0).
     """
     if preset == "line_art":
-        drawn = View(global_size, global_scale, affine=True, stroke=0.5)
-        first, second, local = drawn, drawn, drawn
+        first = second = local = View(global_size, global_scale, affine=1.0, stroke=0.5)
     else:
         # DINO blurs with PIL, whose kernel is as wide as sigma asks; DINOv2 with 9 pixels. 13 hold three sigma of 2.
         kernel = 9 if preset == "dinov2" else 13
@@ -71,4 +79,6 @@ def multi_crop(
         second = replace(common, blur=blur[1], solarize=0.2)
         local = replace(common, blur=blur[2])
     local = replace(local, size=local_size, scale=local_scale)
+    changes = {name: value for name, value in {"affine": affine, "stroke": stroke}.items() if value is not None}
+    first, second, local = (replace(view, **changes) for view in (first, second, local))
     return MultiCrop(globals_=(first, second), locals_=(local,) * local_crops)

@@ -1,0 +1,121 @@
+"""A small pool decoded once and kept on the device as uint8."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dino.data.decode import UnreadableImage
+from dino.data.images import Images
+from dino.errors import UserError
+
+SAMPLE = 16  # images whose sizes stand for all
+
+
+class Canvas(NamedTuple):
+    """Images of one batch on canvases of one size.
+
+    Attributes:
+        pixels: (B, C, H, W) uint8 on the device; beyond an image's own size its canvas holds its background.
+        background: (B, C) uint8 on the device, the median of each image's border.
+        sizes: (B, 2) height and width of each image.
+    """
+
+    pixels: Tensor
+    background: Tensor
+    sizes: np.ndarray
+
+
+class ResidentImages:
+    """All images of a pool, on a device.
+
+    The place of an unreadable image is taken by the next readable one, as for images that workers read.
+
+    Args:
+        show_progress: a bar while images are decoded.
+
+    Attributes:
+        unreadable: (index, reason) of images that could not be decoded.
+
+    Raises:
+        UserError: no image can be read, or they do not fit.
+    """
+
+    def __init__(self, images: Images, device: torch.device, show_progress: bool = True):
+        decoded, self.unreadable = _decode_all(images, show_progress)
+        readable = [index for index, image in enumerate(decoded) if image is not None]
+        if not readable:
+            raise UserError(f"no image of {len(decoded)} can be read; the first: {self.unreadable[0][1]}")
+        following = np.searchsorted(readable, np.arange(len(decoded)))
+        self.row = following % len(readable)  # of image i among the readable ones
+        found = [image for image in decoded if image is not None]
+        self.sizes = np.array([image.shape[1:] for image in found])
+        self.channels = found[0].shape[0]
+        self.starts = np.cumsum([0, *(image.numel() for image in found[:-1])])
+        try:
+            self.pixels = torch.cat([image.flatten() for image in found]).to(device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the images do not fit on {device}: set data.cache=none, which decodes them as they are needed"
+            ) from error
+        self.background = torch.stack([border_colour(image) for image in found]).to(device)
+        self.is_uniform = bool((self.sizes == self.sizes[0]).all())
+
+    def gather(self, indices: Sequence[int]) -> Canvas:
+        """Images on canvases as large as the largest of them."""
+        rows = self.row[np.asarray(indices)]
+        sizes, device = self.sizes[rows], self.pixels.device
+        background = self.background[torch.from_numpy(rows).to(device)]
+        height, width = sizes.max(axis=0).tolist()
+        if self.is_uniform:
+            stack = self.pixels.view(-1, self.channels, height, width)
+            return Canvas(stack[torch.from_numpy(rows).to(device)], background, sizes)
+        starts = torch.from_numpy(self.starts[rows]).to(device)[:, None, None, None]
+        heights, widths = torch.from_numpy(sizes).to(device).view(-1, 2, 1, 1, 1).unbind(1)
+        y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+        channel = torch.arange(self.channels, device=device)[:, None, None]
+        places = starts + (channel * heights + y) * widths + x
+        inside = (y < heights) & (x < widths)
+        pixels = torch.where(inside, self.pixels[places.where(inside, starts)], background[:, :, None, None])
+        return Canvas(pixels, background, sizes)
+
+
+def border_colour(image: Tensor) -> Tensor:
+    """The median of an image's border, per channel: (C, H, W) uint8 to (C,) uint8."""
+    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1)
+    return border.median(dim=1).values
+
+
+def estimated_size(images: Images) -> tuple[int, int]:
+    """What the decoded pool takes, from a few of its images: bytes in all, and pixels of the largest seen."""
+    chosen = range(0, len(images.names), -(-len(images.names) // SAMPLE))
+    shapes = [image.shape for index in chosen if (image := _read(images, index)[0]) is not None]
+    if not shapes:
+        return 0, 0
+    mean = sum(channels * height * width for channels, height, width in shapes) / len(shapes)
+    return int(mean * len(images.names)), max(height * width for _, height, width in shapes)
+
+
+def _decode_all(images: Images, show_progress: bool) -> tuple[list[Tensor | None], list[tuple[int, str]]]:
+    count = len(images.names)
+    # Filters of warnings are the process's, not the thread's: set here, those that `decode` sets cannot get mixed up.
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")
+        reads = pool.map(lambda index: _read(images, index), range(count), chunksize=256)
+        bar = tqdm(reads, total=count, desc="decoding", unit="image", leave=False, disable=not show_progress)
+        results = list(bar)
+    decoded = [image for image, _ in results]
+    return decoded, [(index, reason) for index, (_, reason) in enumerate(results) if reason]
+
+
+def _read(images: Images, index: int) -> tuple[Tensor | None, str]:
+    try:
+        return images.read(index), ""
+    except UnreadableImage as reason:
+        return None, str(reason) or "unreadable"
