@@ -51,9 +51,7 @@ def resolve(config: Config, pool: Pool, local_processes: int = 1) -> tuple[Confi
             assign(resolved, key, value)
             reasons[key] = reason
     if (resolved.data.cache, resolved.views.backend) == ("device", "workers"):
-        raise UserError(
-            "views.backend=workers reads images itself and data.cache=device is of no use: drop one of them"
-        )
+        raise UserError("with views.backend=workers, data.cache=device is of no use: leave one of them out")
     for key in ("views.mean", "views.std"):
         if len(get(resolved, key)) != pool.channels:
             raise UserError(
