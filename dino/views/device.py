@@ -109,7 +109,7 @@ def retouch(crops: Tensor, views: Sequence[View], appearance: Appearance) -> Ten
     if any(view.stroke for view in views):
         pixels = change_stroke(pixels, torch.from_numpy(appearance.stroke).to(device))
     kernel = blur_kernel(views[0])
-    changes = (  # those drawn, and what is done to them; what chance chose is known to the host, which waits for nothing
+    changes = (  # which images, and what is done to them; the draws are on the host, which waits for nothing
         (appearance.jitter, lambda some, drawn: jitter(some, drawn)),
         (appearance.grey & (pixels.shape[1] == 3), lambda some, _: to_grey(some)),
         (appearance.sigma > 0, lambda some, drawn: gaussian_blur(some, torch.from_numpy(drawn.sigma).to(some), kernel)),
@@ -165,11 +165,8 @@ def turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     value = pixels.amax(dim=1)
     chroma = value - pixels.amin(dim=1)
     scale = 1 / chroma.clamp(min=1e-6)
-    hue = torch.where(
-        value == red,
-        (green - blue) * scale,
-        torch.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale),
-    )
+    from_green, from_blue = 2 + (blue - red) * scale, 4 + (red - green) * scale
+    hue = torch.where(value == red, (green - blue) * scale, torch.where(value == green, from_green, from_blue))
     hue = hue + 6 * shift[:, None, None]
     sector = (hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=pixels.device).view(3, 1, 1)).remainder(6)
     fall = torch.minimum(sector, 4 - sector).clamp_(0, 1)

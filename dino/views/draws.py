@@ -1,7 +1,7 @@
 """What chance decides of each view, as a function of (seed, epoch, image) alone; how it is done is for the backends.
 
-Every number comes from SplitMix64 (Steele, Lea & Flood 2014) at a counter of its own: a view's numbers depend neither on
-the number of other views nor on which of its augmentations are switched on, and a whole batch is drawn at once.
+Every number comes from SplitMix64 (Steele, Lea & Flood 2014) at a counter of its own: a view's numbers depend neither
+on the number of other views nor on which of its augmentations are switched on, and a whole batch is drawn at once.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ from dino.views.spec import MultiCrop, View
 
 
 def make_views(image: Tensor, spec: MultiCrop, key: int) -> list[Tensor]:
-    """All views of one image (C, H, W) uint8, as a function of a key alone: each (C, size, size) uint8, globals first."""
+    """All views of one image (C, H, W) uint8, by its key alone: each (C, size, size) uint8, globals first."""
     appearance = draw_appearance(spec.views, np.array([key], dtype=np.uint64))
     crops = cut_views(image, spec, key)
     return [

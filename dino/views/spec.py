@@ -16,8 +16,8 @@ class View:
         blur: probability of a Gaussian blur, sigma drawn from `blur_sigma`.
         blur_kernel: side of the blur's kernel in pixels, odd.
         solarize: probability of inverting pixels of 128 and above.
-        affine: strength of small affine changes before the crop; at 1 rotate by up to 10°, shear by up to 10°, shift by up
-            to 5 % and scale by up to 10 %.
+        affine: strength of small affine changes before the crop; at 1 rotate by up to 10°, shear by up to 10°, shift by
+            up to 5 % and scale by up to 10 %.
         stroke: greatest change of stroke width, as the share of one pixel added to or taken from each side of a line.
     """
 
@@ -79,6 +79,8 @@ def multi_crop(
         second = replace(common, blur=blur[1], solarize=0.2)
         local = replace(common, blur=blur[2])
     local = replace(local, size=local_size, scale=local_scale)
-    changes = {name: value for name, value in {"affine": affine, "stroke": stroke}.items() if value is not None}
-    first, second, local = (replace(view, **changes) for view in (first, second, local))
+    if affine is not None:
+        first, second, local = (replace(view, affine=affine) for view in (first, second, local))
+    if stroke is not None:
+        first, second, local = (replace(view, stroke=stroke) for view in (first, second, local))
     return MultiCrop(globals_=(first, second), locals_=(local,) * local_crops)
