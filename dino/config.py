@@ -102,8 +102,8 @@ def check(config: Config) -> None:
     for key in ("data.channels", "objective.prototypes", "train.steps", "train.checkpoint_every", "train.cpu_threads"):
         value = get(config, key)
         require(isinstance(value, str) or value >= 1, f"{key} must be auto or at least 1, got {value}")
-    for key in ("data.workers", "optim.warmup_steps", "optim.freeze_last_layer_steps", "views.local_crops",
-                "objective.teacher_temperature_warmup", "model.registers"):  # fmt: skip
+    for key in ("data.workers", "monitor.health_every", "optim.warmup_steps", "optim.freeze_last_layer_steps",
+                "views.local_crops", "objective.teacher_temperature_warmup", "model.registers"):  # fmt: skip
         value = get(config, key)
         require(isinstance(value, str) or value >= 0, f"{key} must not be negative, got {value}")
     for key in ("objective.student_temperature", "objective.teacher_temperature", "optim.lr",
@@ -128,6 +128,9 @@ def check(config: Config) -> None:
         f"optim.betas must be two numbers in [0, 1), got {betas}",
     )
     require(views.std is None or all(value > 0 for value in views.std), f"views.std must be above 0, got {views.std}")
+    for key in ("views.affine", "views.stroke"):
+        value = get(config, key)
+        require(value is None or 0 <= value <= 4, f"{key} must lie between 0 and 4, got {value}")
     require(config.optim.clip_grad >= 0, f"optim.clip_grad must not be negative, got {config.optim.clip_grad}")
 
     for key in ("views.global_scale", "views.local_scale"):

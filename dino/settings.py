@@ -144,6 +144,9 @@ class TrainConfig:
 @dataclass
 class MonitorConfig:
     log_every: int = setting(10, "steps between two logged lines")
+    health_every: int | str = setting(
+        AUTO, "steps between two looks at the run's health; 0: never; auto: 100 a run, at most 100 steps apart"
+    )
 
 
 @dataclass

@@ -17,6 +17,7 @@ from dino.training import faults, launch
 from dino.training.artifacts import write_backbone, write_report
 from dino.training.auto import Pool, keep_resolved, resolve
 from dino.training.checkpoint import Checkpoints
+from dino.training.health import Health
 from dino.training.interrupt import Interrupt, Stop
 from dino.training.loader import Batches
 from dino.training.metrics import Metrics
@@ -79,9 +80,12 @@ def main() -> None:
     # The run.
     batches = Batches(config, images, accelerator, start, steps, directory)
     stop = Stop.NO
-    with Metrics(accelerator, config, directory, start) as metrics, closing(metrics.timing(batches)) as timed:
+    health = Health(accelerator, config, images.labels, start)
+    width = student.backbone.embed_dim
+    with Metrics(accelerator, config, directory, width, start) as metrics, closing(metrics.timing(batches)) as timed:
         for step, micro_batches in enumerate(timed, start):
             metrics.add(take_step(step, micro_batches))
+            health.observe(take_step.teacher_output, batches.indices(step))
             taken = step + 1
             logs = taken % config.monitor.log_every == 0 or taken == steps
             saves = taken % int(config.train.checkpoint_every) == 0 or taken == steps
@@ -89,7 +93,8 @@ def main() -> None:
             if logs or saves or stop:
                 faults.raise_if_broken(take_step, batches, directory)
             if logs:
-                metrics.log(taken, taken * config.train.batch_size / pool.images, plan.at(step))
+                epoch = taken * config.train.batch_size / pool.images
+                metrics.log(taken, epoch, plan.at(step), health)
             if stop == Stop.UNREADABLE:
                 raise batches.unreadable_error()
             if saves or stop:

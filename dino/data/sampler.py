@@ -57,7 +57,11 @@ class MicroBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
-            batch = self.stream.batch(step)
-            for micro in range(self.accumulation):
-                first = (micro * self.processes + self.process) * self.size
-                yield batch[first : first + self.size]
+            yield from self.of_step(step)
+
+    def of_step(self, step: int) -> Iterator[list[tuple[int, int]]]:
+        """This process's micro-batches of one optimizer step."""
+        batch = self.stream.batch(step)
+        for micro in range(self.accumulation):
+            first = (micro * self.processes + self.process) * self.size
+            yield batch[first : first + self.size]

@@ -111,21 +111,22 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 def _logsumexp_over_samples(scores: Tensor) -> Tensor:
     """(N, K) to (1, K): logsumexp over the samples of all processes."""
     highest = scores.amax(dim=0, keepdim=True)
-    if _is_distributed():
+    if is_distributed():
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     total = (scores - highest).exp().sum(dim=0, keepdim=True)
-    if _is_distributed():
+    if is_distributed():
         dist.all_reduce(total)
     return highest + total.log()
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
     """`value` averaged over all processes; itself where there is one."""
-    if _is_distributed():
+    if is_distributed():
         dist.all_reduce(value)
         value = value / dist.get_world_size()
     return value
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether there is more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

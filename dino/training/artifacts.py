@@ -12,14 +12,14 @@ from dino.evaluation import pictures, report
 from dino.models import Backbone, VisionTransformer, load_backbone, save_backbone
 from dino.models.weights import BACKBONE_FILE
 from dino.training.loader import view_spec
-from dino.training.run_directory import RunDirectory, read_metrics
+from dino.training.run_directory import RunDirectory
 from dino.views.draws import sample_key
 from dino.views.pipeline import make_views
 
 PANELS = {
     "loss/dino": "loss",
     "optim/lr": "learning rate",
-    "optim/gradient_norm": "gradient norm",
+    "health/gradient_norm": "gradient norm",
     "optim/weight_decay": "weight decay",
     "teacher/momentum": "teacher momentum",
     "teacher/temperature": "teacher temperature",
@@ -56,7 +56,7 @@ def write_report(directory: RunDirectory) -> None:
     config = configuration.load(directory.config)
     images = open_images(config.data.root, config.data.kind, int(config.data.channels))
     backbone = load_backbone(directory.path)
-    metrics = read_metrics(directory.metrics) if directory.metrics.exists() else []
+    metrics = directory.read_metrics()
     sections: list[report.Picture | report.Table] = []
     if directory.results.exists():
         sections.append(_readout(json.loads(directory.results.read_text())))

@@ -125,6 +125,10 @@ class Batches:
             generator=torch.Generator(),  # its own, so that starting workers draws nothing from the run's random state
         )
 
+    def indices(self, step: int) -> list[int]:
+        """This process's images of a step, micro-batch by micro-batch."""
+        return [index for positions in self.positions.of_step(step) for _, index in positions]
+
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch."""
         return [self.images.names[index] for _, index in self.stream.batch(step)]

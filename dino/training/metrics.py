@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
@@ -13,7 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino.config import Config, get, leaves
+from dino.training.health import Health
 from dino.training.run_directory import RunDirectory
+from dino.training.verdict import Verdict, judge
 
 T = TypeVar("T")
 
@@ -22,12 +25,14 @@ class Metrics:
     """Averages device scalars between log points and writes them there; the host waits for the device only then.
 
     Args:
-        steps: of the whole run.
+        width: of the class token.
         start: step from which this process goes on.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, directory: RunDirectory, start: int):
-        self.accelerator, self.config, self.directory = accelerator, config, directory
+    def __init__(self, accelerator: Accelerator, config: Config, directory: RunDirectory, width: int, start: int):
+        self.accelerator, self.config, self.directory, self.width = accelerator, config, directory, width
+        self.measured = [line for line in directory.read_metrics() if "health/verdict" in line]
+        self.verdict = Verdict(self.measured[-1]["health/verdict"] if self.measured else "")
         self.images_per_step = config.train.batch_size
         self.sums: dict[str, Tensor] = {}
         self.count, self.waited, self.since = 0, 0.0, time.perf_counter()
@@ -56,36 +61,54 @@ class Metrics:
         self.count += 1
         self.bar.update()
 
-    def log(self, step: int, epoch: float, rates: dict[str, float]) -> None:
+    def log(self, step: int, epoch: float, rates: dict[str, float], health: Health) -> None:
         """Average over steps and processes, and write one line everywhere.
 
         Args:
             step: optimizer steps taken so far.
             epoch: passes over the images so far.
             rates: values of this step that the host knows: the schedules'.
+            health: asked for its indicators where they are due.
         """
         names = sorted(self.sums)
         means = self.accelerator.reduce(torch.stack([self.sums[name].float() for name in names]), "mean") / self.count
+        averages = dict(zip(names, means.tolist(), strict=True))  # waits for the device
+        began = time.perf_counter()
+        indicators = health.measure(step) if health.is_due(step) else {}
         now = time.perf_counter()
         elapsed = now - self.since
         line: dict[str, Any] = {
             "step": step,
             "epoch": round(epoch, 4),
-            **dict(zip(names, means.tolist(), strict=True)),
+            **averages,
             **rates,
+            **indicators,
             "time/images_per_second": round(self.count * self.images_per_step / elapsed, 2),
             "time/data_wait": round(self.waited / elapsed, 4),
         }
+        if indicators:
+            line["time/health"] = round((now - began) / elapsed, 4)
+            self._judge(line)
         self.sums, self.count, self.waited, self.since = {}, 0, 0.0, now
         if self.accelerator.is_main_process:
             with self.directory.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self.bar.set_postfix_str(
-                f"loss {line['loss/dino']:.4f}, {line['time/images_per_second']:.0f} images/s, "
-                f"{line['time/data_wait']:.0%} waiting for data",
+                f"loss {line['loss/dino']:.4f}, {self.verdict.state or 'starting'}, "
+                f"{line['time/images_per_second']:.0f} images/s, {line['time/data_wait']:.0%} waiting for data",
                 refresh=False,
             )
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+
+    def _judge(self, line: dict[str, Any]) -> None:
+        """Put the verdict into the line, and say so where it has changed."""
+        self.measured.append(line)
+        verdict = judge(self.measured, int(self.config.train.steps), int(self.config.objective.prototypes), self.width)
+        if verdict.state != self.verdict.state and self.accelerator.is_main_process:
+            text = f"{verdict.state}: {verdict.advice}" if verdict.advice else verdict.state
+            self.bar.write(f"step {line['step']}: {text}", file=sys.stderr)
+        self.verdict = verdict
+        line["health/verdict"] = verdict.state
 
     def __enter__(self) -> "Metrics":
         return self

@@ -10,15 +10,16 @@ from dino.models import SIZES, DINOHead, ResNet, ResNetSpec, VisionTransformer, 
 
 
 class Network(nn.Module):
-    """Backbone and head: crops of several sizes to prototype scores."""
+    """Backbone and head: crops of several sizes to class tokens and prototype scores."""
 
     def __init__(self, backbone: VisionTransformer | ResNet, head: DINOHead):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """A list of (B_i, C, H_i, W_i) to scores (ΣB_i, K)."""
-        return self.head(torch.cat(self.backbone(list(crops))))
+    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """A list of (B_i, C, H_i, W_i) to class tokens (ΣB_i, D) and scores (ΣB_i, K)."""
+        tokens = torch.cat(self.backbone(list(crops)))
+        return tokens, self.head(tokens)
 
 
 class Normalise(nn.Module):

@@ -101,10 +101,20 @@ class RunDirectory:
                     shutil.rmtree(later)
             _replace(self.config, configuration.dump(config))
             if self.metrics.exists():
-                lines = read_metrics(self.metrics)
-                _replace(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+                lines = [line for line in self.read_metrics() if line["step"] <= step]
+                _replace(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error
+
+    def read_metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl so far; a line that a killed process left half written is dropped."""
+        lines = []
+        for text in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+        return lines
 
     def write_skipped(self, entries: list[tuple[str, str]]) -> None:
         """Replace what skipped.txt lists by `entries`, (name, reason)."""
@@ -125,17 +135,6 @@ class RunDirectory:
         lines = self.skipped.read_bytes().decode("utf-8", "surrogateescape").split("\n")
         pairs = (line.split("\t", 1) for line in lines if "\t" in line)
         return {_unescape(name): _unescape(reason) for name, reason in pairs}
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a line that a killed process left half written is dropped."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dino.config import Config
 from dino.objectives import Centre, SinkhornKnopp, dino_loss
+from dino.training.health import TeacherOutput
 from dino.training.network import Network, Normalise
 from dino.training.optimizer import clip_gradients, set_rates, step_unless
 from dino.training.schedules import Schedules
@@ -53,13 +54,14 @@ class Step:
         Returns:
             Named scalars on the device. A loss or gradient that is not finite leaves the student and its optimizer as
             they were (the teacher follows them, finite); `first_broken` then holds the step at which it first came up.
+            `teacher_output` holds what the teacher made of this step's images.
         """
         schedules, device = self.schedules, self.accelerator.device
         set_rates(self.optimizer, schedules.lr(step), schedules.weight_decay(step))
         batches = [[self.normalise(crop.to(device, non_blocking=True)) for crop in crops] for crops in micro_batches]
 
-        teacher_logits = self._teacher_logits(batches)
-        targets = self.targets.probabilities(teacher_logits, schedules.temperature(step))
+        tokens, logits = self._teacher_outputs(batches)
+        targets = self.targets.probabilities(logits, schedules.temperature(step))
         loss = self._backward(batches, targets)
 
         if step < int(self.config.optim.freeze_last_layer_steps):
@@ -67,17 +69,22 @@ class Step:
                 parameter.grad = None
         norm = self._update(step, loss)
         update_teacher(self.teacher, self.network, schedules.momentum(step))
-        self.targets.update(teacher_logits.flatten(0, 1))
-        return {"loss/dino": loss, "optim/gradient_norm": norm}
+        self.targets.update(logits.flatten(0, 1))
+        self.teacher_output = TeacherOutput(tokens, logits, targets)
+        return {"loss/dino": loss, "health/gradient_norm": norm}
 
     @torch.no_grad()
-    def _teacher_logits(self, batches: list[list[Tensor]]) -> Tensor:
-        """Scores of the global views of all micro-batches: (2, B, K)."""
+    def _teacher_outputs(self, batches: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Class tokens (2, B, D) and scores (2, B, K) of the global views of all micro-batches."""
         views = 2 + self.config.views.local_crops
         images = [sum(map(len, crops)) // views for crops in batches]
         with self.accelerator.autocast():
-            scores = [self.teacher([crops[0][: 2 * b]]) for crops, b in zip(batches, images, strict=True)]
-        return torch.cat([rearrange(score, "(g b) k -> g b k", g=2) for score in scores], dim=1).float()
+            outputs = [self.teacher([crops[0][: 2 * b]]) for crops, b in zip(batches, images, strict=True)]
+        tokens, scores = (
+            torch.cat([rearrange(output, "(g b) d -> g b d", g=2) for output in of_all], dim=1).float()
+            for of_all in zip(*outputs, strict=True)
+        )
+        return tokens, scores
 
     def _backward(self, batches: list[list[Tensor]], targets: Tensor) -> Tensor:
         """Gradients of the mean loss over all micro-batches; processes exchange them at the last only."""
@@ -87,7 +94,7 @@ class Step:
         for index, (crops, target) in enumerate(zip(batches, targets.split(images, dim=1), strict=True)):
             is_last = index == len(batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.student):
-                scores = rearrange(self.student(crops), "(v b) k -> v b k", v=views)
+                scores = rearrange(self.student(crops)[1], "(v b) k -> v b k", v=views)
                 loss = dino_loss(scores, target, self.config.objective.student_temperature) / len(batches)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
