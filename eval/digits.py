@@ -19,8 +19,8 @@ from dino.data import open_images
 from dino.errors import UserError
 from dino.evaluation.features import class_tokens
 from dino.evaluation.readout import few_shot
-from dino.training.artifacts import write_report
 from dino.training.network import build_backbone
+from dino.training.reporting import write_report
 from dino.training.run_directory import RunDirectory
 
 PER_CLASS, DRAWS = 10, 20

@@ -18,7 +18,7 @@ from dino.evaluation import omniglot
 from dino.evaluation.pictures import bars
 from dino.evaluation.readout import LogisticResult
 from dino.models import Backbone, ResNet, VisionTransformer
-from dino.training.artifacts import write_report
+from dino.training.reporting import write_report
 from dino.training.run_directory import RunDirectory
 
 COLUMNS = ["features", "input", "accuracy", "converged"]

@@ -14,7 +14,7 @@ from dino import cli
 from dino import config as configuration
 from dino.data import estimated_size, fingerprint, open_images
 from dino.training import faults, launch
-from dino.training.artifacts import write_backbone, write_report
+from dino.training.artifacts import write_backbone
 from dino.training.auto import Pool, keep_resolved, resolve
 from dino.training.checkpoint import Checkpoints
 from dino.training.health import Health
@@ -23,6 +23,7 @@ from dino.training.loader import Batches
 from dino.training.metrics import Metrics
 from dino.training.network import Normalise, build_networks
 from dino.training.optimizer import adamw
+from dino.training.reporting import Reporter
 from dino.training.run_directory import RunDirectory
 from dino.training.schedules import schedules
 from dino.training.step import Step, build_targets
@@ -81,7 +82,8 @@ def main() -> None:
     batches = Batches(config, images, accelerator, start, steps, directory)
     stop = Stop.NO
     health = Health(accelerator, config, images.labels, start)
-    width = student.backbone.embed_dim
+    reporter = Reporter(directory, config, images, accelerator.is_main_process)
+    taken, width = start, student.backbone.embed_dim
     with Metrics(accelerator, config, directory, width, start) as metrics, closing(metrics.timing(batches)) as timed:
         for step, micro_batches in enumerate(timed, start):
             metrics.add(take_step(step, micro_batches))
@@ -95,6 +97,8 @@ def main() -> None:
             if logs:
                 epoch = taken * config.train.batch_size / pool.images
                 metrics.log(taken, epoch, plan.at(step), health)
+                if reporter.is_due():
+                    metrics.show(taken, reporter.write(teacher.backbone, "running", alive=True))
             if stop == Stop.UNREADABLE:
                 raise batches.unreadable_error()
             if saves or stop:
@@ -104,9 +108,8 @@ def main() -> None:
                     write_backbone(directory, config, teacher.backbone, taken, facts["images"])
             if stop:
                 break
-    if accelerator.is_main_process:
-        write_report(directory)
-        print(stop.farewell(directory.path))
+        metrics.show(taken, reporter.write(teacher.backbone, stop.state, alive=False))
+    accelerator.print(stop.farewell(directory.path))
 
 
 def parse() -> argparse.Namespace:

@@ -12,23 +12,33 @@ from torchvision.utils import make_grid
 
 from dino.models import VisionTransformer
 
-INK, TEACHER, MUTED = "#1f3a5f", "#c8553d", "#8a94a0"
+INK, TEACHER, HEALTHY = "#1f3a5f", "#c8553d", "#2e8b57"
 
 
-def curves(metrics: Sequence[dict], names: dict[str, str]) -> bytes:
+def curves(
+    metrics: Sequence[dict], names: dict[str, str], ranges: dict[str, tuple[float, float]] | None = None
+) -> bytes:
     """Metrics over steps, a panel each.
 
     Args:
         metrics: lines of metrics.jsonl.
-        names: metric to the title of its panel.
+        names: metric to the title of its panel; those that no line has are left out.
+        ranges: metric to where it lies in healthy runs; shaded as far as the curve's panel reaches.
     """
     shown = {name: title for name, title in names.items() if any(name in line for line in metrics)}
-    rows = (len(shown) + 2) // 3
+    columns = 4 if len(shown) == 4 else 3
+    rows = -(-len(shown) // columns)
     figure = Figure(figsize=(11, 2.4 * rows), layout="constrained")
     for position, (name, title) in enumerate(shown.items(), 1):
-        axes = figure.add_subplot(rows, 3, position)
+        axes = figure.add_subplot(rows, columns, position)
         points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
-        axes.plot(*zip(*points, strict=True), color=INK, linewidth=1.4)
+        axes.plot(*zip(*points, strict=True), color=INK, linewidth=1.4, marker="" if len(points) > 1 else ".")
+        if name in (ranges or {}):
+            low, high = (ranges or {})[name]
+            bottom, top = axes.get_ylim()
+            bottom, top = min(bottom, low - 0.05 * (top - low)), max(top, min(high, top + 0.3 * (top - bottom)))
+            axes.axhspan(low, high, color=HEALTHY, alpha=0.12, linewidth=0)
+            axes.set_ylim(bottom, top)
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
@@ -62,9 +72,47 @@ def attention_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor) 
         tiles.append(_tile(image, side))
         for values in rows:
             relative = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
-            colours = torch.from_numpy(heat(relative.numpy())[..., :3]).permute(2, 0, 1).float()
+            colours = torch.from_numpy(heat(relative.cpu().numpy())[..., :3]).permute(2, 0, 1).float()
             tiles.append(F.interpolate(colours[None], size=(side, side), mode="nearest")[0])
     return _grid_png(tiles, columns=1 + maps.shape[1])
+
+
+def pca_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor) -> bytes:
+    """Pairs of an image and its patches' features, whose first three principal components are red, green and blue.
+
+    The components are those of all patches together, so the same colour says the same in every image.
+
+    Args:
+        images: (B, C, H, W), preprocessed.
+        shown: the same images as uint8.
+    """
+    patches = backbone.forward_features(images)["x_norm_patchtokens"].float().cpu()  # (B, N, D)
+    grid = images.shape[-1] // backbone.patch_size
+    flat = patches.flatten(0, 1)
+    flat = flat - flat.mean(dim=0)
+    axes = torch.linalg.eigh(flat.mT @ flat).eigenvectors[:, -3:].flip(1)  # (D, 3), the strongest first
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # an eigenvector has no sign of its own
+    values = flat @ axes
+    low, high = values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
+    colours = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).view(len(images), grid, grid, 3)
+    side = max(128, shown.shape[-1])
+    tiles = []
+    for image, colour in zip(shown, colours.permute(0, 3, 1, 2), strict=True):
+        tiles += [_tile(image, side), F.interpolate(colour[None], size=(side, side), mode="nearest")[0]]
+    return _grid_png(tiles, columns=2 * min(3, len(images)))
+
+
+def neighbours_sheet(queries: Sequence[Tensor], neighbours: Sequence[Sequence[Tensor]]) -> bytes:
+    """One row an image: the image itself, a gap, and its nearest neighbours, nearest first.
+
+    Args:
+        queries: (C, H, W) uint8 each.
+        neighbours: as many for each query, (C, H, W) uint8 each.
+    """
+    side, tiles = 112, []
+    for query, row in zip(queries, neighbours, strict=True):
+        tiles += [_framed(query, side), torch.full((3, side, side), 0.85), *(_framed(image, side) for image in row)]
+    return _grid_png(tiles, columns=2 + len(neighbours[0]))
 
 
 def bars(rows: Sequence[tuple[str, float, float]], title: str, lines: dict[str, float]) -> bytes:
@@ -102,12 +150,27 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _tile(image: Tensor, side: int) -> Tensor:
-    """(C, H, W) uint8 to (3, side, side) in [0, 1]."""
+def _tile(image: Tensor, side: int | None) -> Tensor:
+    """(C, H, W) uint8 to (3, side, side) in [0, 1], or in its own size."""
     pixels = image.float() / 255
     if pixels.shape[0] not in (1, 3):
         pixels = pixels.mean(dim=0, keepdim=True)
-    return F.interpolate(pixels[None], size=(side, side), mode="nearest")[0].expand(3, -1, -1)
+    if side is not None:
+        pixels = F.interpolate(pixels[None], size=(side, side), mode="nearest")[0]
+    return pixels.expand(3, -1, -1)
+
+
+def _framed(image: Tensor, side: int) -> Tensor:
+    """(C, H, W) uint8, whole and in its own shape, in the middle of a (3, side, side) tile."""
+    height, width = image.shape[1:]
+    scale = side / max(height, width)
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    pixels = _tile(image, None)[None]
+    resized = F.interpolate(pixels, size=size, mode="bilinear" if scale < 1 else "nearest", antialias=scale < 1)[0]
+    tile = torch.full((3, side, side), 0.85)
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    tile[:, top : top + size[0], left : left + size[1]] = resized
+    return tile
 
 
 def _grid_png(tiles: list[Tensor], columns: int) -> bytes:

@@ -18,6 +18,10 @@ th { color: #51606f; font-weight: 600; } tbody tr { border-top: 1px solid #edf0f
 td.figure { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { font: 12.5px/1.45 ui-monospace, monospace; overflow-x: auto; margin: 0; }
 summary { cursor: pointer; color: #51606f; }
+.status { display: flex; gap: 10px; align-items: center; margin-top: 8px; color: #51606f; }
+.badge { border-radius: 999px; padding: 2px 12px; background: #e3e7ec; color: #1c2733; font-weight: 600; }
+.good { background: #d9f0e2; color: #1d6b3f; } .bad { background: #fbe3dd; color: #a2371f; }
+.advice { background: #fbe3dd; border-radius: 8px; padding: 10px 14px; margin-top: 12px; color: #1c2733; }
 """
 
 
@@ -38,7 +42,33 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def write(path: Path, title: str, facts: dict[str, str], sections: Sequence[Picture | Table], settings: str) -> None:
+class Status(NamedTuple):
+    """What stands under the heading.
+
+    Attributes:
+        state: of the run, in a word or two.
+        verdict, advice: on its health; empty: none yet.
+        is_good: whether the verdict is.
+        refresh: seconds after which a browser opens the page again, while the run is alive; 0: never.
+        written: seconds since 1970; a page that is much older than `refresh` says so.
+    """
+
+    state: str
+    verdict: str = ""
+    advice: str = ""
+    is_good: bool = True
+    refresh: int = 0
+    written: int = 0
+
+
+def write(
+    path: Path,
+    title: str,
+    facts: dict[str, str],
+    sections: Sequence[Picture | Table],
+    settings: str,
+    status: Status | None = None,
+) -> None:
     """Write the page; every text is escaped, every picture embedded.
 
     Args:
@@ -49,8 +79,9 @@ def write(path: Path, title: str, facts: dict[str, str], sections: Sequence[Pict
     body = "".join(_picture(part) if isinstance(part, Picture) else _table(part) for part in sections)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><main><h1>{_text(title)}</h1><section><h2>What ran</h2><table>{rows}</table></section>{body}"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">{_refresh(status)}<style>{STYLE}</style>'
+        f"</head><body><main><h1>{_text(title)}</h1>{_status(status)}"
+        f"<section><h2>What ran</h2><table>{rows}</table></section>{body}"
         f"<section><details><summary>All settings (config.yaml)</summary><pre>{_text(settings)}</pre></details>"
         "</section>"
         "</main></body></html>\n"
@@ -58,6 +89,32 @@ def write(path: Path, title: str, facts: dict[str, str], sections: Sequence[Pict
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
+
+
+def _refresh(status: Status | None) -> str:
+    return f'<meta http-equiv="refresh" content="{status.refresh}">' if status and status.refresh else ""
+
+
+def _status(status: Status | None) -> str:
+    if status is None:
+        return ""
+    parts = [f'<span class="badge">{_text(status.state)}</span>']
+    if status.verdict:
+        kind = "good" if status.is_good else "bad"
+        parts.append(f'<span class="badge {kind}">{_text(status.verdict)}</span>')
+    if status.refresh:
+        parts.append(f'<span id="age">This page renews itself every {status.refresh} s.</span>{_age_script(status)}')
+    advice = f'<p class="advice">{_text(status.advice)}</p>' if status.advice else ""
+    return f'<div class="status">{"".join(parts)}</div>{advice}'
+
+
+def _age_script(status: Status) -> str:
+    """A run that was killed leaves a page that would say for ever that it runs."""
+    return (
+        f"<script>const age = Date.now() / 1000 - {status.written};"
+        f"if (age > {10 * status.refresh} + 300) document.getElementById('age').textContent = "
+        "'No news for ' + Math.round(age / 60) + ' minutes: the run may have ended.';</script>"
+    )
 
 
 def _picture(picture: Picture) -> str:
@@ -73,10 +130,9 @@ def _table(table: Table) -> str:
     body = "".join(
         "<tr>" + "".join(f'<td class="figure">{_text(cell)}</td>' for cell in row) + "</tr>" for row in table.rows
     )
-    return (
-        f"<section><h2>{_text(table.title)}</h2><p>{_text(table.caption)}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></section>"
-    )
+    heading = f"<h2>{_text(table.title)}</h2>" if table.title else ""
+    caption = f"<p>{_text(table.caption)}</p>" if table.caption else ""
+    return f"<section>{heading}{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></section>"
 
 
 def _text(value: str) -> str:

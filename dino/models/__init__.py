@@ -1,6 +1,7 @@
 """Backbones, the DINO head, and weights on disk."""
 
 from dino.models.head import DINOHead
+from dino.models.preprocess import Preprocess
 from dino.models.resnet import ResNet, ResNetSpec
 from dino.models.vit import SIZES, VisionTransformer, ViTSpec
 from dino.models.weights import Backbone, load_backbone, save_backbone
@@ -9,6 +10,7 @@ __all__ = [
     "SIZES",
     "Backbone",
     "DINOHead",
+    "Preprocess",
     "ResNet",
     "ResNetSpec",
     "ViTSpec",

@@ -20,6 +20,11 @@ class Stop(IntEnum):
     SIGNAL = 2
     UNREADABLE = 3
 
+    @property
+    def state(self) -> str:
+        """Of the run, for its report."""
+        return {Stop.NO: "finished", Stop.TIME: "stopped: time limit", Stop.SIGNAL: "stopped"}.get(self, "failed")
+
     def farewell(self, run: Path) -> str:
         """What to say at the end."""
         if self == Stop.NO:

@@ -1,5 +1,6 @@
 """What a run says of itself while it trains: metrics.jsonl, the trackers and the progress bar, by the same names."""
 
+import io
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -99,6 +101,13 @@ class Metrics:
                 refresh=False,
             )
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+
+    def show(self, step: int, images: dict[str, bytes]) -> None:
+        """Send pictures (PNG) to W&B, if it is a tracker."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                values = {f"pictures/{name}": [Image.open(io.BytesIO(png))] for name, png in images.items()}
+                tracker.log_images(values, step=step)
 
     def _judge(self, line: dict[str, Any]) -> None:
         """Put the verdict into the line, and say so where it has changed."""
