@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 AUTO = "auto"
+KINDS = (AUTO, "folder", "zip", "omniglot", "omniglot_train", "digits")
 
 
 def setting(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
@@ -21,7 +22,9 @@ def setting(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
 @dataclass
 class DataConfig:
     root: str = setting("", "folder of images (searched recursively), a .zip of one, or a data set's own file")
-    kind: str = setting(AUTO, "how root is read; auto: by what it is", (AUTO, "folder", "zip", "omniglot", "digits"))
+    kind: str = setting(
+        AUTO, "how root is read; auto: by what it is; omniglot_train: without the drawings kept for testing", KINDS
+    )
     channels: int | str = setting(AUTO, "channels of an image; auto: 1 for omniglot and digits, else 3")
     cache: str = setting(
         AUTO,
@@ -109,7 +112,8 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float | str = setting(AUTO, "peak learning rate of AdamW; auto: by batch size")
+    name: str = setting("adamw", "optimizer; sgd (momentum 0.9) for DINO's ResNet-50", ("adamw", "sgd"))
+    lr: float | str = setting(AUTO, "peak learning rate; auto: by batch size")
     lr_end: float = setting(1e-6, "learning rate of the last step")
     warmup_steps: int | str = setting(AUTO, "steps of linear warm-up; auto: 10 epochs, at most 10 % of the run")
     weight_decay: float = setting(0.04, "weight decay of the first step")

@@ -21,7 +21,7 @@ from dino.models import Backbone, ResNet, VisionTransformer
 from dino.training.reporting import write_report
 from dino.training.run_directory import RunDirectory
 
-COLUMNS = ["features", "input", "accuracy", "converged"]
+COLUMNS = ["features", "input", "accuracy", "kept drawings", "converged"]
 
 
 def main() -> None:
@@ -32,14 +32,15 @@ def main() -> None:
     backbones = {name: load_backbone(name) for name in arguments.weights}
     data = omniglot.article_data(images)
 
-    rows = [["chance", "–", f"{100 * data.chance:.1f} %", "–"]]
+    rows = [["chance", "–", f"{100 * data.chance:.1f} %", "–", "–"]]
     accuracy: dict[str, LogisticResult] = {}
 
     def judge(name: str, size: int, features) -> None:
         result = omniglot.read_out(data, features)
         accuracy[name] = result
         converged = "yes" if result.converged else "not in 100 iterations"
-        rows.append([name, f"{size}×{size}", f"{100 * result.accuracy:.1f} %", converged])
+        kept = f"{100 * result.correct[data.left_out].mean():.1f} %"
+        rows.append([name, f"{size}×{size}", f"{100 * result.accuracy:.1f} %", kept, converged])
         print("  ".join(rows[-1]))
 
     judge("raw pixels", omniglot.RAW_SIZE, omniglot.raw_pixels(data))
@@ -56,12 +57,14 @@ def main() -> None:
     caption = (
         f"Article protocol: {len(data.indices):,} drawings of {len(set(data.labels))} alphabets (a seeded "
         f"reconstruction of the published subset), {len(data.train):,} to learn from and {len(data.test):,} to test, "
-        "one split. Weights pre-trained on Omniglot have seen the test images, without labels: transductive."
+        "one split. Weights pre-trained on all of Omniglot have seen the test images, without labels: transductive. "
+        "Kept drawings: those of the test images that data.kind=omniglot_train keeps out of pre-training, by drawers "
+        "15–20 or of a fifth of the characters."
     )
     save(arguments.out, caption, rows, accuracy)
     print(f"\n{caption}\n")
     for row in [COLUMNS, *rows]:
-        print(f"  {row[0]:<32}{row[1]:>9}{row[2]:>10}  {row[3]}")
+        print(f"  {row[0]:<32}{row[1]:>9}{row[2]:>10}{row[3]:>15}  {row[4]}")
     print(f"\n{arguments.out / 'results.json'}\n{arguments.out / 'chart.png'}")
 
 

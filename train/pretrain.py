@@ -22,7 +22,7 @@ from dino.training.interrupt import Interrupt, Stop
 from dino.training.loader import Batches
 from dino.training.metrics import Metrics
 from dino.training.network import Normalise, build_networks
-from dino.training.optimizer import adamw
+from dino.training.optimizer import build_optimizer
 from dino.training.reporting import Reporter
 from dino.training.run_directory import RunDirectory
 from dino.training.schedules import schedules
@@ -52,7 +52,7 @@ def main() -> None:
     student, teacher = launch.place(accelerator, build_networks(config), config.train.compile)
     targets = build_targets(config).to(accelerator.device)
     normalise = Normalise(config.views.mean, config.views.std).to(accelerator.device)
-    optimizer = adamw(student, config.optim)
+    optimizer = build_optimizer(student, config.optim)
     modules = {"student": student, "teacher": teacher, "targets": targets}
     checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, optimizer, config.train.keep_checkpoints)
     wrapped, prepared = accelerator.prepare(student, optimizer)

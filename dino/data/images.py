@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dino.data.decode import EXTENSIONS, UnreadableImage, decode
-from dino.data.omniglot import parse
+from dino.data.omniglot import held_out, parse
 from dino.errors import UserError
 
 
@@ -100,6 +101,25 @@ class ZipImages:
         vars(self).update(state, _local=threading.local())
 
 
+class Part:
+    """Some images of a pool.
+
+    Args:
+        kind: what data.kind calls the part.
+        indices: of the images in the whole pool.
+    """
+
+    def __init__(self, whole: Images, kind: str, indices: Sequence[int]):
+        self.whole, self.kind, self.indices = whole, kind, list(indices)
+        self.channels = whole.channels
+        self.names = [whole.names[index] for index in self.indices]
+        self.labels = None if whole.labels is None else [whole.labels[index] for index in self.indices]
+
+    def read(self, index: int) -> Tensor:
+        """(channels, H, W) uint8; raises `UnreadableImage`."""
+        return self.whole.read(self.indices[index])
+
+
 class Digits:
     """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), 8×8 grey pixels with light ink."""
 
@@ -122,7 +142,7 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
 
     Args:
         root: a folder, or a zip archive; ignored for `digits`.
-        kind: `folder`, `zip`, `omniglot`, `digits`, or `auto`.
+        kind: `folder`, `zip`, `omniglot`, `omniglot_train`, `digits`, or `auto`.
         channels: of the images given back; `auto`: 1 for Omniglot and digits, else 3.
 
     Raises:
@@ -143,13 +163,16 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
         raise UserError(f"data.kind=folder, but data.root={root} is a file: use data.kind=zip, or leave it auto")
     if not path.is_dir() and not zipfile.is_zipfile(path):
         raise UserError(f"data.root={root} is neither a folder nor a zip archive")
-    wanted = int(channels) if channels != "auto" else (1 if kind == "omniglot" else 3)
+    is_omniglot = kind in ("omniglot", "omniglot_train")
+    wanted = int(channels) if channels != "auto" else (1 if is_omniglot else 3)
     images = FolderImages(path, wanted) if path.is_dir() else ZipImages(path, wanted)
     if not images.names:
         raise UserError(f"no image in data.root={root}: looked for {', '.join(EXTENSIONS)} at every depth")
-    if kind == "omniglot":
+    if is_omniglot:
         parse(images.names[0])
-        images.kind = kind
+        images.kind = "omniglot"
+    if kind == "omniglot_train":
+        return Part(images, kind, np.flatnonzero(~held_out(images.names)).tolist())
     return images
 
 

@@ -9,6 +9,7 @@ from dino.errors import UserError
 
 ARTICLE_IMAGES = 9543
 DRAWINGS_PER_CHARACTER = 10
+TRAINING_DRAWERS = 14  # drawers 1 … 14; the other six are kept for testing
 
 
 class Drawing(NamedTuple):
@@ -26,6 +27,24 @@ def parse(name: str) -> Drawing:
         return Drawing(alphabet, character, int(file.rsplit(".", 1)[0].rsplit("_", 1)[1]))
     except (ValueError, IndexError) as error:
         raise UserError(f"'{name}' is not laid out as Omniglot: <Alphabet>/<characterNN>/<id>_<drawer>.png") from error
+
+
+def held_out(names: Sequence[str], seed: int = 42) -> np.ndarray:
+    """Which drawings `data.kind=omniglot_train` leaves out of pre-training, as (N,) bool: those of drawers 15–20, and
+    those of a fifth of each alphabet's characters, drawn with a seed."""
+    drawings = [parse(name) for name in names]
+    alphabets: dict[str, set[str]] = {}
+    for drawing in drawings:
+        alphabets.setdefault(drawing.alphabet, set()).add(drawing.character)
+    generator = np.random.default_rng(seed)
+    left_out = {
+        (alphabet, character)
+        for alphabet, characters in sorted(alphabets.items())
+        for character in generator.permutation(sorted(characters))[: round(len(characters) / 5)]
+    }
+    return np.array(
+        [drawing.drawer > TRAINING_DRAWERS or (drawing.alphabet, drawing.character) in left_out for drawing in drawings]
+    )
 
 
 def article_subset(names: Sequence[str], seed: int = 42) -> np.ndarray:

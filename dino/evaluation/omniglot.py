@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dino.data import Images
-from dino.data.omniglot import article_subset, parse
+from dino.data.omniglot import article_subset, held_out, parse
 from dino.errors import UserError
 from dino.evaluation.features import class_tokens
 from dino.evaluation.readout import LogisticResult, logistic
@@ -34,6 +34,11 @@ class ArticleData:
     labels: np.ndarray
     train: np.ndarray
     test: np.ndarray
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Which test drawings `data.kind=omniglot_train` keeps out of pre-training, (N,) bool."""
+        return held_out(self.images.names)[self.indices[self.test]]
 
     @property
     def chance(self) -> float:

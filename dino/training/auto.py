@@ -148,6 +148,8 @@ def _momentum_end(config: Config, pool: Pool, _: int) -> tuple[float, str]:
 
 def _lr(config: Config, pool: Pool, _: int) -> tuple[float, str]:
     batch = config.train.batch_size
+    if config.optim.name == "sgd":
+        return round(0.03 * batch / 256, 8), f"0.03 · {batch} / 256 (DINO's ResNet-50)"
     return round(1e-3 * math.sqrt(batch / 512), 8), f"1e-3 · √({batch} / 512) (DINO: 1e-3 at batch 512)"
 
 

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, gradient clipping, and a step that a broken gradient cannot pass."""
+"""The optimizer's parameter groups, gradient clipping, and a step that a broken gradient cannot pass."""
 
 from collections.abc import Iterable, Sequence
 
@@ -27,9 +27,11 @@ def parameter_groups(network: nn.Module, decay_tokens: bool = True) -> list[dict
     return [{"params": decayed, "decayed": True}, {"params": free, "decayed": False, "weight_decay": 0.0}]
 
 
-def adamw(network: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the groups of a network; `set_rates` gives it the rates of each step."""
+def build_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
+    """Fused AdamW or SGD over the groups of a network; `set_rates` gives it the rates of each step."""
     groups = parameter_groups(network, settings.decay_tokens)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=(settings.betas[0], settings.betas[1]), fused=True)
 
 
@@ -69,7 +71,8 @@ def scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
 def step_unless(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
     """Take an optimizer step, unless `broken` (a bool scalar on the device) is true; decided on the device.
 
-    Fused AdamW reads the mark that gradient scalers leave (`found_inf`), and then changes neither parameters nor state.
+    Fused optimizers read the mark that gradient scalers leave (`found_inf`); they then change neither parameters nor
+    their state.
     """
     optimizer.found_inf = broken.float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -25,7 +25,7 @@ class Step:
 
     Args:
         student: as prepared by Accelerate (it may be wrapped); its parameters are those of `optimizer`.
-        optimizer: fused AdamW, as prepared by Accelerate.
+        optimizer: of `build_optimizer`, as prepared by Accelerate.
     """
 
     def __init__(
