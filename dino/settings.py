@@ -42,10 +42,9 @@ class ViewsConfig:
         "dino", "augmentation as published for DINO or DINOv2, or for handwriting", ("dino", "dinov2", "line_art")
     )
     backend: str = setting(
-        AUTO,
-        "who changes the pixels of crops: device (whole batches) or workers; auto: device, but workers on a CPU that "
-        "does not cache the images",
-        (AUTO, "device", "workers"),
+        "device",
+        "who changes the colours and strokes of crops: the device, whole batches at once, or the worker processes",
+        ("device", "workers"),
     )
     global_size: int = setting(224, "side of a global crop in pixels")
     global_scale: list[float] = setting([0.4, 1.0], "least and greatest share of the image's area in a global crop")

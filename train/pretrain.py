@@ -12,7 +12,7 @@ from contextlib import closing
 
 from dino import cli
 from dino import config as configuration
-from dino.data import estimated_size, fingerprint, open_images
+from dino.data import estimated_bytes, fingerprint, open_images
 from dino.training import faults, launch
 from dino.training.artifacts import write_backbone
 from dino.training.auto import Pool, keep_resolved, resolve
@@ -41,7 +41,7 @@ def main() -> None:
 
     # Data, and the settings that depend on it.
     images = open_images(config.data.root, config.data.kind, config.data.channels)
-    pool = Pool(len(images.names), images.channels, images.kind, *estimated_size(images))
+    pool = Pool(len(images.names), images.channels, images.kind, estimated_bytes(images))
     config, reasons = resolve(keep_resolved(config, earlier) if earlier else config, pool, launch.local_processes())
     if earlier:
         directory.refuse_other_config(config, earlier)

@@ -2,7 +2,7 @@
 
 from dino.data.decode import UnreadableImage
 from dino.data.images import Images, fingerprint, open_images
-from dino.data.resident import Canvas, ResidentImages, estimated_size
+from dino.data.resident import Canvas, ResidentImages, estimated_bytes
 from dino.data.sampler import EpochStream, MicroBatches
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "MicroBatches",
     "ResidentImages",
     "UnreadableImage",
-    "estimated_size",
+    "estimated_bytes",
     "fingerprint",
     "open_images",
 ]

@@ -76,13 +76,10 @@ class ResidentImages:
         if self.is_uniform:
             stack = self.pixels.view(-1, self.channels, height, width)
             return Canvas(stack[torch.from_numpy(rows).to(device)], background, sizes)
-        starts = torch.from_numpy(self.starts[rows]).to(device)[:, None, None, None]
-        heights, widths = torch.from_numpy(sizes).to(device).view(-1, 2, 1, 1, 1).unbind(1)
-        y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-        channel = torch.arange(self.channels, device=device)[:, None, None]
-        places = starts + (channel * heights + y) * widths + x
-        inside = (y < heights) & (x < widths)
-        pixels = torch.where(inside, self.pixels[places.where(inside, starts)], background[:, :, None, None])
+        pixels = background[:, :, None, None].repeat(1, 1, height, width)
+        for canvas, row, (h, w) in zip(pixels, rows, sizes.tolist(), strict=True):
+            start = self.starts[row]
+            canvas[:, :h, :w] = self.pixels[start : start + self.channels * h * w].view(self.channels, h, w)
         return Canvas(pixels, background, sizes)
 
 
@@ -92,14 +89,11 @@ def border_colour(image: Tensor) -> Tensor:
     return border.median(dim=1).values
 
 
-def estimated_size(images: Images) -> tuple[int, int]:
-    """What the decoded pool takes, from a few of its images: bytes in all, and pixels of the largest seen."""
+def estimated_bytes(images: Images) -> int:
+    """What the decoded pool takes, judged by a few of its images."""
     chosen = range(0, len(images.names), -(-len(images.names) // SAMPLE))
-    shapes = [image.shape for index in chosen if (image := _read(images, index)[0]) is not None]
-    if not shapes:
-        return 0, 0
-    mean = sum(channels * height * width for channels, height, width in shapes) / len(shapes)
-    return int(mean * len(images.names)), max(height * width for _, height, width in shapes)
+    found = [image.numel() for index in chosen if (image := _read(images, index)[0]) is not None]
+    return sum(found) * len(images.names) // max(1, len(found))
 
 
 def _decode_all(images: Images, show_progress: bool) -> tuple[list[Tensor | None], list[tuple[int, str]]]:

@@ -16,18 +16,12 @@ SMALL = 100_000  # images; below, what is published for ImageNet (1.28 M) hardly
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """What the rules ask of the data: how many images of how many channels, how they were read, and how large they are.
-
-    Attributes:
-        bytes: all images decoded.
-        largest: pixels of the largest image, H·W.
-    """
+    """What the rules ask of the data: how many images of how many channels, how read, and their bytes decoded."""
 
     images: int
     channels: int
     kind: str
     bytes: int = 0
-    largest: int = 0
 
 
 def resolve(config: Config, pool: Pool, local_processes: int = 1) -> tuple[Config, dict[str, str]]:
@@ -81,20 +75,10 @@ def _channels(config: Config, pool: Pool, _: int) -> tuple[int, str]:
 def _cache(config: Config, pool: Pool, _: int) -> tuple[str, str]:
     if config.views.backend == "workers":
         return "none", "views are made by workers"
-    size = f"{pool.bytes / 2**20:,.0f} MiB decoded"
-    if torch.cuda.is_available():
-        room = torch.cuda.get_device_properties(0).total_memory // 10
-        return ("device", f"{size}, a tenth of the GPU's memory at most") if pool.bytes <= room else ("none", size)
-    # Crops as matrix products cost by the image's area; on a CPU, workers cut large images faster.
-    if pool.bytes <= 2**30 and pool.largest <= 128**2:
-        return "device", f"{size}, images of at most 128² pixels"
-    return "none", f"{size}, images of up to {pool.largest:,} pixels"
-
-
-def _backend(config: Config, pool: Pool, _: int) -> tuple[str, str]:
-    if config.data.cache == "device":
-        return "device", "the images are there"
-    return ("device", "a GPU is at hand") if torch.cuda.is_available() else ("workers", "no GPU")
+    room = torch.cuda.get_device_properties(0).total_memory // 10 if torch.cuda.is_available() else 2**30
+    fits = "at most" if pool.bytes <= room else "more than"
+    reason = f"{pool.bytes / 2**20:,.0f} MiB decoded, {fits} {room / 2**30:.0f} GiB"
+    return ("device" if pool.bytes <= room else "none"), reason
 
 
 def _mean(config: Config, pool: Pool, _: int) -> tuple[list[float], str]:
@@ -196,7 +180,6 @@ RULES: dict[str, Rule] = {  # in order: later rules read what earlier ones resol
     "data.channels": _channels,
     "data.cache": _cache,
     "data.workers": _workers,
-    "views.backend": _backend,
     "views.mean": _mean,
     "views.std": _std,
     "model.ffn": _ffn,

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 
 from dino.data import Canvas
 from dino.views.draws import Appearance, Geometry, draw_appearance, draw_geometry
@@ -45,11 +47,24 @@ class DeviceViews:
         ]
 
     def _cut(self, canvas: Canvas, geometry: Geometry, group: slice) -> Tensor:
-        views = self.spec.views[group]
-        chosen, pixels, sizes = geometry.flat(group), canvas.pixels.float(), torch.from_numpy(canvas.sizes)
+        views, chosen = self.spec.views[group], geometry.flat(group)
+        if canvas.pixels.device.type == "cpu" and not any(view.affine for view in views):
+            return crop_resize_singly(canvas.pixels, chosen.box, chosen.flip, views[0].size)
+        pixels, sizes = canvas.pixels.float(), torch.from_numpy(canvas.sizes)
         if any(view.affine for view in views):
             pixels = small_affine(pixels, canvas.background.float(), chosen, sizes.to(pixels)).round_()
         return to_bytes(crop_resize(pixels, chosen.box, chosen.flip, views[0].size))
+
+
+def crop_resize_singly(pixels: Tensor, boxes: np.ndarray, flips: np.ndarray, size: int) -> Tensor:
+    """As `crop_resize`, uint8 to uint8, image by image with torch's own kernel: on a CPU several times faster."""
+    crops = [
+        functional.resized_crop(pixels[n % len(pixels)], *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        for n, box in enumerate(boxes.tolist())
+    ]
+    mirrored = torch.from_numpy(flips)[:, None, None, None]
+    stacked = torch.stack(crops)
+    return torch.where(mirrored, stacked.flip(-1), stacked)
 
 
 def crop_resize(pixels: Tensor, boxes: np.ndarray, flips: np.ndarray, size: int) -> Tensor:
