@@ -189,15 +189,13 @@ def turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(pixels: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Blur (n, C, H, W) fp32, each image with its own sigma (n,), mirrored at the edges: as sums of shifted images."""
-    half = kernel // 2
-    taps = torch.arange(-half, half + 1, device=pixels.device)
+    """Blur (n, C, S, S) fp32, each image with its own sigma (n,), mirrored at the edges: as two matrix products."""
+    size, half, device = pixels.shape[-1], kernel // 2, pixels.device
+    taps = torch.arange(-half, half + 1, device=device)
     weights = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
-    weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None, None]  # (n, kernel, 1, 1, 1)
-    for dim in (2, 3):
-        side = pixels.shape[dim]
-        padded = F.pad(pixels, (0, 0, half, half) if dim == 2 else (half, half, 0, 0), mode="reflect")
-        pixels = weights[:, 0] * padded.narrow(dim, 0, side)
-        for tap in range(1, kernel):
-            pixels = torch.addcmul(pixels, weights[:, tap], padded.narrow(dim, tap, side))
-    return pixels
+    weights = weights / weights.sum(dim=1, keepdim=True)  # (n, kernel)
+    places = (torch.arange(size, device=device)[:, None] + taps).abs()  # (S, kernel)
+    places = torch.where(places < size, places, 2 * (size - 1) - places)
+    blur = torch.zeros(len(pixels), size, size, device=device)
+    blur.scatter_add_(2, places.expand(len(pixels), -1, -1), weights[:, None].expand(-1, size, -1))
+    return blur[:, None] @ pixels @ blur[:, None].mT
