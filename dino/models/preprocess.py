@@ -14,13 +14,15 @@ class Preprocess:
     """Resize, centre crop and normalise.
 
     Attributes:
-        image_size: side in pixels that the weights were trained at.
+        image_size: side in pixels that the weights expect.
         mean, std: per channel, of pixels in [0, 1].
+        resize: to which the shorter side is brought before the crop; None: image_size.
     """
 
     image_size: int
     mean: Sequence[float]
     std: Sequence[float]
+    resize: int | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """(…, C, H, W) uint8 to (…, C, image_size, image_size) fp32, normalised."""
@@ -29,6 +31,6 @@ class Preprocess:
         )
 
     def crop(self, images: Tensor) -> Tensor:
-        """The shorter side brought to `image_size` by antialiased bicubic resampling, then the centre."""
-        resized = functional.resize(images, [self.image_size], InterpolationMode.BICUBIC, antialias=True)
+        """The shorter side resized by antialiased bicubic resampling, then the centre."""
+        resized = functional.resize(images, [self.resize or self.image_size], InterpolationMode.BICUBIC, antialias=True)
         return functional.center_crop(resized, [self.image_size])

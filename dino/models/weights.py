@@ -1,18 +1,23 @@
 """Backbones on disk: one safetensors file that says of itself what it holds, loaded strictly."""
 
 import dataclasses
+import difflib
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dino.errors import UserError
+from dino.models import layouts
+from dino.models.download import cache_directory, fetch
 from dino.models.preprocess import Preprocess
+from dino.models.released import PREPROCESS, RELEASED
 from dino.models.resnet import ResNet, ResNetSpec
 from dino.models.vit import VisionTransformer, ViTSpec
 
@@ -55,33 +60,87 @@ def save_backbone(path: Path, backbone: Backbone, preprocessing: dict[str, Any],
 
 
 def load_backbone(weights: str | Path) -> Backbone:
-    """A backbone in evaluation mode, from a run directory or a `backbone.safetensors`.
+    """A backbone in evaluation mode, by a released name or from a file.
 
     It has the interface of DINOv2's hub models (`model(images)`, `forward_features`, `get_intermediate_layers`), and
     `model.preprocess`, which brings uint8 images (…, C, H, W) to what the weights expect; `model.description` is what
-    the file says of itself.
+    is known of its making.
+
+    Args:
+        weights: a name of `dino.models.released`, a run directory, a directory of Hugging Face's, or a file: this
+            project's backbone.safetensors, or any layout that `dino.models.layouts` reads. `…@student` names the
+            student's network of a checkpoint that has both; otherwise the teacher's is taken.
 
     Raises:
-        UserError: no such file, not a file of this project, damaged, or tensors that do not match one to one.
+        UserError: no such weights, out of reach, damaged, or tensors that do not match one to one.
     """
-    path = Path(weights).expanduser()
-    file = path / BACKBONE_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"no weights at '{weights}': give a run directory that has a {BACKBONE_FILE}, or such a file")
+    name, _, network = str(weights).partition("@")
+    if network not in ("", "teacher", "student"):
+        raise UserError(f"'{weights}': after @ comes teacher or student, not '{network}'")
+    file = _find(name)
+    if entry := RELEASED.get(name):
+        file = file or fetch(entry.url, cache_directory() / entry.url.rsplit("/", 1)[1], entry.sha256)
+        return _load_foreign(file, network or "teacher", entry.spec, entry.preprocess, name)
+    if file is None:
+        near = difflib.get_close_matches(name, RELEASED, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(
+            f"no weights at '{weights}'{hint}: give a run directory that has a {BACKBONE_FILE}, a weights file, or one "
+            f"of {', '.join(RELEASED)}"
+        )
+    if file.suffix == ".safetensors" and (description := _own_description(file)) is not None:
+        return _load_own(file, description)
+    return _load_foreign(file, network or "teacher", None, PREPROCESS, str(file))
+
+
+def _find(name: str) -> Path | None:
+    """The file that a path names; of a directory, the weights in it."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = [path / file for file in (BACKBONE_FILE, "model.safetensors", "pytorch_model.bin")]
+        return next((file for file in files if file.is_file()), None)
+    return path if path.is_file() else None
+
+
+def _own_description(file: Path) -> dict[str, Any] | None:
+    """What a file of this project says of itself; None: it is another's."""
     try:
         with safe_open(file, framework="pt") as archive:
             text = (archive.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  # no mapping
-        if text is None:
-            raise UserError(f"{file} does not describe itself (no '{METADATA_KEY}' metadata): not made by this project")
-        description = json.loads(text)
+        return None if text is None else json.loads(text)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read as a backbone: {error}") from error
+
+
+def _load_own(file: Path, description: dict[str, Any]) -> Backbone:
+    try:
         backbone = _build(description)
         preprocess = Preprocess(description["image_size"], description["mean"], description["std"])
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} cannot be read as a backbone: {error}") from error
     load_strictly(backbone, tensors, str(file))
-    backbone.description = description
+    backbone.description, backbone.preprocess = description, preprocess
+    return backbone.eval()
+
+
+def _load_foreign(
+    file: Path, network: str, wanted: ViTSpec | ResNetSpec | None, preprocess: Preprocess, source: str
+) -> Backbone:
+    """Weights of another project; `wanted` is what they should be, where that is known."""
+    found = layouts.read(file, network)
+    spec = layouts.infer_spec(found, file)
+    if wanted is not None and spec != wanted:
+        raise UserError(f"{file} does not hold {source}: it is {spec}, not {wanted}; remove it and start again")
+    backbone: Backbone = ResNet(spec) if isinstance(spec, ResNetSpec) else VisionTransformer(spec)
+    load_strictly(backbone, found.tensors, f"{source} ({found.layout}'s layout)")
+    if found.heads:
+        logger.info("%s: %d tensors of heads are not part of the backbone", source, len(found.heads))
+    channels = spec.in_chans
+    if channels != len(preprocess.mean):
+        preprocess = replace(preprocess, mean=[0.5] * channels, std=[0.5] * channels)
     backbone.preprocess = preprocess
+    backbone.description = {"source": source, "layout": found.layout, "spec": dataclasses.asdict(spec)}
     return backbone.eval()
 
 
@@ -107,7 +166,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
         ]
         raise UserError(f"{source} does not fit the model, {'; '.join(problems)}")
     module.load_state_dict(tensors)
-    logger.debug("%s: %d of %d tensors matched", source, len(wanted), len(wanted))
+    logger.info("%s: %d of %d tensors matched", source, len(wanted), len(wanted))
 
 
 def _build(description: dict[str, Any]) -> Backbone:

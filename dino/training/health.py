@@ -68,7 +68,7 @@ class Health:
     def observe(self, output: TeacherOutput, indices: Sequence[int]) -> None:
         """Take note of a step's outputs for the images at `indices`; the host does not wait for the device."""
         self.latest = output
-        self.used[output.targets.flatten(0, 1).argmax(dim=1)] = True
+        self.used.index_fill_(0, output.targets.flatten(0, 1).argmax(dim=1), True)
         self.used_of += 2 * len(indices) * self.accelerator.num_processes
         place = torch.as_tensor(indices).to(self.tokens.device, non_blocking=True)
         self.tokens = torch.cat([self.tokens.view(-1, output.tokens.shape[-1]), output.tokens[0].float()])[-QUEUE:]

@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torchvision.transforms import InterpolationMode

@@ -152,7 +152,7 @@ class TestRefusals:
 
     def test_a_file_of_somebody_else(self, tmp_path):
         save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors", metadata={"format": "pt"})
-        with pytest.raises(UserError, match="not made by this project"):
+        with pytest.raises(UserError, match="holds no ViT or ResNet of a known layout"):
             load_backbone(tmp_path / "other.safetensors")
 
     def rewrite(self, path, change) -> None:

@@ -1,0 +1,84 @@
+"""Files from the network: once, with progress, resumed where a connection broke, and never half."""
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dino.errors import UserError
+
+CHUNK = 1 << 20
+TIMEOUT = 30  # seconds without an answer
+
+
+def cache_directory() -> Path:
+    """Where downloads are kept: DINO_CACHE, else ~/.cache/dino-pretrain (XDG_CACHE_HOME is honoured)."""
+    if given := os.environ.get("DINO_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino-pretrain"
+
+
+def fetch(url: str, file: Path, sha256: str = "") -> Path:
+    """Download `url` to `file`, unless it is there.
+
+    What has arrived lies in `file`.partial until it is whole, and a later call goes on from there.
+
+    Args:
+        sha256: the first characters of the digest; empty: not known.
+
+    Raises:
+        UserError: no connection, or not the file it should be; says where to put it by hand.
+    """
+    if file.is_file():
+        return file
+    partial = file.with_name(f"{file.name}.partial")
+    by_hand = f"fetch {url} on another machine and put it at {file}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _download(url, partial)
+    except urllib.error.HTTPError as error:
+        raise UserError(
+            f"{url} cannot be fetched (the server answers {error.code} {error.reason}); {by_hand}"
+        ) from error
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{url} cannot be fetched ({reason}); start again to go on, or {by_hand}") from error
+    if sha256 and not _digest(partial).startswith(sha256):
+        partial.unlink()
+        raise UserError(f"what {url} gave has another digest than {sha256}…, and was thrown away; {by_hand}")
+    partial.replace(file)
+    return file
+
+
+def _download(url: str, partial: Path) -> None:
+    there = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing beyond what is there: it is whole
+            raise
+        return
+    with response:
+        resumes = response.status == 206
+        left = int(response.headers.get("Content-Length") or 0)
+        with (
+            partial.open("ab" if resumes else "wb") as file,
+            tqdm(total=left + there * resumes or None, initial=there * resumes, unit="B", unit_scale=True,
+                 desc=partial.stem, leave=False) as bar,
+        ):  # fmt: skip
+            received = 0
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+    if left and received < left:
+        raise EOFError(f"the connection broke after {received:,} of {left:,} bytes")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
