@@ -17,7 +17,7 @@ from dino import cli, load_backbone
 from dino import config as configuration
 from dino.data import open_images
 from dino.errors import UserError
-from dino.evaluation.features import class_tokens
+from dino.evaluation.features import extract
 from dino.evaluation.readout import few_shot
 from dino.training.network import build_backbone
 from dino.training.reporting import write_report
@@ -43,8 +43,8 @@ def main() -> None:
 
     features = {
         "raw pixels": pixels,
-        "untrained ViT": class_tokens(untrained, digits, everything, trained.preprocess, title="untrained ViT"),
-        "pretrained ViT": class_tokens(trained, digits, everything, trained.preprocess, title="pretrained ViT"),
+        "untrained ViT": extract(untrained, digits, everything, trained.preprocess, title="untrained ViT").class_tokens,
+        "pretrained ViT": extract(trained, digits, everything, trained.preprocess, title="pretrained ViT").class_tokens,
     }
     accuracies = {name: few_shot(values, labels, PER_CLASS, DRAWS) for name, values in features.items()}
 

@@ -1,10 +1,13 @@
 """Omniglot (Lake, Salakhutdinov & Tenenbaum 2015): whose drawing, of which character, of which alphabet."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torchvision.datasets import Omniglot
 
+from dino.data.cache import cache_directory
 from dino.errors import UserError
 
 ARTICLE_IMAGES = 9543
@@ -20,6 +23,23 @@ class Drawing(NamedTuple):
     drawer: int
 
 
+def download() -> Path:
+    """Omniglot's background set, fetched once by torchvision; the folder it lies in.
+
+    Raises:
+        UserError: out of reach.
+    """
+    root = cache_directory() / "omniglot"
+    try:
+        Omniglot(str(root), background=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"Omniglot cannot be downloaded ({error}): fetch images_background.zip from "
+            "https://github.com/brendenlake/omniglot on another machine and name it with --data"
+        ) from error
+    return root / "omniglot-py" / "images_background"
+
+
 def parse(name: str) -> Drawing:
     """A drawing from its path; raises `UserError` for another layout."""
     try:
@@ -29,9 +49,9 @@ def parse(name: str) -> Drawing:
         raise UserError(f"'{name}' is not laid out as Omniglot: <Alphabet>/<characterNN>/<id>_<drawer>.png") from error
 
 
-def held_out(names: Sequence[str], seed: int = 42) -> np.ndarray:
-    """Which drawings `data.kind=omniglot_train` leaves out of pre-training, as (N,) bool: those of drawers 15–20, and
-    those of a fifth of each alphabet's characters, drawn with a seed."""
+def held_out(names: Sequence[str], seed: int = 42, by_drawer: bool = True) -> np.ndarray:
+    """Which drawings are kept for testing, as (N,) bool: those of a fifth of each alphabet's characters, drawn with a
+    seed, and those of drawers 15–20 unless `by_drawer` is false. `data.kind=omniglot_train` leaves them out."""
     drawings = [parse(name) for name in names]
     alphabets: dict[str, set[str]] = {}
     for drawing in drawings:
@@ -43,7 +63,10 @@ def held_out(names: Sequence[str], seed: int = 42) -> np.ndarray:
         for character in generator.permutation(sorted(characters))[: round(len(characters) / 5)]
     }
     return np.array(
-        [drawing.drawer > TRAINING_DRAWERS or (drawing.alphabet, drawing.character) in left_out for drawing in drawings]
+        [
+            (by_drawer and drawing.drawer > TRAINING_DRAWERS) or (drawing.alphabet, drawing.character) in left_out
+            for drawing in drawings
+        ]
     )
 
 

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -115,31 +116,56 @@ def neighbours_sheet(queries: Sequence[Tensor], neighbours: Sequence[Sequence[Te
     return _grid_png(tiles, columns=2 + len(neighbours[0]))
 
 
-def bars(rows: Sequence[tuple[str, float, float]], title: str, lines: dict[str, float]) -> bytes:
-    """Horizontal bars with spread, and published or chance levels as dashed lines.
+def bars(charts: dict[str, Sequence[tuple[str, float, float]]], title: str, lines: dict[str, float]) -> bytes:
+    """Horizontal bars with spread, a panel for each chart; published or chance levels as dashed lines.
 
     Args:
-        rows: (name, accuracy, spread), in per cent.
+        charts: title of the panel to rows of (name, accuracy, spread), in per cent.
         lines: name to level, in per cent.
     """
-    figure = Figure(figsize=(9, 1.3 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    names, values, spreads = zip(*rows, strict=True)
-    positions = range(len(rows))
-    axes.barh(positions, values, xerr=[spread or float("nan") for spread in spreads], color=INK, height=0.6, capsize=3)
-    for position, value in zip(positions, values, strict=True):
-        axes.text(value + 0.6, position, f"{value:.1f}", va="center", fontsize=9)
+    heights = [0.5 + 0.36 * len(rows) for rows in charts.values()]
+    figure = Figure(figsize=(9.5, 1.1 + 0.17 * len(lines) + sum(heights)), layout="constrained")
+    panels = figure.subplots(len(charts), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, (name, rows) in zip(panels, charts.items(), strict=True):
+        names, values, spreads = zip(*rows, strict=True)
+        places = range(len(rows))
+        axes.barh(
+            places, values, xerr=[spread or float("nan") for spread in spreads], color=INK, height=0.62, capsize=3
+        )
+        for place, value, spread in zip(places, values, spreads, strict=True):
+            axes.text(value + spread + 0.8, place, f"{value:.1f}", va="center", fontsize=9)
+        for level in lines.values():
+            axes.axvline(level, color=TEACHER, linestyle="--", linewidth=1)
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_ylabel(name, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
     for height, (name, level) in enumerate(lines.items()):
-        axes.axvline(level, color=TEACHER, linestyle="--", linewidth=1)
-        label = f" {name} {level:g}"
-        place = axes.get_xaxis_transform()
-        axes.text(level, 1.02 + 0.07 * (height % 3), label, color=TEACHER, fontsize=8, transform=place)
-    axes.set_yticks(positions, names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy, %")
-    axes.set_title(title, fontsize=11, loc="left", pad=34 if lines else 8)
-    axes.spines[["top", "right"]].set_visible(False)
+        place = panels[0].get_xaxis_transform()
+        offset = 1 + 0.15 * (height + 0.3) / heights[0]
+        panels[0].text(level, offset, f" {name} {level:g}", color=TEACHER, fontsize=8, transform=place, clip_on=False)
+    panels[0].set_title(title, fontsize=11, loc="left", pad=8 + 13 * len(lines))
+    return png(figure)
+
+
+def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str) -> bytes:
+    """Shares of each true class (rows) that were taken for each class (columns); names carry the row's own share.
+
+    Args:
+        counts: (classes, classes).
+    """
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    side = 2.5 + 0.26 * len(names)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(shares, cmap="magma_r", vmin=0, vmax=max(1e-9, shares.max()))
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    labels = [f"{name}  {100 * share:.0f} %" for name, share in zip(names, shares.diagonal(), strict=True)]
+    axes.set_yticks(range(len(names)), labels, fontsize=7)
+    axes.set_xlabel("taken for")
+    axes.set_title(f"{title}: true alphabet and its accuracy", fontsize=10, loc="left")
+    figure.colorbar(shown, shrink=0.6)
     return png(figure)
 
 

@@ -1,7 +1,6 @@
 """Files from the network: once, with progress, resumed where a connection broke, and never half."""
 
 import hashlib
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,13 +11,6 @@ from dino.errors import UserError
 
 CHUNK = 1 << 20
 TIMEOUT = 30  # seconds without an answer
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: DINO_CACHE, else ~/.cache/dino-pretrain (XDG_CACHE_HOME is honoured)."""
-    if given := os.environ.get("DINO_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino-pretrain"
 
 
 def fetch(url: str, file: Path, sha256: str = "") -> Path:

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from dino.data.cache import cache_directory
 from dino.errors import UserError
 from dino.models import layouts
-from dino.models.download import cache_directory, fetch
+from dino.models.download import fetch
 from dino.models.preprocess import Preprocess
 from dino.models.released import PREPROCESS, RELEASED
 from dino.models.resnet import ResNet, ResNetSpec
