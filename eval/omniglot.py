@@ -31,7 +31,7 @@ from dino.training.run_directory import RunDirectory
 
 ARTICLE_COLUMNS = ["features", "input", "accuracy", "at convergence", "antialiased", "kept drawings"]
 ARTICLE = (
-    "Article protocol: 9,543 drawings (a seeded reconstruction of the published subset), class tokens, one 70/30 "
+    "Article protocol: {count:,} drawings (a seeded reconstruction of the published subset), class tokens, one 70/30 "
     "split, scikit-learn's LogisticRegression() as it comes; * it stopped at its 100 iterations, before convergence. "
     "Weights pre-trained on all of Omniglot have seen the test images, without labels: transductive. Kept drawings: "
     "the test images that data.kind=omniglot_train keeps out of pre-training, by drawers 15–20 or of a fifth of the "
@@ -55,7 +55,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = omniglot.drawings(images)
     results = earlier_results(arguments.out, fingerprint(images))
-    results["chance"] = data.chance
+    results |= {"chance": data.chance, "count": len(data.indices)}
     protocols = ["article", "standard"] if arguments.protocol == "all" else [arguments.protocol]
     content = content_digest(images, data.indices)
 
@@ -108,7 +108,7 @@ def judge_article(data: omniglot.Drawings, name: str, backbone: Backbone | None,
         "has_converged": plain.converged,
         "converged": float((answers == truth).mean()),
         "antialiased": None if antialiased is None else antialiased.accuracy,
-        "kept": float(plain.correct[data.left_out].mean()),
+        "kept": float(plain.correct[data.left_out].mean()) if data.left_out.any() else None,
     }
 
 
@@ -166,8 +166,13 @@ def save(out: Path, results: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     protocol = "article" if results["article"] else "standard"
     columns, rows = table(results, protocol)
-    shown = {"caption": ARTICLE if protocol == "article" else STANDARD, "columns": columns, "rows": rows}
+    shown = {"caption": caption(results, protocol), "columns": columns, "rows": rows}
     (out / "results.json").write_text(json.dumps({**results, **shown}, indent=1, ensure_ascii=False) + "\n")
+
+
+def caption(results: dict[str, Any], protocol: str) -> str:
+    """How a protocol's figures came about."""
+    return ARTICLE.format(count=results["count"]) if protocol == "article" else STANDARD
 
 
 def table(results: dict[str, Any], protocol: str) -> tuple[list[str], list[list[str]]]:
@@ -208,11 +213,11 @@ def show(out: Path, results: dict[str, Any]) -> None:
     levels["chance"] = round(100 * results["chance"], 1)
     chart = bars(charts, "Which of 30 alphabets? Accuracy, %", levels)
     (out / "chart.png").write_bytes(chart)
-    for protocol, caption in (("article", ARTICLE), ("standard", STANDARD)):
+    for protocol in ("article", "standard"):
         if results[protocol]:
             columns, rows = table(results, protocol)
             widths = [max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns))]
-            print(f"\n{caption}\n")
+            print(f"\n{caption(results, protocol)}\n")
             for row in [columns, *rows]:
                 print(
                     "  "

@@ -93,8 +93,8 @@ def test_omniglot(runs, places):
             printed = run(runs, command, places)
     out = Path(places["runs/omniglot"])
     results = json.loads((out / "results.json").read_text())
-    assert [row[0] for row in results["rows"]] == ["chance", "raw pixels", "untrained ViT", str(out)]
-    assert all(0 <= value["accuracy"] <= 1 for value in results["accuracy"].values())
+    assert [row[0] for row in results["rows"]] == ["chance", "raw pixels", "untrained ViT 32×2/4", out.name]
+    assert all(0 <= value["accuracy"] <= 1 for value in results["article"].values())
     assert "raw pixels" in printed
     with Image.open(out / "chart.png") as chart:
         assert chart.width > 500
