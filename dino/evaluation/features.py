@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from dino.data import Images
+from dino.data import Images, UnreadableImage
 from dino.data.cache import cache_directory
 from dino.models import Backbone
+
+logger = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
@@ -21,15 +28,33 @@ class Features(NamedTuple):
     Attributes:
         class_tokens: (N, D) fp32.
         patch_means: (N, D) fp32, the mean of the patch tokens.
+        rows: (N,) which of the images asked for these are; unreadable ones are missing.
     """
 
     class_tokens: np.ndarray
     patch_means: np.ndarray
+    rows: np.ndarray
 
     @property
     def both(self) -> np.ndarray:
         """(N, 2·D), side by side."""
-        return np.concatenate(self, axis=1)
+        return np.concatenate([self.class_tokens, self.patch_means], axis=1)
+
+
+class _Inputs(Dataset):
+    """Images as a backbone takes them, with their row; an unreadable one is its reason instead."""
+
+    def __init__(self, images: Images, indices: np.ndarray, transform: Callable[[Tensor], Tensor]):
+        self.images, self.indices, self.transform = images, indices, transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
+        try:
+            return row, self.transform(self.images.read(int(self.indices[row])))
+        except UnreadableImage as reason:
+            return row, str(reason)
 
 
 @torch.inference_mode()
@@ -40,22 +65,40 @@ def extract(
     transform: Callable[[Tensor], Tensor],
     batch_size: int = 128,
     title: str = "features",
+    accelerator: Accelerator | None = None,
 ) -> Features:
-    """Features of images.
+    """Features of images; those that cannot be read are left out, with a warning each.
 
     Args:
         indices: which images of the pool.
         transform: (C, H, W) uint8 to what the backbone takes; all outputs of one size.
         title: what the progress bar says.
+        accelerator: shares the images among its processes; each of them gets all features, every image once.
     """
     device = next(backbone.parameters()).device
-    outputs = []
-    for first in tqdm(range(0, len(indices), batch_size), desc=title, unit="batch", leave=False):
-        batch = torch.stack([transform(images.read(int(index))) for index in indices[first : first + batch_size]])
-        found = backbone.forward_features(batch.to(device))
-        outputs.append((found["x_norm_clstoken"].float(), found["x_norm_patchtokens"].float().mean(dim=1)))
-    class_tokens, patch_means = (torch.cat(parts).cpu().numpy() for parts in zip(*outputs, strict=True))
-    return Features(class_tokens, patch_means)
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    mine = np.arange(rank, len(indices), processes)
+    inputs = Subset(_Inputs(images, np.asarray(indices), transform), mine.tolist())
+    workers = min(8, (os.cpu_count() or 1) // processes) if device.type == "cuda" else 0
+    loader = DataLoader(inputs, batch_size, num_workers=workers, collate_fn=list)
+    rows: list[int] = []
+    outputs = [(torch.empty(0, backbone.embed_dim), torch.empty(0, backbone.embed_dim))]
+    for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=rank > 0):
+        for row, reason in batch:
+            if isinstance(reason, str):
+                logger.warning("left out: %s: %s", images.names[int(indices[row])], reason)
+        readable = [(row, image) for row, image in batch if isinstance(image, Tensor)]
+        if readable:
+            found = backbone.forward_features(torch.stack([image for _, image in readable]).to(device))
+            patches = found["x_norm_patchtokens"].float().mean(dim=1)
+            outputs.append((found["x_norm_clstoken"].float().cpu(), patches.cpu()))
+            rows += [row for row, _ in readable]
+    parts = [(np.array(rows, dtype=int), *(torch.cat(part).numpy() for part in zip(*outputs, strict=True)))]
+    if processes > 1:
+        parts = gather_object(parts)
+    rows_of_all, class_tokens, patch_means = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = rows_of_all.argsort()
+    return Features(class_tokens[order], patch_means[order], rows_of_all[order])
 
 
 def cached(compute: Callable[[], Features], backbone: Backbone, content: str, preprocessing: str) -> Features:
@@ -69,7 +112,7 @@ def cached(compute: Callable[[], Features], backbone: Backbone, content: str, pr
     file = cache_directory() / "features" / f"{key[:32]}.npz"
     if file.is_file():
         with np.load(file, allow_pickle=False) as archive:
-            return Features(archive["class_tokens"], archive["patch_means"])
+            return Features(**{name: archive[name] for name in Features._fields})
     features = compute()
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
@@ -91,6 +134,10 @@ def content_digest(images: Images, indices: Sequence[int] | np.ndarray) -> str:
     """A digest of the pixels of images, in order."""
     digest = hashlib.sha256()
     for index in tqdm(indices, desc="reading", unit="image", leave=False):
-        image = images.read(int(index))
+        try:
+            image = images.read(int(index))
+        except UnreadableImage:
+            digest.update(b"unreadable")
+            continue
         digest.update(repr(tuple(image.shape)).encode() + image.numpy().tobytes())
     return digest.hexdigest()
