@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dino.data import Images, UnreadableImage
 from dino.data.cache import cache_directory
-from dino.models import Backbone
+from dino.models import Backbone, ResNet
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,19 @@ class Features(NamedTuple):
     """What a backbone says of N images.
 
     Attributes:
-        class_tokens: (N, D) fp32.
+        blocks: (N, blocks, D) fp32, class tokens after the last blocks, each with the final norm; the last one last.
         patch_means: (N, D) fp32, the mean of the patch tokens.
         rows: (N,) which of the images asked for these are; unreadable ones are missing.
     """
 
-    class_tokens: np.ndarray
+    blocks: np.ndarray
     patch_means: np.ndarray
     rows: np.ndarray
+
+    @property
+    def class_tokens(self) -> np.ndarray:
+        """(N, D)."""
+        return self.blocks[:, -1]
 
     @property
     def both(self) -> np.ndarray:
@@ -66,6 +71,7 @@ def extract(
     batch_size: int = 128,
     title: str = "features",
     accelerator: Accelerator | None = None,
+    blocks: int = 1,
 ) -> Features:
     """Features of images; those that cannot be read are left out, with a warning each.
 
@@ -74,6 +80,7 @@ def extract(
         transform: (C, H, W) uint8 to what the backbone takes; all outputs of one size.
         title: what the progress bar says.
         accelerator: shares the images among its processes; each of them gets all features, every image once.
+        blocks: how many of the last blocks' class tokens to take; of a ResNet, 1.
     """
     device = next(backbone.parameters()).device
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -82,16 +89,14 @@ def extract(
     workers = min(8, (os.cpu_count() or 1) // processes) if device.type == "cuda" else 0
     loader = DataLoader(inputs, batch_size, num_workers=workers, collate_fn=list)
     rows: list[int] = []
-    outputs = [(torch.empty(0, backbone.embed_dim), torch.empty(0, backbone.embed_dim))]
+    outputs = [(torch.empty(0, blocks, backbone.embed_dim), torch.empty(0, backbone.embed_dim))]
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=rank > 0):
         for row, reason in batch:
             if isinstance(reason, str):
                 logger.warning("left out: %s: %s", images.names[int(indices[row])], reason)
         readable = [(row, image) for row, image in batch if isinstance(image, Tensor)]
         if readable:
-            found = backbone.forward_features(torch.stack([image for _, image in readable]).to(device))
-            patches = found["x_norm_patchtokens"].float().mean(dim=1)
-            outputs.append((found["x_norm_clstoken"].float().cpu(), patches.cpu()))
+            outputs.append(_outputs(backbone, torch.stack([image for _, image in readable]).to(device), blocks))
             rows += [row for row, _ in readable]
     parts = [(np.array(rows, dtype=int), *(torch.cat(part).numpy() for part in zip(*outputs, strict=True)))]
     if processes > 1:
@@ -99,6 +104,17 @@ def extract(
     rows_of_all, class_tokens, patch_means = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = rows_of_all.argsort()
     return Features(class_tokens[order], patch_means[order], rows_of_all[order])
+
+
+def _outputs(backbone: Backbone, images: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Class tokens (B, blocks, D) and mean patch token (B, D) of a batch."""
+    if blocks == 1 or isinstance(backbone, ResNet):
+        found = backbone.forward_features(images)
+        class_tokens, patches = found["x_norm_clstoken"][:, None], found["x_norm_patchtokens"]
+    else:
+        layers = backbone.get_intermediate_layers(images, n=blocks, return_class_token=True, norm=True)
+        class_tokens, patches = torch.stack([token for _, token in layers], dim=1), layers[-1][0]
+    return class_tokens.float().cpu(), patches.float().mean(dim=1).cpu()
 
 
 def cached(compute: Callable[[], Features], backbone: Backbone, content: str, preprocessing: str) -> Features:

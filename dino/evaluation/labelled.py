@@ -1,6 +1,5 @@
 """A labelled pool as frozen features with a training and a test part: what k-NN and linear readouts start from."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,26 +33,26 @@ def labelled_features(
     kind: str,
     seed: int,
     accelerator: Accelerator,
-    compute: Callable[..., Features] = extract,
+    blocks: int = 1,
 ) -> Labelled:
     """Embed a pool whose folders are its classes.
 
     Args:
         data: to learn from; and, without `test_data`, the test's 30 % too, drawn with `seed` from every class alike.
-        compute: what makes features of (backbone, images, indices, transform).
+        blocks: see `extract`.
 
     Raises:
         UserError: no classes, or too few images to split.
     """
     images = _open(data, kind, backbone)
     names = sorted(set(images.labels or ()))
-    found = _features(backbone, images, compute, accelerator)
+    found = _features(backbone, images, accelerator, blocks)
     labels = np.searchsorted(names, np.asarray(images.labels)[found.rows])
     if test_data is not None:
         others = _open(test_data, kind, backbone)
         if unknown := sorted(set(others.labels or ()) - set(names)):
             raise UserError(f"{test_data} has classes that {data} has not: {', '.join(unknown[:5])}")
-        tested = _features(backbone, others, compute, accelerator)
+        tested = _features(backbone, others, accelerator, blocks)
         return Labelled(found, labels, tested, np.searchsorted(names, np.asarray(others.labels)[tested.rows]), names)
     counts = np.bincount(labels, minlength=len(names))
     if counts.min() < 2:
@@ -70,14 +69,12 @@ def _open(data: str, kind: str, backbone: Backbone) -> Images:
     return images
 
 
-def _features(
-    backbone: Backbone, images: Images, compute: Callable[..., Features], accelerator: Accelerator
-) -> Features:
+def _features(backbone: Backbone, images: Images, accelerator: Accelerator, blocks: int) -> Features:
     everything = range(len(images.names))
     content = content_digest(images, everything)
     return cached(
-        lambda: compute(backbone, images, everything, backbone.preprocess, accelerator=accelerator),
+        lambda: extract(backbone, images, everything, backbone.preprocess, accelerator=accelerator, blocks=blocks),
         backbone,
         content,
-        f"{compute.__name__}, {backbone.preprocess}",
+        f"{blocks} blocks, {backbone.preprocess}",
     )
