@@ -1,0 +1,164 @@
+"""A ViT for other libraries: timm's and Hugging Face's names, and ONNX.
+
+Plain releases (`position_interpolation="offset"`) resample their positions as neither of the two does, and ONNX freezes
+the factor: for them the table is resampled here, once, and the export serves that image size alone.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino.errors import UserError
+from dino.models.layers import interpolate_positions
+from dino.models.vit import VisionTransformer
+
+TO_HUGGING_FACE = (  # pattern in DINOv2's names to theirs, in order
+    (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "layernorm."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.(query|key|value)\.", r".attention.attention.\1."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.w12\.", ".mlp.weights_in."),
+    (r"\.mlp\.w3\.", ".mlp.weights_out."),
+)
+WITHOUT_LAYER_SCALE = (  # ViTModel's other names
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+def at_size(backbone: VisionTransformer, image_size: int) -> VisionTransformer:
+    """The same network with its position table resampled for square images of `image_size` pixels."""
+    if image_size % backbone.patch_size:
+        raise UserError(f"image size {image_size} is not divisible by the patch size {backbone.patch_size}")
+    side = image_size // backbone.patch_size
+    state = dict(backbone.state_dict())
+    state["pos_embed"] = interpolate_positions(
+        state["pos_embed"], (side, side), backbone.spec.position_interpolation
+    ).clone()
+    resized = VisionTransformer(replace(backbone.spec, image_size=image_size))
+    resized.load_state_dict(state)
+    resized.preprocess, resized.description = backbone.preprocess, backbone.description
+    return resized.eval()
+
+
+def timm_state(backbone: VisionTransformer) -> dict[str, Tensor]:
+    """Tensors under timm's names. timm has no mask token, and adds the class token's position to it beforehand."""
+    state = {name.replace(".w12.", ".fc1.").replace(".w3.", ".fc2."): t for name, t in backbone.state_dict().items()}
+    state.pop("mask_token", None)
+    if backbone.spec.registers:
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:
+    """What `timm.models.vision_transformer.VisionTransformer(**…)` takes to hold them."""
+    spec = backbone.spec
+    arguments: dict[str, Any] = {
+        "img_size": spec.image_size,
+        "patch_size": spec.patch_size,
+        "in_chans": spec.in_chans,
+        "num_classes": 0,
+        "embed_dim": spec.embed_dim,
+        "depth": spec.depth,
+        "num_heads": spec.num_heads,
+        "mlp_ratio": spec.mlp_ratio,
+        "init_values": spec.layer_scale or None,
+        "reg_tokens": spec.registers,
+        "no_embed_class": bool(spec.registers),
+        "dynamic_img_size": True,
+    }
+    if spec.ffn == "swiglu":
+        hidden = backbone.state_dict()["blocks.0.mlp.w3.weight"].shape[1]
+        arguments |= {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU", "mlp_ratio": 2 * hidden / spec.embed_dim}
+    return arguments
+
+
+def hugging_face_state(backbone: VisionTransformer) -> dict[str, Tensor]:
+    """Tensors under the names of Dinov2Model, Dinov2WithRegistersModel or, without LayerScale, ViTModel."""
+    patterns = TO_HUGGING_FACE + (() if backbone.spec.layer_scale else WITHOUT_LAYER_SCALE)
+    split: dict[str, Tensor] = {}
+    for name, tensor in backbone.state_dict().items():
+        if ".attn.qkv." in name:
+            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            split |= {name.replace(".qkv.", f".{part}."): rows.clone() for part, rows in parts}
+        else:
+            split[name] = tensor
+    state = {}
+    for name, tensor in split.items():
+        for pattern, replacement in patterns:
+            name = re.sub(pattern, replacement, name)
+        state[name] = tensor.contiguous()
+    spec = backbone.spec
+    if spec.layer_scale and "embeddings.mask_token" not in state:
+        state["embeddings.mask_token"] = torch.zeros(1, spec.embed_dim)
+    return state
+
+
+def hugging_face_config(backbone: VisionTransformer) -> dict[str, Any]:
+    """The config.json that `from_pretrained` reads.
+
+    Raises:
+        UserError: registers without LayerScale, which no model there has.
+    """
+    spec = backbone.spec
+    if spec.registers and not spec.layer_scale:
+        raise UserError("Hugging Face has no model with registers but without LayerScale")
+    kind = ("dinov2_with_registers" if spec.registers else "dinov2") if spec.layer_scale else "vit"
+    names = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "vit": "ViTModel"}
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [names[kind]],
+        "hidden_size": spec.embed_dim,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.num_heads,
+        "patch_size": spec.patch_size,
+        "image_size": spec.image_size,
+        "num_channels": spec.in_chans,
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "hidden_act": "gelu",
+    }
+    if kind == "vit":
+        return config | {"intermediate_size": round(spec.embed_dim * spec.mlp_ratio)}
+    config |= {"mlp_ratio": round(spec.mlp_ratio), "use_swiglu_ffn": spec.ffn == "swiglu"}
+    return config | ({"num_register_tokens": spec.registers} if spec.registers else {"use_mask_token": True})
+
+
+class ForOnnx(nn.Module):
+    """(B, C, H, W), preprocessed, to class tokens (B, D) and patch tokens (B, N, D)."""
+
+    def __init__(self, backbone: VisionTransformer):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone.forward_features(images)
+        return features["x_norm_clstoken"], features["x_norm_patchtokens"]
+
+
+def write_onnx(backbone: VisionTransformer, file: Path, image_size: int) -> None:
+    """An ONNX file with a dynamic batch, for square images of `image_size`."""
+    images = torch.randn(2, backbone.spec.in_chans, image_size, image_size)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    torch.onnx.export(
+        ForOnnx(backbone).eval(),
+        (images,),
+        str(file),
+        input_names=["images"],
+        output_names=["class_token", "patch_tokens"],
+        dynamic_shapes={"images": {0: batch}},
+        dynamo=True,
+        external_data=False,
+    )
