@@ -39,7 +39,7 @@ def assert_same_curves(run, reference, rtol=1e-4):
     assert steps_logged(run) == list(range(1, STEPS + 1))
     for line, wanted in zip(metrics(run), metrics(reference), strict=True):
         assert line["loss/dino"] == pytest.approx(wanted["loss/dino"], rel=rtol), f"step {line['step']}"
-        assert line["optim/gradient_norm"] == pytest.approx(wanted["optim/gradient_norm"], rel=10 * rtol)
+        assert line["health/gradient_norm"] == pytest.approx(wanted["health/gradient_norm"], rel=10 * rtol)
 
 
 def test_the_curves_compared_here_move(done):

@@ -148,5 +148,5 @@ class TestPictures:
 
     def test_bars(self):
         rows = [("raw pixels", 52.5, 1.2), ("pre-trained", 84.0, 0.0)]
-        assert self.opened(pictures.bars(rows, "accuracy", {"chance": 10.0})).std() > 0
-        assert self.opened(pictures.bars(rows, "accuracy", {})).std() > 0
+        assert self.opened(pictures.bars({"one": rows, "other": rows}, "accuracy", {"chance": 10.0})).std() > 0
+        assert self.opened(pictures.bars({"one": rows}, "accuracy", {})).std() > 0

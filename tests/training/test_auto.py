@@ -10,7 +10,7 @@ from dino.settings import AUTO, Config
 from dino.training import auto
 from dino.training.auto import Pool, keep_resolved, resolve
 
-IMAGENET = Pool(images=1_281_167, channels=3, kind="folder")
+IMAGENET = Pool(images=1_281_167, channels=3, kind="folder", bytes=700_000_000_000)
 OMNIGLOT = Pool(images=19_280, channels=1, kind="omniglot")
 FOLLOWS_LAUNCHER_OR_RUN = {"train.precision", "train.resume"}  # `auto` stays: it means something at every start
 

@@ -16,7 +16,7 @@ from dino.objectives import Centre
 from dino.settings import OptimConfig
 from dino.training import checkpoint
 from dino.training.checkpoint import Checkpoints, whole_checkpoints
-from dino.training.optimizer import adamw, set_rates
+from dino.training.optimizer import build_optimizer, set_rates
 
 
 class Run:
@@ -28,7 +28,7 @@ class Run:
         self.student[3].bias.requires_grad_(False)
         self.teacher = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Identity(), nn.Linear(6, 3))
         self.centre = Centre(3)
-        self.optimizer = adamw(self.student, OptimConfig())
+        self.optimizer = build_optimizer(self.student, OptimConfig())
         set_rates(self.optimizer, 0.01, 0.1)
         modules = {"student": self.student, "teacher": self.teacher, "targets": self.centre}
         self.checkpoints = Checkpoints(folder, accelerator, modules, self.optimizer, keep)
@@ -252,6 +252,6 @@ class TestDamage:
         _, path = saved
         other = Run(tmp_path, accelerator)
         modules = {**other.checkpoints.modules, "student": nn.Sequential(nn.Linear(4, 5))}
-        checkpoints = Checkpoints(tmp_path, accelerator, modules, adamw(modules["student"], OptimConfig()), 3)
+        checkpoints = Checkpoints(tmp_path, accelerator, modules, build_optimizer(modules["student"], OptimConfig()), 3)
         with pytest.raises(UserError, match=r"student\.safetensors does not fit the model.*0\.weight"):
             checkpoints.load(path)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dino.models import DINOHead, ResNet, ResNetSpec, VisionTransformer, ViTSpec
 from dino.settings import OptimConfig
 from dino.training.network import Network
-from dino.training.optimizer import adamw, clip_gradients, parameter_groups, set_rates, step_unless
+from dino.training.optimizer import build_optimizer, clip_gradients, parameter_groups, set_rates, step_unless
 
 BLOCK_DECAYED = {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
 BLOCK_FREE = {
@@ -93,7 +93,7 @@ class TestAdamW:
         value = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
         first = {name: torch.zeros_like(tensor) for name, tensor in value.items()}
         second = {name: torch.zeros_like(tensor) for name, tensor in value.items()}
-        optimizer = adamw(module, OptimConfig(betas=[0.8, 0.95]))
+        optimizer = build_optimizer(module, OptimConfig(betas=[0.8, 0.95]))
         for step, (lr, decay) in enumerate([(0.1, 0.04), (0.05, 0.2), (0.01, 0.4)], 1):
             set_rates(optimizer, lr, decay)
             for name, parameter in module.named_parameters():
@@ -109,7 +109,7 @@ class TestAdamW:
                 torch.testing.assert_close(parameter.detach(), value[name], rtol=1e-12, atol=1e-14)
 
     def test_published_settings(self):
-        optimizer = adamw(nn.Linear(2, 2), OptimConfig())
+        optimizer = build_optimizer(nn.Linear(2, 2), OptimConfig())
         for group in optimizer.param_groups:
             assert tuple(group["betas"]) == (0.9, 0.999)
             assert group["eps"] == 1e-8
@@ -117,7 +117,7 @@ class TestAdamW:
 
     def test_rates_reach_the_groups(self):
         network = transformer()
-        optimizer = adamw(network, OptimConfig())
+        optimizer = build_optimizer(network, OptimConfig())
         set_rates(optimizer, 0.125, 0.25)
         assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
@@ -186,7 +186,7 @@ class TestStepUnless:
             {"params": [value for value in peer.parameters() if value.ndim > 1], "weight_decay": 0.3},
             {"params": [value for value in peer.parameters() if value.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = adamw(mine, OptimConfig())
+        optimizer = build_optimizer(mine, OptimConfig())
         set_rates(optimizer, 0.1, 0.3)
         return mine, optimizer, peer, torch.optim.AdamW(groups, lr=0.1, fused=False, foreach=False)
 

@@ -13,7 +13,7 @@ from dino.errors import UserError
 from dino.settings import AUTO, Config
 from dino.training import run_directory
 from dino.training.auto import Pool, resolve
-from dino.training.run_directory import RunDirectory, read_metrics
+from dino.training.run_directory import RunDirectory
 
 
 def resolved(**values) -> Config:
@@ -83,8 +83,8 @@ class TestOtherConfig:
 
     # DESIGN.md, "Run directory": what may differ on resume.
     MAY = (
-        *("train.steps", "train.time_limit", "train.checkpoint_every", "data.workers"),
-        *("tracking.project", "tracking.name", "tracking.backends", "monitor.log_every"),
+        *("train.steps", "train.time_limit", "train.checkpoint_every", "data.workers", "data.cache"),
+        *("tracking.project", "tracking.name", "tracking.backends", "monitor.log_every", "monitor.health_every"),
         *("train.epochs", "train.keep_checkpoints", "train.resume", "train.cpu_threads", "run.dir"),
     )
 
@@ -159,17 +159,17 @@ class TestPrepare:
         """They will be written again; a step must not appear twice in the curves."""
         write_metrics(directory.metrics, [10, 20, 30, 40])
         directory.prepare(resolved(), 20)
-        assert [line["step"] for line in read_metrics(directory.metrics)] == [10, 20]
+        assert [line["step"] for line in directory.read_metrics()] == [10, 20]
         assert directory.metrics.read_text().endswith("\n")
 
     def test_a_line_half_written_by_a_killed_run_is_dropped(self, directory):
         write_metrics(directory.metrics, [10, 20])
         with directory.metrics.open("a") as file:
             file.write('{"step": 30, "loss/di')
-        assert [line["step"] for line in read_metrics(directory.metrics)] == [10, 20]
+        assert [line["step"] for line in directory.read_metrics()] == [10, 20]
         directory.prepare(resolved(), 30)
         write_metrics(directory.metrics, [30], mode="a")
-        assert [line["step"] for line in read_metrics(directory.metrics)] == [10, 20, 30]
+        assert [line["step"] for line in directory.read_metrics()] == [10, 20, 30]
 
     def test_other_files_stay(self, directory):
         directory.results.write_text("{}")
