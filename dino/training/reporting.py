@@ -1,6 +1,7 @@
 """RUN/report.html: what ran, whether it is healthy, and what it learned; renewed while the run is alive."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ ROWS, NEIGHBOURS = 6, 8  # images shown, and neighbours of each
 POOL = 384  # images, spread over all, among which neighbours are looked for
 SHARE = 50  # a page that took t to write is renewed after SHARE · t at the earliest: at most 2 % of the time
 SOONEST = 20  # seconds
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -96,7 +98,10 @@ class Reporter:
         )
         title = f"{self.directory.path.name}: DINO pre-training"
         facts, settings = _facts(config, self.images, metrics), self.directory.config.read_text()
-        report.write(self.directory.report, title, facts, sections, settings, status)
+        try:
+            report.write(self.directory.report, title, facts, sections, settings, status)
+        except OSError as error:  # a full disk: the run itself goes on, and says so where its own files do not fit
+            logger.warning("%s could not be written: %s", self.directory.report, error.strerror or error)
         return {name: picture.png for name, picture in looks.items()}
 
 

@@ -52,7 +52,9 @@ def test_block_before_the_first_step_says_what_will_run(smoke):
 def test_report_is_one_self_contained_page(smoke):
     run, _, _ = smoke
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3  # curves, crops, attention
+    assert (
+        page.count("data:image/png;base64,") == 7
+    )  # progress, health, schedules, crops, attention, patches, neighbours
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
 
 

@@ -53,6 +53,8 @@ def test_without_a_key_one_offline_run_holds_the_metrics_of_all_starts(runs, tmp
             if record.WhichOneof("record_type") == "history":
                 items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
                 logged[json.loads(items["_step"])] = {
-                    name: json.loads(value) for name, value in items.items() if not name.startswith("_")
+                    name: json.loads(value) for name, value in items.items() if not name.startswith(("_", "pictures/"))
                 }
+    pictures = {path.name.split("_")[0] for path in run.glob("wandb/offline-run-*/files/media/images/pictures/*.png")}
+    assert pictures == {"crops", "attention", "pca", "neighbours"}
     assert logged == {line.pop("step"): line for line in metrics(run)}
