@@ -17,6 +17,7 @@ from dino.views.device import gaussian_blur, turn_hue
 from dino.views.draws import Appearance, draw_appearance
 from dino.views.pipeline import make_views
 
+ROUNDING = {"workers": 1.5, "device": 0.51}  # in levels: torchvision cuts fractions off, twice for contrast
 EVERYTHING = View(24, (1.0, 1.0), jitter=1, grey=1, blur=1, blur_kernel=13, solarize=1, stroke=1)
 
 
@@ -31,7 +32,7 @@ class TestDefinitions:
         image = noise(1, 3, 8, 8)
         luminance = torch.einsum("c,nchw->nhw", torch.tensor([0.299, 0.587, 0.114]), image.float())
         found = retouched(backend, image, plain(8, grey=1.0), untouched(1, grey=[True]))
-        assert (found.float() - luminance[:, None]).abs().max() <= 1
+        assert (found.float() - luminance[:, None]).abs().max() <= ROUNDING[backend]
 
     @pytest.mark.parametrize("channels", [1, 5])
     def test_what_is_about_colour_leaves_other_images_alone(self, backend, channels):
@@ -43,7 +44,7 @@ class TestDefinitions:
     def test_brightness_multiplies(self, backend, factor):
         image = noise(1, 3, 8, 8)
         found = retouched(backend, image, plain(8, jitter=1.0), untouched(1, jitter=[True], brightness=[factor]))
-        assert (found - (factor * image.float()).clamp(max=255)).abs().max() <= 1
+        assert (found - (factor * image.float()).clamp(max=255)).abs().max() <= ROUNDING[backend]
 
     @pytest.mark.parametrize("channels", [1, 3, 5])
     def test_contrast_pulls_towards_the_mean_grey_value(self, backend, channels):
@@ -52,19 +53,19 @@ class TestDefinitions:
         weights = torch.tensor([0.299, 0.587, 0.114]) if channels == 3 else torch.eye(channels)
         mean = (weights @ image.float().mean(dim=(0, 2, 3))).view(-1, 1, 1)
         found = retouched(backend, image, plain(8, jitter=1.0), untouched(1, jitter=[True], contrast=[0.7]))
-        assert (found - (0.7 * image + 0.3 * mean)).abs().max() <= 1
+        assert (found - (0.7 * image + 0.3 * mean)).abs().max() <= ROUNDING[backend]
 
     def test_saturation_pulls_towards_grey_of_the_same_luminance(self, backend):
         image = noise(1, 3, 8, 8, low=60, high=200)
         luminance = torch.einsum("c,nchw->nhw", torch.tensor([0.299, 0.587, 0.114]), image.float())[:, None]
         found = retouched(backend, image, plain(8, jitter=1.0), untouched(1, jitter=[True], saturation=[1.2]))
-        assert (found - (1.2 * image - 0.2 * luminance)).abs().max() <= 1
+        assert (found - (1.2 * image - 0.2 * luminance)).abs().max() <= ROUNDING[backend]
 
     def test_hue_turns_red_to_what_lies_on_the_circle(self, backend):
         red = torch.tensor([200, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
         for shift, expected in [(0.1, (200, 120, 0)), (-0.1, (200, 0, 120)), (1 / 12, (200, 100, 0))]:
             found = retouched(backend, red, plain(4, jitter=1.0), untouched(1, jitter=[True], hue=[shift]))
-            assert (found[0, :, 0, 0] - torch.tensor(expected)).abs().max() <= 1
+            assert (found[0, :, 0, 0] - torch.tensor(expected)).abs().max() <= ROUNDING[backend]
 
     @pytest.mark.parametrize("sigma", [0.3, 1.5, 2.0])
     def test_blur_is_a_gaussian(self, backend, sigma):
@@ -75,14 +76,14 @@ class TestDefinitions:
         line = torch.exp(-(offsets**2) / (2 * sigma**2)) * (offsets.abs() <= 6)
         expected = 255 * torch.outer(line, line) / line.sum() ** 2
         found = retouched(backend, image, plain(25, blur=1.0, blur_kernel=13), untouched(1, sigma=[sigma]))
-        assert (found.float() - expected).abs().max() <= 0.51
+        assert (found.float() - expected).abs().max() <= ROUNDING[backend]
 
     def test_strokes_are_blended_with_the_brightest_or_darkest_neighbour(self, backend):
         images = noise(2, 3, 9, 9)
         drawn = untouched(2, stroke=[0.3, -0.7])
-        neighbours = [filter_(images.numpy(), (1, 1, 3, 3), mode="nearest") for filter_ in MOST]
-        expected = np.stack([0.7 * images[0] + 0.3 * neighbours[0][0], 0.3 * images[1] + 0.7 * neighbours[1][1]])
-        assert (retouched(backend, images, plain(9, stroke=1.0), drawn) - expected).abs().max() <= 0.51
+        brightest, darkest = (torch.from_numpy(most(images.numpy(), (1, 1, 3, 3), mode="nearest")) for most in MOST)
+        expected = torch.stack([0.7 * images[0] + 0.3 * brightest[0], 0.3 * images[1] + 0.7 * darkest[1]])
+        assert (retouched(backend, images, plain(9, stroke=1.0), drawn) - expected).abs().max() <= ROUNDING[backend]
 
     def test_colours_are_changed_in_the_order_drawn(self, backend):
         """Twice as bright saturates at white before the contrast is halved, and does not after it."""
@@ -91,8 +92,8 @@ class TestDefinitions:
             2, jitter=[True] * 2, brightness=[2.0] * 2, contrast=[0.5] * 2, order=[[0, 1, 2, 3], [1, 0, 2, 3]]
         )
         first, second = retouched(backend, image, plain(4, jitter=1.0), drawn)[:, 0, 0, :2]
-        assert (first - torch.tensor([213.75, 241.25])).abs().max() <= 1  # 200 and 255, mean 227.5
-        assert (second - torch.tensor([250.0, 255.0])).abs().max() <= 1  # 125 and 175, doubled
+        assert (first - torch.tensor([213.75, 241.25])).abs().max() <= ROUNDING[backend]  # 200 and 255, mean 227.5
+        assert (second - torch.tensor([250.0, 255.0])).abs().max() <= 2 * ROUNDING[backend]  # 125 and 175, doubled
 
     def test_pixels_of_images_not_chosen_stay_as_they_are(self, backend):
         images = noise(12, 3, 24, 24)
