@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -78,7 +79,7 @@ def attention_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor) 
     return _grid_png(tiles, columns=1 + maps.shape[1])
 
 
-def pca_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor) -> bytes:
+def pca_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor, separate: bool = False) -> bytes:
     """Pairs of an image and its patches' features, whose first three principal components are red, green and blue.
 
     The components are those of all patches together, so the same colour says the same in every image.
@@ -86,21 +87,56 @@ def pca_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor) -> byt
     Args:
         images: (B, C, H, W), preprocessed.
         shown: the same images as uint8.
+        separate: leave the background black, and take the components of the rest. What is background shows in the
+            first component of all patches: of its two sides the one that more of the images' borders lie on.
     """
     patches = backbone.forward_features(images)["x_norm_patchtokens"].float().cpu()  # (B, N, D)
-    grid = images.shape[-1] // backbone.patch_size
+    height, width = (side // backbone.patch_size for side in images.shape[2:])
     flat = patches.flatten(0, 1)
-    flat = flat - flat.mean(dim=0)
-    axes = torch.linalg.eigh(flat.mT @ flat).eigenvectors[:, -3:].flip(1)  # (D, 3), the strongest first
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # an eigenvector has no sign of its own
-    values = flat @ axes
-    low, high = values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
-    colours = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).view(len(images), grid, grid, 3)
+    kept = torch.ones(len(flat), dtype=torch.bool)
+    if separate:
+        first = _components(flat, 1)[:, 0].view(-1, height, width)
+        border = torch.cat([first[:, 0], first[:, -1], first[:, :, 0], first[:, :, -1]], dim=1)
+        kept = ((first > 0) != ((border > 0).float().mean() > 0.5)).flatten()
+    colours = torch.zeros(len(flat), 3)
+    if kept.sum() > 3:
+        values = _components(flat[kept], 3)
+        low, high = values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
+        colours[kept] = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     side = max(128, shown.shape[-1])
     tiles = []
-    for image, colour in zip(shown, colours.permute(0, 3, 1, 2), strict=True):
+    for image, colour in zip(shown, rearrange(colours, "(b h w) c -> b c h w", h=height, w=width), strict=True):
         tiles += [_tile(image, side), F.interpolate(colour[None], size=(side, side), mode="nearest")[0]]
     return _grid_png(tiles, columns=2 * min(3, len(images)))
+
+
+def _components(features: Tensor, count: int) -> Tensor:
+    """(N, D) to their first principal components (N, count); an eigenvector has no sign of its own, so it is fixed."""
+    centred = features - features.mean(dim=0)
+    axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -count:].flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    return centred @ axes
+
+
+def scatter(places: np.ndarray, labels: Sequence[str] | None) -> bytes:
+    """Points (N, 2), coloured by label; the 20 most frequent labels are named.
+
+    Args:
+        labels: (N,), or None.
+    """
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    axes = figure.add_subplot()
+    names, counts = np.unique(labels if labels is not None else [""] * len(places), return_counts=True)
+    order = names[np.argsort(-counts, kind="stable")]
+    colours = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(order)))
+    for rank, name in enumerate(order):
+        chosen = slice(None) if labels is None else np.asarray(labels) == name
+        shown = name if labels is not None and rank < 20 else None
+        axes.scatter(*places[chosen].T, s=9, color=colours[(rank * 7) % len(order)], label=shown, linewidths=0)
+    if labels is not None:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, markerscale=2, frameon=False)
+    axes.set_axis_off()
+    return png(figure)
 
 
 def neighbours_sheet(queries: Sequence[Tensor], neighbours: Sequence[Sequence[Tensor]]) -> bytes:
