@@ -43,7 +43,7 @@ def main() -> None:
         sections += [
             report.Picture(
                 "attention",
-                f"Where the class token looks in the last block, at {size}² pixels: the mean over heads, then each head.",
+                f"Where the class token looks in the last block, at {size}² pixels: mean over heads, then single heads.",
                 pictures.attention_sheet(backbone, inputs, seen),
             ),
             report.Picture(
@@ -94,9 +94,7 @@ def neighbours(images: Images, indices: np.ndarray, tokens: np.ndarray, rows: in
         [images.read(int(indices[query])) for query in queries],
         [[images.read(int(indices[other])) for other in row] for row in nearest],
     )
-    caption = (
-        f"Left, an image; right, the {NEIGHBOURS} most similar of {len(indices):,}, by the cosine of class tokens."
-    )
+    caption = f"Left, an image; right, the {NEIGHBOURS} most similar of {len(indices):,}, by cosine of class tokens."
     return report.Picture("neighbours", caption, sheet)
 
 
@@ -105,9 +103,7 @@ def two_dimensions(images: Images, indices: np.ndarray, tokens: np.ndarray) -> r
     perplexity = min(30.0, (len(tokens) - 1) / 3)
     places = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(reduced)
     labels = None if images.labels is None else [images.labels[index] for index in indices]
-    caption = (
-        f"Class tokens of {len(indices):,} images in two dimensions (t-SNE): near means similar, far means little."
-    )
+    caption = f"Class tokens of {len(indices):,} images in two dimensions (t-SNE): near is similar, far says little."
     return report.Picture("map", caption, pictures.scatter(places, labels))
 
 

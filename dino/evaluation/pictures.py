@@ -132,7 +132,9 @@ def scatter(places: np.ndarray, labels: Sequence[str] | None) -> bytes:
     for rank, name in enumerate(order):
         chosen = slice(None) if labels is None else np.asarray(labels) == name
         shown = name if labels is not None and rank < 20 else None
-        axes.scatter(*places[chosen].T, s=9, color=colours[(rank * 7) % len(order)], label=shown, linewidths=0)
+        axes.scatter(
+            places[chosen, 0], places[chosen, 1], s=9, color=colours[(rank * 7) % len(order)], label=shown, linewidths=0
+        )
     if labels is not None:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, markerscale=2, frameon=False)
     axes.set_axis_off()
