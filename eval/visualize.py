@@ -43,7 +43,7 @@ def main() -> None:
         sections += [
             report.Picture(
                 "attention",
-                f"Where the class token looks in the last block, at {size}² pixels: mean over heads, then single heads.",
+                f"Where the class token looks in the last block at {size}² pixels: mean over heads, then single heads.",
                 pictures.attention_sheet(backbone, inputs, seen),
             ),
             report.Picture(

@@ -53,6 +53,15 @@ META_SPECS = {
 IDENTIFY = ("DINO", "DINOv2, registers")  # where a wrapping is tested, not what it wraps
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Networks are so small that waking further threads takes longer than the work, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def known(bug: str) -> pytest.MarkDecorator:
     """A fault that is reported, not yet mended; its repair makes the test fail until the mark is taken away."""
     return pytest.mark.xfail(strict=True, reason=bug)
