@@ -9,10 +9,12 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from launching import REPOSITORY, TINY, Runs
 from PIL import Image
 from sklearn.datasets import load_digits
+from transformers import AutoModel
 
 import dino
 
@@ -28,7 +30,7 @@ SMALL = [setting for setting in TINY if not setting.startswith("data.kind")]
 def places(tmp_path_factory) -> dict[str, str]:
     """The README's names of files and folders to real ones: digits as photographs, and as Omniglot is laid out."""
     folder = tmp_path_factory.mktemp("readme")
-    images, archive = folder / "images", folder / "images_background.zip"
+    images, archive, labelled = folder / "images", folder / "images_background.zip", folder / "labelled"
     images.mkdir()
     digits = load_digits()
     with zipfile.ZipFile(archive, "w") as drawings:
@@ -36,9 +38,16 @@ def places(tmp_path_factory) -> dict[str, str]:
             picture = Image.fromarray(255 - (pixels * 255 / 16).astype(np.uint8)).resize((105, 105))
             path = images / f"{number}.png"
             picture.save(path)
+            if number < 150:
+                (labelled / str(label)).mkdir(parents=True, exist_ok=True)
+                picture.save(labelled / str(label) / f"{number}.png")
             drawings.write(path, f"images_background/Alphabet{label % 3}/character{label:02d}/0001_{number:02d}.png")
     return {
         "path/to/images": str(images),
+        "path/to/labelled": str(labelled),
+        "runs/pictures": str(folder / "pictures"),
+        "runs/embeddings.parquet": str(folder / "embeddings.parquet"),
+        "runs/exported": str(folder / "exported"),
         "images_background.zip": str(archive),
         "runs/mine": str(folder / "mine"),
         "runs/omniglot": str(folder / "omniglot"),
@@ -71,7 +80,7 @@ def run(runs: Runs, command: str, places: dict[str, str]) -> str:
 
 def test_commands_are_found():
     assert sum("train/pretrain.py" in command for command in COMMANDS) == 3
-    assert sum("eval/" in command for command in COMMANDS) == 1
+    assert sum("eval/" in command for command in COMMANDS) == 6
 
 
 def test_pretraining_and_use(runs, places):
@@ -85,6 +94,29 @@ def test_pretraining_and_use(runs, places):
     assert found["class_tokens"].shape == (2, 32)
     assert found["patches"].shape == (2, 4, 32)
     assert "train.batch_size" in run(runs, "python train/pretrain.py --help", places)
+
+
+def test_judging(runs, places):
+    """Every readout of the run that `test_pretraining_and_use` has left; it makes one if run alone."""
+    if not (Path(places["runs/mine"]) / "backbone.safetensors").exists():
+        data = ("data.kind=folder", f"data.root={places['path/to/images']}")
+        runs.finish(f"run.dir={places['runs/mine']}", *data, "train.steps=2")
+    printed = {}
+    for command in COMMANDS:
+        if "eval/" in command and "omniglot" not in command:
+            printed[command.split()[1].split("/")[1]] = run(runs, command, places)
+    assert "k=10:" in printed["knn.py"]
+    assert "10 classes" in printed["knn.py"]
+    assert {"linear/sweep", "linear/logistic", "few/1_knn"} <= set(printed["linear.py"].split())
+    for name in ("attention", "pca", "foreground", "neighbours", "map"):
+        with Image.open(Path(places["runs/pictures"]) / f"{name}.png") as picture:
+            assert picture.width > 200
+    table = pq.read_table(places["runs/embeddings.parquet"])
+    assert table.num_rows == 400
+    assert len(table["embedding"][0]) == 32
+    assert "class tokens differ by at most" in printed["export.py"]
+    exported = AutoModel.from_pretrained(places["runs/exported"], add_pooling_layer=False)
+    assert exported.config.hidden_size == 32
 
 
 def test_omniglot(runs, places):

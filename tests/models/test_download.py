@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dino import load_backbone
 from dino.errors import UserError
-from dino.models import VisionTransformer, ViTSpec, download, released, weights
+from dino.models import VisionTransformer, ViTSpec, download
 from dino.models.download import fetch
-from dino.models.released import Released
+from dino.models.released import RELEASED, Released
 
 CONTENT = random.Random(0).randbytes(3_500_000)  # some chunks of a mebibyte, and a bit
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -391,8 +391,7 @@ class TestByName:
     def published(self, server, tmp_path, monkeypatch) -> dict[str, Tensor]:
         """The tensors that `load_backbone("small")` should give."""
         tensors, server.content = parameters(tmp_path)
-        for module in (released, weights):
-            monkeypatch.setattr(module, "RELEASED", {"small": Released(server.url, SPEC)})
+        monkeypatch.setitem(RELEASED, "small", Released(server.url, SPEC))
         return tensors
 
     @pytest.mark.parametrize(
@@ -430,7 +429,7 @@ class TestByName:
 
     def test_the_digest_of_the_table_counts(self, published, server, tmp_path, monkeypatch):
         monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(weights, "RELEASED", {"small": Released(server.url, SPEC, sha256="0123abcd")})
+        monkeypatch.setitem(RELEASED, "small", Released(server.url, SPEC, sha256="0123abcd"))
         with pytest.raises(UserError, match="0123abcd"):
             load_backbone("small")
         assert list((tmp_path / "cache").glob("weights.pth*")) == []

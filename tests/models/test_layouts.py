@@ -7,8 +7,9 @@ names and shapes that DINO's and DINOv2's code writes. Weights are random.
 import argparse
 import json
 import logging
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ IDENTIFY = ("DINO", "DINOv2, registers")  # where a wrapping is tested, not what
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     """Networks are so small that waking further threads takes longer than the work, most of all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -68,36 +69,42 @@ def known(bug: str) -> pytest.MarkDecorator:
 
 
 def meta_tensors(spec: ViTSpec) -> State:
-    """Random tensors under the names and in the shapes of DINO's and DINOv2's files (vision_transformer.py of each)."""
+    """Random tensors under the names and in the shapes of DINO's and DINOv2's files (vision_transformer.py of each).
+
+    Values are about as large as trained ones, so that features can be compared.
+    """
     width, hidden = spec.embed_dim, 4 * spec.embed_dim
 
-    def linear(name: str, inputs: int, outputs: int) -> State:
-        return {f"{name}.weight": torch.randn(outputs, inputs), f"{name}.bias": torch.randn(outputs)}
+    def linear(name: str, inputs: int, *outputs: int) -> State:
+        weight = torch.randn(*outputs) / inputs**0.5
+        return {f"{name}.weight": weight, f"{name}.bias": 0.1 * torch.randn(outputs[0])}
 
     def norm(name: str) -> State:
-        return {f"{name}.weight": torch.randn(width), f"{name}.bias": torch.randn(width)}
+        return {f"{name}.weight": 1 + 0.3 * torch.randn(width), f"{name}.bias": 0.1 * torch.randn(width)}
 
-    state = {
-        "cls_token": torch.randn(1, 1, width),
-        "pos_embed": torch.randn(1, 1 + (spec.image_size // spec.patch_size) ** 2, width),
-        "patch_embed.proj.weight": torch.randn(width, spec.in_chans, spec.patch_size, spec.patch_size),
-        "patch_embed.proj.bias": torch.randn(width),
-    }
+    def token(*shape: int) -> Tensor:
+        return 0.1 * torch.randn(*shape, width)
+
+    state = {"cls_token": token(1, 1), "pos_embed": token(1, 1 + (spec.image_size // spec.patch_size) ** 2)}
+    pixels = (spec.in_chans, spec.patch_size, spec.patch_size)
+    state |= linear("patch_embed.proj", math.prod(pixels), width, *pixels)
     if spec.registers:
-        state["register_tokens"] = torch.randn(1, spec.registers, width)
+        state["register_tokens"] = token(1, spec.registers)
     if spec.mask_token:
-        state["mask_token"] = torch.randn(1, width)
+        state["mask_token"] = token(1)
     for block in (f"blocks.{index}" for index in range(spec.depth)):
-        state |= norm(f"{block}.norm1")
-        state |= linear(f"{block}.attn.qkv", width, 3 * width) | linear(f"{block}.attn.proj", width, width)
-        state |= norm(f"{block}.norm2")
+        state |= norm(f"{block}.norm1") | norm(f"{block}.norm2")
+        state |= linear(f"{block}.attn.qkv", width, 3 * width, width)
+        state |= linear(f"{block}.attn.proj", width, width, width)
         if spec.ffn == "swiglu":  # two thirds as wide, in steps of 8; gate and value in one matrix
-            narrow = -(-(hidden * 2 // 3) // 8) * 8
-            state |= linear(f"{block}.mlp.w12", width, 2 * narrow) | linear(f"{block}.mlp.w3", narrow, width)
+            narrow = math.ceil(hidden * 2 // 3 / 8) * 8
+            state |= linear(f"{block}.mlp.w12", width, 2 * narrow, width)
+            state |= linear(f"{block}.mlp.w3", narrow, width, narrow)
         else:
-            state |= linear(f"{block}.mlp.fc1", width, hidden) | linear(f"{block}.mlp.fc2", hidden, width)
+            state |= linear(f"{block}.mlp.fc1", width, hidden, width)
+            state |= linear(f"{block}.mlp.fc2", hidden, width, hidden)
         if spec.layer_scale:
-            state |= {f"{block}.ls1.gamma": torch.randn(width), f"{block}.ls2.gamma": torch.randn(width)}
+            state |= {f"{block}.ls{number}.gamma": 1 + 0.3 * torch.randn(width) for number in (1, 2)}
     return state | norm("norm")
 
 

@@ -74,6 +74,23 @@ def test_indices_are_those_of_the_images(way, accelerator, tiny, folder):
         assert torch.cdist(first_views, colours).argmin(dim=1).tolist() == stream.indices(step)
 
 
+def test_broken_images_are_replaced_and_listed_alike(accelerator, tiny, folder, tmp_path):
+    """Over one epoch, in which every image has its turn; without affine changes a CPU cuts in one way."""
+    broken = (5, 6, 40, 63)  # the last is replaced by the first
+    for index, path in enumerate(sorted(folder.iterdir())):
+        (tmp_path / path.name).write_bytes(b"" if index in broken else path.read_bytes())
+    images, found, listed = open_images(str(tmp_path), "folder", 3), {}, {}
+    for name, way in WAYS.items():
+        settings = {"views.preset": "line_art", "views.affine": 0.0, "data.workers": 0, "data.max_unreadable": 0.1}
+        stream = Batches(tiny(way | settings), images, accelerator, 0, 8, None)
+        found[name], listed[name] = [step[0] for step in stream], stream.skipped
+    for name in ("workers cut", "workers"):
+        assert listed[name] == listed["resident"]  # whatever the order in which they were met
+        for crops, others in zip(found["resident"], found[name], strict=True):
+            assert all((one.int() - other.int()).abs().max() <= 1 for one, other in zip(crops, others, strict=True))
+    assert list(listed["resident"]) == [images.names[index] for index in broken]
+
+
 def test_too_many_unreadable_images_are_told_before_the_first_step(accelerator, tiny, folder, tmp_path):
     for path in sorted(folder.iterdir()):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Which parameters are decayed, how gradients are clipped, and that a broken step leaves no trace."""
+"""Which parameters are decayed, what an optimizer does with them, and that a broken step leaves no trace."""
 
 import copy
 import math
@@ -121,6 +121,86 @@ class TestAdamW:
         set_rates(optimizer, 0.125, 0.25)
         assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+
+
+class TestSGD:
+    """DINO's optimizer for ResNet-50."""
+
+    def pair(self) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module, torch.optim.Optimizer]:
+        """A module with the project's optimizer, and its twin with torch's plain SGD of momentum 0.9."""
+        torch.manual_seed(0)
+        mine = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        peer = copy.deepcopy(mine)
+        groups = [
+            {"params": [value for value in peer.parameters() if value.ndim > 1]},
+            {"params": [value for value in peer.parameters() if value.ndim <= 1], "weight_decay": 0.0},
+        ]
+        plain = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.3, fused=False, foreach=False)
+        return mine, build_optimizer(mine, OptimConfig(name="sgd")), peer, plain
+
+    def test_is_torchs_with_momentum_and_rates_that_change(self):
+        mine, optimizer, peer, plain = self.pair()
+        generator = torch.Generator().manual_seed(0)
+        for lr, decay in [(0.1, 0.3), (0.05, 0.2), (0.01, 0.4), (0.02, 0.0)]:
+            set_rates(optimizer, lr, decay)
+            for group, shrink in zip(plain.param_groups, (decay, 0.0), strict=True):
+                group["lr"], group["weight_decay"] = lr, shrink
+            for one, other in zip(mine.parameters(), peer.parameters(), strict=True):
+                one.grad = torch.randn(one.shape, generator=generator)
+                other.grad = one.grad.clone()
+            optimizer.step()
+            plain.step()
+            for one, other in zip(mine.parameters(), peer.parameters(), strict=True):
+                torch.testing.assert_close(one, other)
+
+    def test_prototypes_that_stood_still_begin_to_move(self):
+        """As after `optim.freeze_last_layer_steps`: until then the last layer has no gradient."""
+        mine, optimizer, peer, plain = self.pair()
+        set_rates(optimizer, 0.1, 0.3)
+        for step in range(4):
+            for number, (one, other) in enumerate(zip(mine.parameters(), peer.parameters(), strict=True)):
+                frozen = step < 2 and number >= 2
+                one.grad = None if frozen else torch.full_like(one, step + 1.0)
+                other.grad = None if frozen else one.grad.clone()
+            step_unless(optimizer, torch.tensor(False))
+            plain.step()
+            for one, other in zip(mine.parameters(), peer.parameters(), strict=True):
+                torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("pattern", [(True, False, False), (False, True, True, False)])
+    def test_broken_steps_are_as_if_never_taken(self, pattern):
+        """Also a first step, when nothing has any momentum yet."""
+        mine, optimizer, peer, plain = self.pair()
+        set_rates(optimizer, 0.1, 0.3)
+        generator = torch.Generator().manual_seed(0)
+        for broken in pattern:
+            for one, other in zip(mine.parameters(), peer.parameters(), strict=True):
+                one.grad = torch.randn(one.shape, generator=generator)
+                other.grad = one.grad.clone()
+                if broken:
+                    one.grad[0] = math.nan
+            before = copy.deepcopy(mine.state_dict())
+            step_unless(optimizer, torch.tensor(broken))
+            if broken:
+                assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
+            else:
+                plain.step()
+        for one, other in zip(mine.parameters(), peer.parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+            buffers = (state.state[of]["momentum_buffer"] for state, of in ((optimizer, one), (plain, other)))
+            torch.testing.assert_close(*buffers)
+
+    def test_a_broken_first_step_leaves_no_momentum(self):
+        """Torch's fused SGD makes its buffers without filling them, and leaves them so where the step is left out."""
+        module = nn.Linear(100, 100)
+        optimizer = build_optimizer(module, OptimConfig(name="sgd"))
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, math.nan)
+        left = [torch.full_like(parameter, 7.0) for parameter in module.parameters()]  # what memory may hold
+        del left
+        step_unless(optimizer, torch.tensor(True))
+        for parameter in module.parameters():
+            assert not optimizer.state[parameter].get("momentum_buffer", torch.zeros(1)).any()
 
 
 def with_gradients(scale: float = 1.0) -> list[nn.Parameter]:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dino.config import leaves
+from dino.config import leaves, load
 from dino.training.verdict import healthy_ranges, judge
 
 K, WIDTH, STEPS = 1024, 192, 1000
@@ -63,6 +63,73 @@ def test_the_first_tenth_is_not_judged(state):
     assert found == ("warming up", "")
 
 
+def test_the_first_tenth_is_not_judged_with_what_comes_after():
+    """Two measures after it are needed, though many before it were as bad."""
+    ill = ILL["collapsed: constant"]
+    start = [line(step, **ill) for step in range(10, STEPS // 10 + 1, 10)]
+    assert verdict(*start, line(110, **ill)).state == "warming up"
+    assert verdict(*start, line(110, **ill), line(120, **ill)).state == "collapsed: constant"
+
+
+@pytest.mark.parametrize("state", ILL)
+def test_measures_that_are_not_in_a_row_say_nothing(state):
+    ill = ILL[state]
+    assert verdict(line(10), line(500, **ill), line(510), line(520, **ill)).state == "healthy"
+    assert verdict(line(10), line(500, **ill), {"step": 515, "loss/dino": 6.0}, line(520, **ill)).state == state
+
+
+@pytest.mark.parametrize("state", ILL)
+def test_a_run_that_recovers_is_healthy_again(state):
+    ill = ILL[state]
+    assert verdict(line(10), line(500, **ill), line(510, **ill), line(520), line(530)) == ("healthy", "")
+
+
+VARIETY = {  # runs of different kinds that learn: nothing of it is an illness
+    "certain teacher": {"health/entropy_ratio": 0.03, "health/kl_to_centre": 6.2},
+    "cautious teacher": {"health/entropy_ratio": 0.95, "health/kl_to_centre": 0.3},
+    "one image in each batch for a prototype": {"health/prototypes_in_use": 1.0, "health/kl_to_centre": 6.9},
+    "a twentieth of the prototypes": {"health/prototypes_in_use": 0.06},
+    "few dimensions": {"health/rank_me": 9.0, "health/feature_std": 0.25},
+    "all dimensions": {"health/rank_me": 191.0, "health/feature_std": 1.01},
+    "loss near zero": {"loss/dino": 0.2},
+    "loss above ln K": {"loss/dino": 1.05 * math.log(K)},
+    "loss a little below ln K": {"loss/dino": 0.99 * math.log(K)},
+    "neighbours a little worse": {"health/knn": 0.85 * HEALTHY["health/knn"]},
+    "neighbours much better": {"health/knn": 0.99},
+}
+
+
+@pytest.mark.parametrize("kind", VARIETY)
+def test_runs_that_learn_in_their_own_way_are_healthy(kind):
+    assert verdict(line(10), *(line(step, **VARIETY[kind]) for step in (200, 500, 900))) == ("healthy", "")
+
+
+@pytest.mark.parametrize(("prototypes", "width"), [(64, 32), (1024, 96), (65536, 384)])
+def test_limits_follow_the_size_of_the_network(prototypes, width):
+    """The same state of a small and of a large network, whatever its figures in nats and dimensions."""
+    nats = math.log(prototypes)
+    good = {"loss/dino": 0.8 * nats, "health/kl_to_centre": 0.2 * nats, "health/rank_me": width / 4}
+
+    def state(**changes: float) -> str:
+        lines = [{**HEALTHY, **good, **changes, "step": step} for step in (10, 500, 600)]
+        return judge(lines, STEPS, prototypes, width).state
+
+    assert state() == "healthy"
+    assert state(**{"loss/dino": nats}) == "stuck"
+    assert state(**{"health/kl_to_centre": 0.005 * nats}) == "collapsed: constant"
+    assert state(**{"health/rank_me": 1.1}) == "collapsed: features"
+
+
+def test_neighbours_are_compared_with_the_first_measure_that_has_them():
+    """The first look may come before the queue is filled."""
+    first = {key: value for key, value in line(10).items() if key != "health/knn"}
+    lines = [first, line(20, **{"health/knn": 0.9}), line(500, **{"health/knn": 0.5}), line(510, **{"health/knn": 0.5})]
+    found = verdict(*lines)
+    assert found.state == "getting worse"
+    assert "50%" in found.advice
+    assert "90%" in found.advice
+
+
 def test_lines_without_indicators_are_passed_over():
     plain = {"step": 605, "loss/dino": 6.0}
     assert verdict(line(500), plain, line(600), plain).state == "healthy"
@@ -75,10 +142,14 @@ def test_without_labels_neighbours_are_not_missed():
 
 @pytest.mark.parametrize("state", ILL)
 def test_advice_names_settings_that_exist(state):
+    """What stands there as `key=value` can be given as it is."""
     advice = verdict(line(10), line(500, **ILL[state]), line(600, **ILL[state])).advice
-    named = re.findall(r"\b(?:objective|optim|views|model|train)\.[a-z_]+", advice)
+    groups = {key.split(".")[0] for key, _ in leaves()}
+    named = re.findall(rf"\b(?:{'|'.join(groups)})\.[a-z_]+", advice)
     assert named
     assert set(named) <= {key for key, _ in leaves()}
+    for setting in re.findall(r"\b[a-z]+\.[a-z_]+=[\w.]*\w", advice):
+        load(None, [setting])
 
 
 @pytest.mark.parametrize("prototypes", [64, 1024, 65536])

@@ -57,9 +57,10 @@ class TestCrops:
         for size in range(1, 16):
             found = resampling(start, length, size, pixels, torch.device("cpu"))
             for (first, extent), matrix in zip(places, found, strict=True):
-                line = torch.eye(extent)[:, None, :, None]  # one bright pixel at each place
+                # One bright pixel at each place, in rows: of images one pixel wide torch 2.14 gets columns wrong.
+                line = torch.eye(extent)[:, None, None, :]
                 expected = torch.zeros(size, pixels)
-                scaled = F.interpolate(line, (size, 1), mode="bicubic", antialias=True)[:, 0, :, 0]
+                scaled = F.interpolate(line, (1, size), mode="bicubic", antialias=True)[:, 0, 0]
                 expected[:, first : first + extent] = scaled.mT
                 torch.testing.assert_close(matrix, expected, atol=2e-5, rtol=0)
 

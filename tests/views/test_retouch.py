@@ -246,7 +246,7 @@ CHECKERBOARD = (torch.arange(9)[:, None] + torch.arange(9)).remainder(2).mul(255
 class TestMeasuredFrequencies:
     """DINOv2's own transform took p for 1 − p; so what happens is counted, not what is asked for."""
 
-    COUNT = 1500
+    COUNT = 1000
 
     def changed(self, backend: str, view: View, image: Tensor, seed: int = 0) -> np.ndarray:
         """Of which keys a square image is changed by a view of all of it."""
@@ -271,13 +271,13 @@ class TestMeasuredFrequencies:
         for view, share in zip((*spec.globals_, spec.locals_[0]), expected, strict=True):
             # Only the blur, and always wide enough to be seen.
             only = plain(9, blur=view.blur, blur_sigma=(2.0, 2.0), blur_kernel=view.blur_kernel)
-            assert self.frequency(only, CHECKERBOARD) == pytest.approx(share, abs=0 if share in (0, 1) else 0.04)
+            assert self.frequency(only, CHECKERBOARD) == pytest.approx(share, abs=0 if share in (0, 1) else 0.05)
 
     @pytest.mark.parametrize(("what", "share"), [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("solarize", 0.2)])
     def test_everything_else(self, what, share):
         second = preset("dino").globals_[1]
         assert getattr(second, what) == share
-        assert self.frequency(replace(plain(8), **{what: share}), noise(3, 8, 8)) == pytest.approx(share, abs=0.04)
+        assert self.frequency(replace(plain(8), **{what: share}), noise(3, 8, 8)) == pytest.approx(share, abs=0.05)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_jitter_keeps_within_its_strengths(self, backend):

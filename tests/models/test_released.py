@@ -1,0 +1,450 @@
+"""A released name stands for the file, the network and the preprocessing that its publishers describe.
+
+No released file is at hand in tests: files of the same names, shapes and sizes are made of random weights. What the
+table should say is written here by hand, from the publishers' code, or taken from timm's and torchvision's tables.
+"""
+
+import argparse
+import logging
+import re
+import urllib.request
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from test_layouts import META_SPECS, assert_holds, assert_same_tokens, head, known, meta_tensors, prefixed
+from torch import Tensor, nn
+from torchvision import transforms
+
+from dino import load_backbone
+from dino.errors import UserError
+from dino.models import Backbone, ResNet, ResNetSpec, VisionTransformer, ViTSpec, save_backbone
+from dino.models.released import RELEASED
+
+# Name to tensors and parameters of the file: counted in modules of DINO's and DINOv2's own code; of the larger register
+# releases by adding 4 tokens; of torchvision's ResNet-50 (25,557,032) by taking its classifier (2,049,000) away.
+COUNTS = {
+    "dino_vits16": (150, 21_665_664),
+    "dino_vits8": (150, 21_670_272),
+    "dino_vitb16": (150, 85_798_656),
+    "dino_vitb8": (150, 85_807_872),
+    "dino_resnet50": (318, 23_508_032),
+    "dinov2_vits14": (175, 22_056_576),
+    "dinov2_vitb14": (175, 86_580_480),
+    "dinov2_vitl14": (343, 304_368_640),
+    "dinov2_vitg14": (567, 1_136_480_768),
+    "dinov2_vits14_reg": (176, 22_058_112),
+    "dinov2_vitb14_reg": (176, 86_583_552),
+    "dinov2_vitl14_reg": (344, 304_372_736),
+    "dinov2_vitg14_reg": (568, 1_136_486_912),
+    "resnet50": (318, 23_508_032),
+}
+COUNTS |= {f"{name}_full": counts for name, counts in COUNTS.items() if name.startswith("dino_")}
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "dino_vits16": {
+        "cls_token": (1, 1, 384),
+        "pos_embed": (1, 197, 384),
+        "patch_embed.proj.weight": (384, 3, 16, 16),
+        "blocks.11.attn.qkv.weight": (1152, 384),
+        "blocks.0.mlp.fc1.weight": (1536, 384),
+        "blocks.0.mlp.fc2.weight": (384, 1536),
+        "norm.bias": (384,),
+    },
+    "dino_vits8": {"pos_embed": (1, 785, 384), "patch_embed.proj.weight": (384, 3, 8, 8)},
+    "dino_vitb16": {"pos_embed": (1, 197, 768), "blocks.11.attn.qkv.weight": (2304, 768)},
+    "dino_vitb8": {"pos_embed": (1, 785, 768), "patch_embed.proj.weight": (768, 3, 8, 8)},
+    "dino_resnet50": {"conv1.weight": (64, 3, 7, 7), "layer4.2.conv3.weight": (2048, 512, 1, 1)},
+    "dinov2_vits14": {
+        "cls_token": (1, 1, 384),
+        "pos_embed": (1, 1370, 384),
+        "mask_token": (1, 384),
+        "patch_embed.proj.weight": (384, 3, 14, 14),
+        "blocks.11.attn.qkv.weight": (1152, 384),
+        "blocks.0.ls1.gamma": (384,),
+        "blocks.11.ls2.gamma": (384,),
+    },
+    "dinov2_vitb14": {"pos_embed": (1, 1370, 768), "blocks.11.mlp.fc1.weight": (3072, 768)},
+    "dinov2_vitl14": {"pos_embed": (1, 1370, 1024), "blocks.23.mlp.fc1.weight": (4096, 1024)},
+    "dinov2_vitg14": {
+        "pos_embed": (1, 1370, 1536),
+        "blocks.39.mlp.w12.weight": (8192, 1536),
+        "blocks.39.mlp.w12.bias": (8192,),
+        "blocks.39.mlp.w3.weight": (1536, 4096),
+    },
+    "dinov2_vits14_reg": {"pos_embed": (1, 1370, 384), "register_tokens": (1, 4, 384), "mask_token": (1, 384)},
+    "dinov2_vitb14_reg": {"register_tokens": (1, 4, 768)},
+    "dinov2_vitl14_reg": {"register_tokens": (1, 4, 1024)},
+    "dinov2_vitg14_reg": {"register_tokens": (1, 4, 1536), "blocks.39.mlp.w12.weight": (8192, 1536)},
+    "resnet50": {"conv1.weight": (64, 3, 7, 7), "bn1.running_var": (64,)},
+}
+HEADS = {"vits": 6, "vitb": 12, "vitl": 16, "vitg": 24}
+# timm's name of the same weights, whose table tells where the publishers keep them.
+TIMM = {
+    "dino_vits16": "vit_small_patch16_224.dino",
+    "dino_vits8": "vit_small_patch8_224.dino",
+    "dino_vitb16": "vit_base_patch16_224.dino",
+    "dino_vitb8": "vit_base_patch8_224.dino",
+    **{
+        f"dinov2_vit{letter}14{registers}": f"vit_{size}_patch14{registers and '_reg4'}_dinov2.lvd142m"
+        for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
+        for registers in ("", "_reg")
+    },
+    "resnet50": "resnet50.tv_in1k",
+}
+DINOV2 = [name for name in RELEASED if name.startswith("dinov2_")]
+FULL = [name for name in RELEASED if name.endswith("_full")]
+
+
+def on_meta(name: str) -> Backbone:
+    """The network of a name, without memory for its parameters."""
+    spec = RELEASED[name].spec
+    with torch.device("meta"):
+        return ResNet(spec) if isinstance(spec, ResNetSpec) else VisionTransformer(spec)
+
+
+def torchvision_tensors() -> dict[str, Tensor]:
+    """A ResNet-50's, with its classifier."""
+    return torchvision.models.resnet50(weights=None).state_dict()
+
+
+def released_tensors(name: str) -> dict[str, Tensor]:
+    """What the file of a name holds, but random."""
+    spec = RELEASED[name].spec
+    return torchvision_tensors() if isinstance(spec, ResNetSpec) else meta_tensors(spec)
+
+
+def without_classifier(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
+
+
+def full_checkpoint(student: dict[str, Tensor], teacher: dict[str, Tensor], width: int) -> dict[str, Any]:
+    """As DINO's training saves it."""
+    return {
+        "student": prefixed("module.", prefixed("backbone.", student) | prefixed("head.", head(width=width))),
+        "teacher": prefixed("backbone.", teacher) | prefixed("head.", head(width=width)),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 100,
+        "args": argparse.Namespace(arch="vit_small", patch_size=16),
+        "dino_loss": {"center": torch.zeros(1, 32)},
+    }
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache's folder; and nothing may be asked of the network."""
+
+    def no_network(request: urllib.request.Request, **_: object) -> None:
+        raise AssertionError(f"asks for {request.full_url}")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Function that makes the network of a name shallower, to save time."""
+
+    def change(name: str, depth: int = 1) -> ViTSpec:
+        entry = RELEASED[name]
+        assert isinstance(entry.spec, ViTSpec)
+        monkeypatch.setitem(RELEASED, name, replace(entry, spec=replace(entry.spec, depth=depth)))
+        return replace(entry.spec, depth=depth)
+
+    return change
+
+
+def put(content: Any, name: str, cache: Path) -> Path:
+    """A file where the download of a name would be."""
+    file = cache / RELEASED[name].url.rsplit("/", 1)[1]
+    torch.save(content, file)
+    return file
+
+
+class TestTable:
+    def test_every_name_is_checked_here(self):
+        assert RELEASED.keys() == COUNTS.keys()
+        assert {name for name in RELEASED if name not in FULL} == SHAPES.keys()
+
+    @pytest.mark.parametrize("name", RELEASED)
+    def test_tensors_and_parameters(self, name):
+        backbone = on_meta(name)
+        tensors, parameters = COUNTS[name]
+        assert len(backbone.state_dict()) == tensors
+        assert sum(parameter.numel() for parameter in backbone.parameters()) == parameters
+
+    @pytest.mark.parametrize("name", RELEASED)
+    def test_shapes(self, name):
+        state = on_meta(name).state_dict()
+        for tensor, shape in SHAPES[name.removesuffix("_full")].items():
+            assert state[tensor].shape == shape, tensor
+        assert ("mask_token" in state) == name.startswith("dinov2")
+        assert ("register_tokens" in state) == name.endswith("_reg")
+
+    @pytest.mark.parametrize("name", RELEASED)
+    def test_what_no_shape_tells(self, name):
+        """Attention heads, and how positions are resampled: features depend on them, parameters do not."""
+        spec = RELEASED[name].spec
+        if isinstance(spec, ResNetSpec):
+            assert spec == ResNetSpec("resnet50", in_chans=3)
+        else:
+            assert spec.num_heads == HEADS[re.search("vit.", name)[0]]
+            assert spec.position_interpolation == ("size" if name.endswith("_reg") else "offset")
+            assert spec.image_size == (518 if name.startswith("dinov2") else 224)
+
+    @pytest.mark.parametrize("name", TIMM)
+    def test_the_publishers_place_and_licence_as_timm_has_them(self, name):
+        theirs = timm.get_pretrained_cfg(TIMM[name])
+        assert RELEASED[name].url == theirs.url
+        assert RELEASED[name].licence.lower() == theirs.license
+        assert tuple(RELEASED[name].preprocess.mean) == theirs.mean
+        assert tuple(RELEASED[name].preprocess.std) == theirs.std
+
+    @pytest.mark.parametrize(
+        ("name", "path"),
+        {
+            "dino_resnet50": "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+            "dino_vits16_full": "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain_full_checkpoint.pth",
+            "dino_vits8_full": "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain_full_checkpoint.pth",
+            "dino_vitb16_full": "dino_vitbase16_pretrain/dino_vitbase16_pretrain_full_checkpoint.pth",
+            "dino_vitb8_full": "dino_vitbase8_pretrain/dino_vitbase8_pretrain_full_checkpoint.pth",
+            "dino_resnet50_full": "dino_resnet50_pretrain/dino_resnet50_pretrain_full_checkpoint.pth",
+        }.items(),
+    )
+    def test_places_that_timm_does_not_have(self, name, path):
+        assert RELEASED[name].url == f"https://dl.fbaipublicfiles.com/dino/{path}"
+        assert RELEASED[name].licence == "Apache-2.0"
+
+    def test_every_place_is_in_one_of_the_two_tests_above(self):
+        assert RELEASED.keys() == TIMM.keys() | set(FULL) | {"dino_resnet50"}
+
+    def test_torchvisions_file_and_its_digest(self):
+        url = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
+        assert RELEASED["resnet50"].url == url
+        assert url.endswith(f"-{RELEASED['resnet50'].sha256}.pth")  # torch.hub's convention
+        assert len(RELEASED["resnet50"].sha256) == 8
+
+    def test_no_two_share_a_file_in_the_cache(self):
+        files = Counter(entry.url.rsplit("/", 1)[1] for entry in RELEASED.values())
+        assert [file for file, count in files.items() if count > 1] == []
+
+    def test_full_checkpoints_are_those_with_heads(self):
+        assert [name for name, entry in RELEASED.items() if entry.has_heads] == FULL
+
+    @pytest.mark.parametrize("size", [(300, 500), (500, 300), (256, 256), (40, 60)], ids=str)
+    @pytest.mark.parametrize("name", RELEASED)
+    def test_preprocessing_is_that_of_dinos_evaluations(self, name, size):
+        """Resized to 256 and cut to 224, as eval_knn.py does with Pillow; equal but for roundings to whole levels."""
+        noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
+        published = transforms.Compose(
+            [
+                transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.CenterCrop(224),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+        ours = RELEASED[name].preprocess(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        assert ours.shape == (3, 224, 224)
+        assert ours.dtype == torch.float32
+        level = 1 / 255 / 0.224
+        difference = (ours - published(image)).abs()
+        assert difference.max() < 2.1 * level
+        assert difference.mean() < 0.1 * level
+
+
+class TestByName:
+    """Files of full size, from the cache."""
+
+    @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dino_vits16", "resnet50"])
+    def test_gives_the_files_parameters(self, name, cache, caplog):
+        tensors = released_tensors(name)
+        put(tensors, name, cache)
+        with caplog.at_level(logging.INFO):
+            loaded = load_backbone(name)
+        assert_holds(loaded, without_classifier(tensors))
+        assert loaded.spec == RELEASED[name].spec
+        assert loaded.preprocess == RELEASED[name].preprocess
+        assert loaded.description["source"] == name
+        assert not loaded.training
+        matched = COUNTS[name][0]
+        assert f"{name} " in caplog.text
+        assert f"{matched} of {matched} tensors matched" in caplog.text
+
+    @pytest.mark.parametrize("wanted", ["", "@teacher", "@student"])
+    def test_a_full_checkpoints_networks(self, wanted, cache):
+        name = "dino_vits16_full"
+        student, teacher = released_tensors(name), released_tensors(name)
+        put(full_checkpoint(student, teacher, width=384), name, cache)
+        assert_holds(load_backbone(f"{name}{wanted}"), student if wanted == "@student" else teacher)
+
+    @pytest.mark.parametrize("name", [name for name in RELEASED if isinstance(RELEASED[name].spec, ViTSpec)])
+    def test_every_vit_at_reduced_depth(self, name, cache, shallow):
+        """Every width, patch and table of positions: a file in the published layout is what the table expects."""
+        spec = shallow(name)
+        tensors = meta_tensors(spec)
+        content = full_checkpoint(tensors, tensors, spec.embed_dim) if name in FULL else tensors
+        put(content, name, cache)
+        loaded = load_backbone(name)
+        assert loaded.spec == spec
+        assert_holds(loaded, tensors)
+
+    def test_dinos_resnet(self, cache):
+        """DINO's file has no classifier; its full checkpoint has a head."""
+        tensors = without_classifier(torchvision_tensors())
+        put(tensors, "dino_resnet50", cache)
+        put(full_checkpoint(tensors, tensors, width=2048), "dino_resnet50_full", cache)
+        assert_holds(load_backbone("dino_resnet50"), tensors)
+        assert_holds(load_backbone("dino_resnet50_full"), tensors)
+
+    @known("the released weights have no student, and are given for one in silence")
+    @pytest.mark.parametrize("name", ["dino_vits16", "dinov2_vits14"])
+    def test_no_student_of_a_backbone_alone(self, name, cache, shallow):
+        put(meta_tensors(shallow(name)), name, cache)
+        with pytest.raises(UserError, match="student"):
+            load_backbone(f"{name}@student")
+
+    @known("a folder of the name goes before the released weights, and is taken, or advised to be removed")
+    @pytest.mark.parametrize("alike", [True, False], ids=["alike", "of another architecture"])
+    def test_a_run_of_the_same_name_in_the_working_directory(self, alike, cache, shallow, tmp_path, monkeypatch):
+        spec = shallow("dinov2_vits14")
+        tensors = meta_tensors(spec)
+        put(tensors, "dinov2_vits14", cache)
+        run = tmp_path / "dinov2_vits14"
+        run.mkdir()
+        own = VisionTransformer(spec if alike else META_SPECS["DINO"])
+        preprocessing = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+        save_backbone(run / "backbone.safetensors", own, preprocessing, {})
+        monkeypatch.chdir(tmp_path)
+        try:
+            loaded = load_backbone("dinov2_vits14")
+        except UserError as error:  # to ask which of the two is meant is as good
+            assert "remove" not in str(error)
+        else:
+            assert_holds(loaded, tensors)
+
+
+class TestWrong:
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("dinov2_vits14", {"registers": 4, "position_interpolation": "size"}),
+            ("dinov2_vits14_reg", {"registers": 0, "position_interpolation": "offset"}),
+            ("dinov2_vits14_reg", {"registers": 3}),
+            ("dinov2_vits14", {"embed_dim": 768, "num_heads": 12}),
+            ("dinov2_vits14", {"image_size": 224}),
+            ("dinov2_vits14", {"depth": 2}),
+            ("dinov2_vits14", {"mask_token": False}),
+            ("dinov2_vits14", {"layer_scale": 0.0}),
+            ("dinov2_vits14", {"in_chans": 1}),
+            ("dinov2_vitg14", {"ffn": "mlp"}),
+            ("dino_vits16", {"patch_size": 8}),
+            ("dino_vits8", {"patch_size": 16}),
+            ("dino_vits16_full", {"embed_dim": 768, "num_heads": 12}),
+        ],
+        ids=str,
+    )
+    def test_another_vit_under_the_name_is_refused(self, name, change, cache, shallow):
+        tensors = meta_tensors(replace(shallow(name), **change))
+        file = put(full_checkpoint(tensors, tensors, 384) if name in FULL else tensors, name, cache)
+        with pytest.raises(UserError, match="does not hold") as refused:
+            load_backbone(name)
+        assert name in str(refused.value)
+        assert str(file) in str(refused.value)
+
+    @pytest.mark.parametrize("name", ["dinov2_vits14", "resnet50"])
+    def test_another_family_under_the_name_is_refused(self, name, cache):
+        other = torchvision.models.resnet18(weights=None).state_dict()
+        put(other, name, cache)
+        with pytest.raises(UserError, match="does not hold"):
+            load_backbone(name)
+
+    @pytest.mark.parametrize("problem", ["missing", "unexpected", "of another shape"])
+    def test_the_tensors_of_a_file_that_does_not_fit_are_named(self, problem, cache, shallow):
+        tensors = meta_tensors(shallow("dino_vits16"))
+        if problem == "missing":
+            tensors.pop("blocks.0.mlp.fc2.bias")
+        elif problem == "unexpected":
+            tensors["blocks.0.mlp.fc3.bias"] = torch.zeros(1)
+        else:
+            tensors["blocks.0.mlp.fc2.bias"] = torch.zeros(1)
+        put(tensors, "dino_vits16", cache)
+        with pytest.raises(UserError, match=rf"^dino_vits16 .*1 {problem}: blocks\.0\.mlp\.fc[23]\.bias"):
+            load_backbone("dino_vits16")
+
+    @pytest.mark.parametrize(
+        ("misspelt", "meant"),
+        {
+            "dinov2_vit_s14": "dinov2_vits14",
+            "dinov2-vits14": "dinov2_vits14",
+            "dinov2_vits14_reg4": "dinov2_vits14_reg",
+            "dino_vits_16": "dino_vits16",
+            "dino_deits16": "dino_vits16",
+            "DINO_vits16": "dino_vits16",
+            "resnet-50": "resnet50",
+            "dino_vitb16_ful": "dino_vitb16_full",
+            "dinov2_vitl14_registers": "dinov2_vitl14_reg",
+            "dino_vits61@student": "dino_vits16",
+        }.items(),
+    )
+    def test_a_misspelt_name_gets_a_suggestion(self, misspelt, meant, cache):
+        with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
+            load_backbone(misspelt)
+
+    @pytest.mark.parametrize("name", ["runs/2026-10-01", "swin_base", "x", ""])
+    def test_what_is_like_no_name_gets_all_of_them(self, name, cache, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError) as refused:
+            load_backbone(name)
+        assert "did you mean" not in str(refused.value)
+        for released in RELEASED:
+            assert released in str(refused.value)
+
+    def test_a_student_that_is_none(self, cache):
+        with pytest.raises(UserError, match="teacher or student, not 'pupil'"):
+            load_backbone("dino_vits16_full@pupil")
+
+
+@pytest.fixture(scope="class")
+def _threads():
+    """These networks are large enough for all threads."""
+    yield
+
+
+class TestFeaturesOfTimm:
+    """timm's own converter reads the same file, and gives the same features at the size of the position table."""
+
+    @staticmethod
+    def theirs(name: str, file: Path, depth: int) -> nn.Module:
+        options = {"checkpoint_path": str(file), "num_classes": 0, "depth": depth}
+        return timm.create_model(TIMM[name], pretrained=False, **options).eval()
+
+    def assert_same(self, name: str, file: Path, images: Tensor) -> None:
+        loaded = load_backbone(name)
+        with torch.no_grad():
+            expected = self.theirs(name, file, loaded.spec.depth).forward_features(images)
+        assert_same_tokens(loaded, images, expected)
+
+    @pytest.mark.parametrize("name", TIMM)
+    def test_at_reduced_depth(self, name, cache, shallow):
+        if name == "resnet50":
+            pytest.skip("the ResNet's features are compared in test_layouts.py")
+        spec = shallow(name, depth=1)
+        file = put(meta_tensors(spec), name, cache)
+        self.assert_same(name, file, torch.randn(1, 3, spec.image_size, spec.image_size))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dino_vits16", "dino_vits8"])
+    def test_in_full(self, name, cache):
+        file = put(released_tensors(name), name, cache)
+        size = RELEASED[name].spec.image_size
+        self.assert_same(name, file, torch.randn(1, 3, size, size))
