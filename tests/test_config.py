@@ -68,6 +68,8 @@ class TestReading:
         [
             ("train.steps=500", 500),
             ("train.steps=auto", AUTO),
+            ("monitor.health_every=0", 0),
+            ("monitor.health_every=auto", AUTO),
             ("views.mean=[0.1,0.2,0.3]", [0.1, 0.2, 0.3]),
             ("views.mean=none", None),
             ("views.global_scale=[0.25, 1]", [0.25, 1.0]),
@@ -190,6 +192,9 @@ class TestRefusals:
             ("model.arch=vit_smal", "vit_small"),
             ("views.preset=dino2", "dinov2"),
             ("objective.centering=center", "centre"),
+            ("optim.name=adam", "adamw"),
+            ("data.cache=devise", "device"),
+            ("data.kind=omniglot_training", "omniglot_train"),
             ("train.precision=bfloat16", "bf16"),
         ],
     )
@@ -213,7 +218,13 @@ class TestRefusals:
                 "model.drop_path=1.0",
                 "model.drop_path=-0.1",
             ),
-            *("views.local_crops=-1", "data.workers=-1", "optim.warmup_steps=-1", "data.max_unreadable=2"),
+            *(
+                "views.local_crops=-1",
+                "data.workers=-1",
+                "monitor.health_every=-1",
+                "optim.warmup_steps=-1",
+                "data.max_unreadable=2",
+            ),
             *("views.global_scale=[0.4]", "views.global_scale=[0.5, 0.4]", "views.local_scale=[0, 0.4]"),
             *("views.local_scale=[0.1, 1.5]", "objective.prototypes=0", "objective.sinkhorn_iterations=0"),
             *(

@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dino import config as configuration
 from dino.training.auto import Pool, resolve
+from dino.training.schedules import schedules
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
 IMAGES = 1_281_167
 IMAGENET = Pool(images=IMAGES, channels=3, kind="folder", bytes=700_000_000_000)
 # reference: main_dino.py's defaults and the README's commands (meta-systems.md §2a).
@@ -20,6 +23,7 @@ VIT_100 = {
     **{"optim.warmup_steps": 10 * IMAGES // 512, "optim.freeze_last_layer_steps": IMAGES // 512},
     **{"objective.prototypes": 65536, "objective.centering": "centre", "objective.center_momentum": 0.9},
     **{"objective.student_temperature": 0.1, "objective.teacher_temperature_start": 0.04},
+    **{"objective.teacher_temperature_warmup": 0, "train.accumulation": 1},
     **{"objective.teacher_temperature": 0.04, "objective.momentum": 0.996, "objective.momentum_end": 1.0},
     **{"objective.norm_last_layer": True, "objective.head_layers": 3, "objective.head_hidden": 2048},
     **{"objective.head_bottleneck": 256, "views.preset": "dino", "views.global_size": 224, "views.local_size": 96},
@@ -41,15 +45,51 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_loads_and_says_how_it_is_run(path):
+    """By a command in the comment at its head, which names the file, or by `make`, whose rule does."""
     config = configuration.load(path)
     assert config.run.dir.startswith("runs/")
-    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    assert re.search(rf"make {path.stem}\b|configs/{path.name}\b", header)
+    header = re.match(r"(?:#.*\n)+", path.read_text())
+    assert header, "no comment at the head"
+    commands = re.sub(r"\\\n#", "", header[0])
+    launched = re.search(
+        rf"^#   accelerate launch .*train/pretrain\.py .*--config configs/{path.name}\b", commands, re.M
+    )
+    made = re.search(rf"^#   make {path.stem}$", commands, re.M)
+    assert launched or made
+    if made:
+        rule = (path.parents[1] / "Makefile").read_text().split(f"\n{path.stem}:")[1].split("\n\n")[0]
+        assert f"--config configs/{path.name}" in rule
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_is_what_was_published(name):
-    config, _ = resolve(configuration.load(Path(__file__).parents[1] / "configs" / f"{name}.yaml"), IMAGENET)
+    config, _ = resolve(configuration.load(CONFIGS / f"{name}.yaml"), IMAGENET)
     for key, value in PUBLISHED[name].items():
         found = configuration.get(config, key)
         assert found == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sets_nothing_that_was_not_published(name):
+    """Whatever else it might set would be a change of the recipe that no figure above is compared with."""
+    groups = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    given = {f"{group}.{key}" for group, values in groups.items() for key in values}
+    assert given - PUBLISHED[name].keys() <= {"train.epochs", "run.dir"}
+
+
+@pytest.mark.parametrize(
+    ("name", "batches"), [("dino_vits16_imagenet_100ep", 250_228), ("dino_vits16_imagenet_300ep", 375_342)]
+)
+def test_schedules_run_as_published(name, batches):
+    """Epoch by epoch, as main_dino.py has them (which leaves out the rest of a batch at the end of each epoch)."""
+    config, _ = resolve(configuration.load(CONFIGS / f"{name}.yaml"), IMAGENET)
+    plan, epoch = schedules(config), batches / config.train.epochs
+    assert plan.lr(round(5 * epoch)) == pytest.approx(config.optim.lr / 2, rel=1e-3)
+    assert plan.lr(round(10 * epoch)) == pytest.approx(config.optim.lr, rel=1e-4)
+    assert plan.lr(batches - 1) == pytest.approx(1e-6)
+    middle = round(batches / 2)
+    assert plan.momentum(middle) == pytest.approx(0.998, abs=1e-5)
+    assert plan.weight_decay(middle) == pytest.approx(0.22, abs=1e-4)
+    final = config.objective.teacher_temperature
+    assert plan.temperature(round(15 * epoch)) == pytest.approx((0.04 + final) / 2, abs=1e-5)
+    assert plan.temperature(round(30 * epoch)) == pytest.approx(final, abs=1e-5)

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".npy")
@@ -41,6 +41,8 @@ def decode(content: bytes, channels: int, name: str = "") -> Tensor:
             array = _read_array(content) if name.lower().endswith(".npy") else _read_picture(content, channels)
     except UnreadableImage:
         raise
+    except UnidentifiedImageError as error:  # whose own message holds an address in memory
+        raise UnreadableImage("it is no image of a format that Pillow reads") from error
     except Exception as error:  # Pillow's plugins raise whatever comes up: OSError, SyntaxError, struct.error …
         raise UnreadableImage(str(error).replace("\n", " ") or type(error).__name__) from error
     height, width, found = array.shape

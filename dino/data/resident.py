@@ -101,7 +101,7 @@ def _decode_all(images: Images, show_progress: bool) -> tuple[list[Tensor | None
     # Filters of warnings are the process's, not the thread's: set here, those that `decode` sets cannot get mixed up.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
-        reads = pool.map(lambda index: _read(images, index), range(count), chunksize=256)
+        reads = pool.map(lambda index: _read(images, index), range(count))
         bar = tqdm(reads, total=count, desc="decoding", unit="image", leave=False, disable=not show_progress)
         results = list(bar)
     decoded = [image for image, _ in results]

@@ -38,7 +38,9 @@ def curves(
         if name in (ranges or {}):
             low, high = (ranges or {})[name]
             bottom, top = axes.get_ylim()
-            bottom, top = min(bottom, low - 0.05 * (top - low)), max(top, min(high, top + 0.3 * (top - bottom)))
+            # All of the curve, and at least the near edge of the range.
+            bottom = min(bottom, low)
+            top = max(top, min(high, max(top, low) + 0.3 * (max(top, low) - bottom)))
             axes.axhspan(low, high, color=HEALTHY, alpha=0.12, linewidth=0)
             axes.set_ylim(bottom, top)
         axes.set_title(title, fontsize=10, loc="left")

@@ -31,7 +31,13 @@ def build_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.Op
     """Fused AdamW or SGD over the groups of a network; `set_rates` gives it the rates of each step."""
     groups = parameter_groups(network, settings.decay_tokens)
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        # From zeros the first step is the same. The fused kernel would leave them uninitialised where that step is
+        # broken, and cannot do with only some of them, as when prototypes stand still at first.
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(groups, lr=0.0, betas=(settings.betas[0], settings.betas[1]), fused=True)
 
 

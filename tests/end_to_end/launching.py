@@ -42,6 +42,7 @@ LAUNCHERS = {"python": [], "accelerate": ONE.split(), "torchrun": TWO.split()}
 FROM_OUTSIDE = ("ACCELERATE_", "WANDB_", "MASTER_", "TORCHELASTIC_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_")
 FULL_DISK = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
 FULL_DISK += "os.execv(sys.argv[2], sys.argv[2:])"
+THEN_PRETRAIN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 LONGEST = 120  # seconds that a process may take on a busy machine
 
 
@@ -99,17 +100,22 @@ class Runs:
         *arguments: object,
         launcher: str = "python",
         largest_file: int = 0,
+        before: str = "",
+        settings: Sequence[str] = TINY,
         **variables: str,
     ) -> CompletedProcess:
         """Run to the end; gives the exit code and the output.
 
         Args:
-            arguments: of pretrain.py, after the tiny settings, over which they take precedence.
+            arguments: of pretrain.py, after `settings`, over which they take precedence.
             launcher: python, accelerate (one process) or torchrun (two).
             largest_file: bytes; a file that grows beyond fails as on a full disk. 0: any.
+            before: Python code that is run in the same process before pretrain.py.
             variables: changes of the environment.
         """
-        command = _command(launcher, arguments)
+        command = _command(launcher, arguments, settings)
+        if before:
+            command = [sys.executable, "-c", f"{before}\n{THEN_PRETRAIN}", *command[1:]]
         if largest_file:
             command = [sys.executable, "-c", FULL_DISK, str(largest_file), *command]
         try:
@@ -171,8 +177,8 @@ class Runs:
                 process.wait()
 
 
-def _command(launcher: str, arguments: Sequence[object]) -> list[str]:
-    return [sys.executable, *LAUNCHERS[launcher], str(SCRIPT), *TINY, *map(str, arguments)]
+def _command(launcher: str, arguments: Sequence[object], settings: Sequence[str] = TINY) -> list[str]:
+    return [sys.executable, *LAUNCHERS[launcher], str(SCRIPT), *settings, *map(str, arguments)]
 
 
 def metrics(run: Path) -> list[dict]:

@@ -22,6 +22,7 @@ RESNET = (
     "train.batch_size=8",
     "train.checkpoint_every=2",
 )
+SGD = (*RESNET, "optim.name=sgd", "optim.freeze_last_layer_steps=1")
 IMAGES = ("train.batch_size=8", "views.global_size=16", "views.local_size=8")
 
 
@@ -39,10 +40,12 @@ def settings_of(folder: Path) -> dict[str, tuple[object, ...]]:
     return {
         "resnet_on_two": RESNET,
         "resnet": RESNET,
+        "resnet_sgd": SGD,
         "registers": ("model.registers=2", "model.layer_scale=1e-5", "model.ffn=swiglu"),
         "globals_only": ("views.local_crops=0",),
         "five_channels": (
             *IMAGES,
+            "data.cache=none",
             "views.preset=dino",
             "data.kind=auto",
             "data.channels=5",
@@ -53,6 +56,7 @@ def settings_of(folder: Path) -> dict[str, tuple[object, ...]]:
             *IMAGES,
             "views.preset=dinov2",
             "views.inverted_blur=true",
+            "views.backend=workers",
             "data.kind=auto",
             f"data.root={archive}",
         ),
@@ -77,6 +81,7 @@ def trained(runs, tmp_path_factory):
     [
         ("resnet_on_two", 1, 512, 1, 0),
         ("resnet", 1, 512, 1, 0),
+        ("resnet_sgd", 1, 512, 1, 0),
         ("registers", 1, 32, 4, 2),
         ("globals_only", 1, 32, 4, 0),
         ("five_channels", 5, 32, 16, 0),
@@ -104,11 +109,12 @@ def test_trains_and_leaves_a_backbone_that_can_be_used(trained, name, channels, 
     assert (run / "report.html").stat().st_size > 10_000
 
 
-def test_batch_norm_statistics_survive_a_restart(runs, trained, tmp_path):
-    run = copy_run(trained["resnet"], tmp_path / "run", 2)
-    done = runs.finish("train.steps=3", *RESNET, f"run.dir={run}")
+@pytest.mark.parametrize(("name", "settings"), [("resnet", RESNET), ("resnet_sgd", SGD)])
+def test_batch_norm_statistics_and_momentum_survive_a_restart(runs, trained, tmp_path, name, settings):
+    run = copy_run(trained[name], tmp_path / "run", 2)
+    done = runs.finish("train.steps=3", *settings, f"run.dir={run}")
     assert "going on from step 2\n" in done.stdout
-    assert backbone(run) == backbone(trained["resnet"])
+    assert backbone(run) == backbone(trained[name])
 
 
 def test_photographs_in_a_zip_dry_run(runs, tmp_path, caltech_zip):

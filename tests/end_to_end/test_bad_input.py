@@ -49,17 +49,23 @@ def mixed(tmp_path):
     ]
 
 
-def test_few_unreadable_images_are_skipped_and_listed_with_the_reason(runs, mixed, tmp_path):
+CACHES = pytest.mark.parametrize("cache", [("data.cache=device",), ("data.cache=none", "data.workers=2")], ids=" ".join)
+
+
+@CACHES
+def test_few_unreadable_images_are_skipped_and_listed_with_the_reason(runs, mixed, tmp_path, cache):
     _, settings = mixed
-    runs.finish(*settings, "data.workers=2", "data.max_unreadable=0.2")
+    runs.finish(*settings, *cache, "data.max_unreadable=0.2")
     listed = dict(line.split("\t") for line in (tmp_path / "run" / "skipped.txt").read_text().splitlines())
     assert listed.keys() == {f"below/{name}" for name in BAD}
     for name, reason in BAD.items():
         assert reason in listed[f"below/{name}"]
 
 
-def test_too_many_unreadable_images_end_the_run_until_they_are_mended(runs, mixed, tmp_path):
+@CACHES
+def test_too_many_unreadable_images_end_the_run_until_they_are_mended(runs, mixed, tmp_path, cache):
     folder, settings = mixed
+    settings = [*settings, *cache]
     message = error_of(runs.run(*settings))
     assert "data.max_unreadable=0.01" in message
     assert "of 45 images" in message
@@ -127,7 +133,9 @@ def refused(runs, tmp_path_factory):
         "batch": ["train.batch_size=1800"],
         "empty": [*small, f"data.root={folder / 'empty'}"],
         "missing": [*small, f"data.root={folder / 'nowhere'}"],
-        "broken": [*small, "data.workers=1", f"data.root={folder / 'broken'}"],
+        "broken": [*small, "data.cache=none", "data.workers=1", f"data.root={folder / 'broken'}"],
+        "broken_cached": [*small, "data.cache=device", f"data.root={folder / 'broken'}"],
+        "cached_for_workers": ["data.cache=device", "views.backend=workers"],
         "dry": [*small, "--dry-run", f"data.root={folder / 'bad'}"],
         "tracker": ["tracking.backends=[wandbb]"],
         "file": [f"run.dir={folder / 'file'}"],
@@ -158,6 +166,8 @@ def refused(runs, tmp_path_factory):
         ("empty", ["no image", "data.root=", ".webp"]),
         ("missing", ["data.root=", "does not exist"]),
         ("broken", ["no image of 20 can be read", "cannot identify"]),
+        ("broken_cached", ["no image of 20 can be read", "cannot identify"]),
+        ("cached_for_workers", ["views.backend=workers", "data.cache=device", "leave one of them out"]),
         ("dry", ["data.max_unreadable", "cannot be read"]),
         ("tracker", ["unknown tracker 'wandbb'", "wandb"]),
         ("file", ["run.dir="]),
@@ -173,7 +183,7 @@ def test_refused_with_a_message_that_names_the_fix(refused, name, said):
 
 def test_refused_before_anything_is_written(refused):
     for name, (_, run) in refused.items():
-        assert not run.exists() or name == "broken", f"{name} left {list(run.iterdir())}"
+        assert not run.exists() or name.startswith("broken"), f"{name} left {list(run.iterdir())}"
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may write anywhere")
@@ -187,7 +197,7 @@ BREAKS = ("optim.lr=1e30", "optim.clip_grad=0", "optim.warmup_steps=0", "optim.f
 
 def test_broken_loss_ends_the_run_and_reaches_no_checkpoint(runs, tmp_path):
     run = tmp_path / "run"
-    settings = ("train.steps=30", "train.checkpoint_every=1", "data.workers=2", f"run.dir={run}")
+    settings = ("train.steps=30", "train.checkpoint_every=1", "data.cache=none", "data.workers=2", f"run.dir={run}")
     message = error_of(runs.run(*BREAKS, *settings))
     last = checkpoints(run)[-1]
     assert f"at step {last + 1} " in message

@@ -17,6 +17,7 @@ from launching import (
     contents,
     copy_run,
     error_of,
+    losses,
     steps_logged,
     wait_for,
     write_images,
@@ -26,13 +27,13 @@ pytestmark = pytest.mark.slow
 
 STEPS = 60
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=7", "model.drop_path=0.2")
-CENTRE = (*SETTINGS, "objective.centering=centre")
-SINKHORN = (*SETTINGS, "objective.centering=sinkhorn", "train.cpu_threads=2")
+CENTRE = (*SETTINGS, "objective.centering=centre", "data.cache=device")
+SINKHORN = (*SETTINGS, "objective.centering=sinkhorn", "train.cpu_threads=2", "data.cache=none")
 
 
 @pytest.fixture(scope="module")
 def whole(runs, tmp_path_factory):
-    """Run directories of uninterrupted runs, by centring."""
+    """Run directories of uninterrupted runs, by centring; one has its images on the device, one decodes them anew."""
     folder = tmp_path_factory.mktemp("whole")
     commands = {
         "centre": [*CENTRE, f"run.dir={folder / 'centre'}"],
@@ -79,7 +80,7 @@ def test_killed_at_any_moment_the_same_command_ends_bit_identical(runs, whole, t
 
 def test_stopped_by_signals_and_time_limit_it_goes_on_bit_identical(runs, whole, tmp_path):
     run = tmp_path / "run"
-    command = [*CENTRE, f"run.dir={run}"]
+    command = [*SINKHORN, f"run.dir={run}"]
 
     process = runs.start(*command, "data.workers=2")
     process.wait_until(lambda: len(steps_logged(run)) >= 3)
@@ -103,7 +104,7 @@ def test_stopped_by_signals_and_time_limit_it_goes_on_bit_identical(runs, whole,
     assert checkpoints(run)[-1] == stopped + 1
 
     runs.finish(*command, "train.keep_checkpoints=2")
-    assert backbone(run) == backbone(whole["centre"])
+    assert backbone(run) == backbone(whole["sinkhorn"])
     assert steps_logged(run) == list(range(1, STEPS + 1))
     assert checkpoints(run) == [56, 60]
 
@@ -111,7 +112,7 @@ def test_stopped_by_signals_and_time_limit_it_goes_on_bit_identical(runs, whole,
 def test_sigterm_to_all_processes_of_the_run_leaves_a_checkpoint(runs, tmp_path):
     """Slurm and service managers signal the whole group: a worker that dies first must not take the run along."""
     run = tmp_path / "run"
-    process = runs.start(*CENTRE, "data.workers=2", "train.checkpoint_every=1000", f"run.dir={run}")
+    process = runs.start(*SINKHORN, "data.workers=2", "train.checkpoint_every=1000", f"run.dir={run}")
     process.wait_until(lambda: len(steps_logged(run)) >= 3)
     assert process.end(signal.SIGTERM, everybody=True) == 0, process.errors.read_text()
     assert checkpoints(run) == [steps_logged(run)[-1]]
@@ -121,7 +122,7 @@ def test_sigterm_to_all_processes_of_the_run_leaves_a_checkpoint(runs, tmp_path)
 def test_worker_killed_by_the_system_ends_the_run(runs, tmp_path):
     """As it happens when memory runs out: the run fails, and does not wait for its other workers for ever."""
     run = tmp_path / "run"
-    process = runs.start(*CENTRE, "train.steps=5000", "data.workers=2", f"run.dir={run}")
+    process = runs.start(*SINKHORN, "train.steps=5000", "data.workers=2", f"run.dir={run}")
     process.wait_until(lambda: bool(checkpoints(run)))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [child for child in children if "pretrain.py" in Path(f"/proc/{child}/cmdline").read_text()]
@@ -172,6 +173,15 @@ def test_damaged_checkpoint_is_named_and_can_be_removed(runs, whole, tmp_path):
     shutil.rmtree(checkpoint(run, 60))
     runs.finish(*CENTRE, f"run.dir={run}")
     assert backbone(run) == backbone(whole["centre"])
+
+
+def test_images_may_move_to_the_device_or_away_from_it(runs, whole, tmp_path):
+    """As on a machine with another amount of memory: the same views, up to rounding."""
+    for name, settings, other in (("centre", CENTRE, "none"), ("sinkhorn", SINKHORN, "device")):
+        run = copy_run(whole[name], tmp_path / name, 56)
+        done = runs.finish(*settings, f"data.cache={other}", f"run.dir={run}")
+        assert "going on from step 56\n" in done.stdout
+        assert losses(run) == pytest.approx(losses(whole[name]), rel=1e-2)
 
 
 def test_more_steps_may_be_asked_for(runs, whole, tmp_path):

@@ -7,8 +7,10 @@ table should say is written here by hand, from the publishers' code, or taken fr
 import argparse
 import logging
 import re
+import shutil
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 import torchvision
 from PIL import Image
 from test_layouts import META_SPECS, assert_holds, assert_same_tokens, head, known, meta_tensors, prefixed
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -136,6 +139,15 @@ def full_checkpoint(student: dict[str, Tensor], teacher: dict[str, Tensor], widt
     }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Waking further threads for every small layer takes longer than the work on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """The cache's folder; and nothing may be asked of the network."""
@@ -146,7 +158,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
-    return tmp_path / "cache"
+    yield tmp_path / "cache"
+    shutil.rmtree(tmp_path / "cache")  # pytest would keep gigabytes of several sessions
 
 
 @pytest.fixture
@@ -205,8 +218,6 @@ class TestTable:
         theirs = timm.get_pretrained_cfg(TIMM[name])
         assert RELEASED[name].url == theirs.url
         assert RELEASED[name].licence.lower() == theirs.license
-        assert tuple(RELEASED[name].preprocess.mean) == theirs.mean
-        assert tuple(RELEASED[name].preprocess.std) == theirs.std
 
     @pytest.mark.parametrize(
         ("name", "path"),
@@ -239,9 +250,15 @@ class TestTable:
     def test_full_checkpoints_are_those_with_heads(self):
         assert [name for name, entry in RELEASED.items() if entry.has_heads] == FULL
 
-    @pytest.mark.parametrize("size", [(300, 500), (500, 300), (256, 256), (40, 60)], ids=str)
     @pytest.mark.parametrize("name", RELEASED)
-    def test_preprocessing_is_that_of_dinos_evaluations(self, name, size):
+    def test_preprocessing(self, name):
+        preprocess = RELEASED[name].preprocess
+        assert (preprocess.resize, preprocess.image_size) == (256, 224)
+        assert tuple(preprocess.mean) == (0.485, 0.456, 0.406)
+        assert tuple(preprocess.std) == (0.229, 0.224, 0.225)
+
+    @pytest.mark.parametrize("size", [(300, 500), (500, 300), (256, 256), (40, 60), (700, 301)], ids=str)
+    def test_preprocessing_is_that_of_dinos_evaluations(self, size):
         """Resized to 256 and cut to 224, as eval_knn.py does with Pillow; equal but for roundings to whole levels."""
         noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
         image = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -253,7 +270,7 @@ class TestTable:
                 transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
             ]
         )
-        ours = RELEASED[name].preprocess(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        ours = RELEASED["dino_vits16"].preprocess(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         assert ours.shape == (3, 224, 224)
         assert ours.dtype == torch.float32
         level = 1 / 255 / 0.224
@@ -325,12 +342,8 @@ class TestByName:
         preprocessing = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
         save_backbone(run / "backbone.safetensors", own, preprocessing, {})
         monkeypatch.chdir(tmp_path)
-        try:
-            loaded = load_backbone("dinov2_vits14")
-        except UserError as error:  # to ask which of the two is meant is as good
-            assert "remove" not in str(error)
-        else:
-            assert_holds(loaded, tensors)
+        assert_holds(load_backbone("./dinov2_vits14"), own.state_dict())
+        assert_holds(load_backbone("dinov2_vits14"), tensors)
 
 
 class TestWrong:
@@ -414,19 +427,14 @@ class TestWrong:
             load_backbone("dino_vits16_full@pupil")
 
 
-@pytest.fixture(scope="class")
-def _threads():
-    """These networks are large enough for all threads."""
-    yield
-
-
 class TestFeaturesOfTimm:
     """timm's own converter reads the same file, and gives the same features at the size of the position table."""
 
     @staticmethod
     def theirs(name: str, file: Path, depth: int) -> nn.Module:
-        options = {"checkpoint_path": str(file), "num_classes": 0, "depth": depth}
-        return timm.create_model(TIMM[name], pretrained=False, **options).eval()
+        model = timm.create_model(TIMM[name], pretrained=False, num_classes=0, depth=depth).eval()
+        model.load_state_dict(checkpoint_filter_fn(torch.load(file, weights_only=True), model))
+        return model
 
     def assert_same(self, name: str, file: Path, images: Tensor) -> None:
         loaded = load_backbone(name)
@@ -434,16 +442,17 @@ class TestFeaturesOfTimm:
             expected = self.theirs(name, file, loaded.spec.depth).forward_features(images)
         assert_same_tokens(loaded, images, expected)
 
-    @pytest.mark.parametrize("name", TIMM)
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=pytest.mark.slow) if "vitg" in name else name for name in TIMM if name != "resnet50"],
+    )
     def test_at_reduced_depth(self, name, cache, shallow):
-        if name == "resnet50":
-            pytest.skip("the ResNet's features are compared in test_layouts.py")
         spec = shallow(name, depth=1)
         file = put(meta_tensors(spec), name, cache)
         self.assert_same(name, file, torch.randn(1, 3, spec.image_size, spec.image_size))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dino_vits16", "dino_vits8"])
+    @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dino_vits16"])
     def test_in_full(self, name, cache):
         file = put(released_tensors(name), name, cache)
         size = RELEASED[name].spec.image_size

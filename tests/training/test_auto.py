@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from dino.config import assign, get, leaves
 from dino.errors import UserError
@@ -36,6 +37,12 @@ class TestPublished:
         assert config.optim.warmup_steps == pytest.approx(10 * 1_281_167 / 1024, abs=1)
         assert config.optim.freeze_last_layer_steps == pytest.approx(1_281_167 / 1024, abs=1)
         assert (config.views.mean, config.views.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+    def test_learning_rate_of_sgd_is_dinos_for_resnet50(self):
+        """facebookresearch/dino, README: 0.03 for a batch of 256, linear in it."""
+        for batch, rate in ((256, 0.03), (512, 0.06), (4080, 0.478125)):
+            found = resolve(with_settings(optim__name="sgd", train__batch_size=batch), IMAGENET)[0].optim.lr
+            assert found == pytest.approx(rate)
 
     def test_learning_rate_is_dinos_at_batch_512_and_grows_with_the_root(self):
         rates = {
@@ -93,6 +100,37 @@ class TestRange:
     def test_ten_checkpoints_a_run_but_never_over_1000_steps_apart(self):
         for steps, every in [(1, 1), (5, 1), (500, 50), (100_000, 1000)]:
             assert resolve(with_settings(train__steps=steps), IMAGENET)[0].train.checkpoint_every == every
+
+    @pytest.mark.parametrize("log_every", [1, 7, 10, 50, 300])
+    @pytest.mark.parametrize("steps", [1, 99, 1000, 3000, 100_000])
+    def test_health_is_looked_at_where_lines_are_written_a_hundred_times_a_run(self, log_every, steps):
+        every = resolve(with_settings(train__steps=steps, monitor__log_every=log_every), IMAGENET)[
+            0
+        ].monitor.health_every
+        assert every % log_every == 0
+        assert every == log_every or abs(every - min(100, steps / 100)) <= log_every / 2
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
+    @pytest.mark.parametrize(
+        ("decoded", "backend", "cache"),
+        [
+            (0, "device", "device"),
+            (2**30, "device", "device"),
+            (2**30 + 1, "device", "none"),
+            (700 * 2**30, "device", "none"),
+            (1000, "workers", "none"),
+        ],
+    )
+    def test_images_stay_on_a_cpu_up_to_one_gibibyte(self, decoded, backend, cache):
+        pool = Pool(10_000, 3, "folder", decoded)
+        config, reasons = resolve(with_settings(views__backend=backend), pool)
+        assert config.data.cache == cache
+        assert (config.data.workers == 0) == (cache == "device"), "nobody else is there to decode them"
+        assert "MiB" in reasons["data.cache"] or "workers" in reasons["data.cache"]
+
+    def test_images_on_the_device_are_of_no_use_to_workers(self):
+        with pytest.raises(UserError, match=r"views\.backend=workers.*data\.cache=device.*leave one of them out"):
+            resolve(with_settings(data__cache="device", views__backend="workers"), IMAGENET)
 
     @pytest.mark.parametrize("processes", [1, 2, 8, 64])
     def test_threads_share_the_cores_and_are_never_none(self, processes, monkeypatch):

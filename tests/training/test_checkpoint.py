@@ -22,13 +22,13 @@ from dino.training.optimizer import build_optimizer, set_rates
 class Run:
     """A student with BatchNorm and a frozen parameter, its teacher, a centre, an optimizer, and their checkpoints."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, seed: int = 0, keep: int = 3):
+    def __init__(self, folder: Path, accelerator: Accelerator, seed: int = 0, keep: int = 3, optimizer: str = "adamw"):
         torch.manual_seed(seed)
         self.student = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
         self.student[3].bias.requires_grad_(False)
         self.teacher = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Identity(), nn.Linear(6, 3))
         self.centre = Centre(3)
-        self.optimizer = build_optimizer(self.student, OptimConfig())
+        self.optimizer = build_optimizer(self.student, OptimConfig(name=optimizer))
         set_rates(self.optimizer, 0.01, 0.1)
         modules = {"student": self.student, "teacher": self.teacher, "targets": self.centre}
         self.checkpoints = Checkpoints(folder, accelerator, modules, self.optimizer, keep)
@@ -59,30 +59,33 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-class TestRoundTrip:
-    def test_everything_comes_back_bit_by_bit(self, accelerator, tmp_path):
-        run = Run(tmp_path, accelerator)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+class TestRoundTripOfEachOptimizer:
+    def test_everything_comes_back_bit_by_bit(self, accelerator, tmp_path, optimizer):
+        run = Run(tmp_path, accelerator, optimizer=optimizer)
         run.train(3)
         saved = run.state()
         path = run.checkpoints.save(3, {"images": "abc"})
-        other = Run(tmp_path, accelerator, seed=1)
+        other = Run(tmp_path, accelerator, seed=1, optimizer=optimizer)
         other.train(5)
         assert differing(other.state(), saved)
         facts = other.checkpoints.load(path)
         assert differing(other.state(), saved) == []
         assert (facts["step"], facts["images"]) == (3, "abc")
 
-    def test_a_resumed_run_is_the_uninterrupted_one(self, accelerator, tmp_path):
-        run = Run(tmp_path, accelerator)
+    def test_a_resumed_run_is_the_uninterrupted_one(self, accelerator, tmp_path, optimizer):
+        run = Run(tmp_path, accelerator, optimizer=optimizer)
         run.train(3)
         path = run.checkpoints.save(3, {})
         run.train(4)
         through = run.state()
-        resumed = Run(tmp_path, accelerator, seed=1)
+        resumed = Run(tmp_path, accelerator, seed=1, optimizer=optimizer)
         resumed.checkpoints.load(path)
         resumed.train(4)
         assert differing(resumed.state(), through) == []
 
+
+class TestRoundTrip:
     def test_saving_changes_nothing(self, accelerator, tmp_path):
         run = Run(tmp_path, accelerator)
         run.train(2)

@@ -57,7 +57,7 @@ class TestWhen:
         assert watch.is_due(100)
 
     @pytest.mark.parametrize("every", [1, 10, 15, 20, 40, 70, 1000])
-    @pytest.mark.parametrize("log_every", [1, 10, 15])
+    @pytest.mark.parametrize("log_every", [5, 10, 15])
     @pytest.mark.parametrize("start", [0, 30, 60])  # log points of each
     def test_at_the_first_log_point_of_each_period_and_at_the_end(self, health, every, log_every, start):
         """Also after a resume: what an uninterrupted run would still have measured."""
@@ -260,6 +260,7 @@ def shares(rank: int, processes: int) -> list[tuple[TeacherOutput, list[int]]]:
         tokens, logits = (torch.randn(2, 2 * B, width, generator=generator) for width in (D, K))
         tokens[:, B:, 4:] *= 0.1
         logits[:, B:, : K // 2] += 4
+        logits[:, :B, K // 2 :] += 4
         indices = [(step * 2 * B + place) % 50 for place in range(2 * B)]
         part = slice(rank * 2 * B // processes, (rank + 1) * 2 * B // processes)
         targets = torch.softmax(3 * logits, dim=2)
@@ -291,6 +292,7 @@ def process(rank: int, config: Config, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(accelerator, tiny, tmp_path):
     """Statistics of targets are those of the whole batch; rank and neighbours the mean of both processes' own."""
     config = tiny({"train.steps": STEPS})
@@ -307,4 +309,5 @@ def test_two_processes_find_what_one_does(accelerator, tiny, tmp_path):
             assert value == pytest.approx(wanted, rel=1e-4), name
     assert both[0][1].keys() >= own
     for name in ("health/kl_to_centre", "health/prototypes_in_use", "health/centre_norm"):
-        assert both[0][1][name] != pytest.approx(halves[0][1][name], rel=0.01), f"{name}: the halves are alike"
+        means = np.mean([half[1][name] for half in halves])
+        assert both[0][1][name] != pytest.approx(means, rel=0.05), f"{name}: the halves are too much alike to tell"

@@ -85,6 +85,13 @@ def run(tmp_path):
     return build
 
 
+@pytest.fixture
+def text_only(monkeypatch):
+    """Pages without pictures, which take most of the time."""
+    monkeypatch.setattr(reporting, "_looks", lambda *_: {})
+    monkeypatch.setattr(reporting.pictures, "curves", lambda *_: b"")
+
+
 def line(step: int, **changes: object) -> dict:
     """A line of metrics.jsonl of a healthy run."""
     values = {
@@ -109,7 +116,7 @@ class TestPage:
         assert "none logged yet" in made.page
         assert made.page.count("data:image/png;base64,") == len(LOOKS)
 
-    def test_a_live_page_renews_itself_and_one_of_a_run_that_has_ended_does_not(self, run):
+    def test_a_live_page_renews_itself_and_one_of_a_run_that_has_ended_does_not(self, run, text_only):
         made = run()
         made.write("running", alive=True)
         assert 'http-equiv="refresh"' in made.page
@@ -119,14 +126,14 @@ class TestPage:
         assert "<script" not in made.page
         assert ">stopped: time limit<" in made.page
 
-    def test_what_is_healthy_is_said_in_a_word(self, run):
+    def test_what_is_healthy_is_said_in_a_word(self, run, text_only):
         made = run()
         made.log(*(line(step) for step in (2000, 3000, 4000)))
         made.write()
         assert ">healthy<" in made.page
         assert 'class="advice"' not in made.page
 
-    def test_a_collapse_is_explained_with_the_way_out(self, run):
+    def test_a_collapse_is_explained_with_the_way_out(self, run, text_only):
         made = run()
         ill = {"health/entropy_ratio": 1.0, "health/kl_to_centre": 0.0}
         made.log(line(2000), line(3000, **ill), line(4000, **ill))
@@ -134,7 +141,7 @@ class TestPage:
         assert ">collapsed: uniform<" in made.page
         assert "objective.teacher_temperature" in made.page.split('class="advice"')[1].split("</p>")[0]
 
-    def test_figures_of_the_run(self, run):
+    def test_figures_of_the_run(self, run, text_only):
         """1 image a step and 2 images a second: 6,000 steps are left, 50 minutes."""
         made = run()
         made.log(line(1000, **{"time/images_per_second": 0.5}), line(3000), line(4000))
@@ -149,7 +156,7 @@ class TestPage:
             assert said in made.page, said
         assert "ln K = 4.16" in made.page
 
-    def test_indicators_stand_beside_their_ranges(self, run):
+    def test_indicators_stand_beside_their_ranges(self, run, text_only):
         made = run()
         made.log(line(4000, **{"health/rank_me": 17.0}))
         made.write()
@@ -157,14 +164,21 @@ class TestPage:
         assert ">17<" in row
         assert ">4 – 32<" in row
 
-    def test_a_run_without_health_has_no_health_section(self, run):
+    def test_a_run_with_health_shows_its_curves_and_one_without_has_no_such_section(self, run, monkeypatch):
+        monkeypatch.setattr(reporting, "_looks", lambda *_: {})
         made = run(None, "monitor.health_every=0")
-        made.log(*({"step": step, "loss/dino": 3.0, "time/images_per_second": 9.0} for step in (2000, 3000)))
+        health = {name for name in line(0) if name.startswith("health/")}
+        made.log(*({k: v for k, v in line(step).items() if k not in health} for step in (2000, 3000)))
         made.write()
         assert "<h2>Progress</h2>" in made.page
         assert "<h2>Health</h2>" not in made.page
+        assert made.page.count("data:image/png;base64,") == 2  # progress, schedules
+        made.log(line(4000))
+        made.write()
+        assert "<h2>Health</h2>" in made.page
+        assert made.page.count("data:image/png;base64,") == 3
 
-    def test_settings_and_readouts_are_shown_as_text(self, run):
+    def test_settings_and_readouts_are_shown_as_text(self, run, text_only):
         made = run(None, "run.dir=<b>bold</b>")
         rows = {"caption": "seen <once>", "columns": ["features"], "rows": [["<script>alert(1)</script>"]]}
         made.directory.results.write_text(json.dumps(rows))

@@ -1,0 +1,145 @@
+"""metrics.jsonl, the verdict on stderr, and pictures: what is logged is what was measured, and is said once."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from dino.training.metrics import Metrics
+from dino.training.run_directory import RunDirectory
+
+GOOD = {"health/entropy_ratio": 0.7, "health/kl_to_centre": 1.0, "health/prototypes_in_use": 0.6}
+UNIFORM = GOOD | {"health/entropy_ratio": 0.999}
+
+
+class Scripted:
+    """Stands for health: at these steps, these indicators."""
+
+    def __init__(self, measures: dict[int, dict[str, float]]):
+        self.measures = measures
+
+    def is_due(self, taken: int) -> bool:
+        return taken in self.measures
+
+    def measure(self, taken: int) -> dict[str, float]:
+        return self.measures[taken]
+
+
+@pytest.fixture
+def start(accelerator, tiny, tmp_path):
+    """Function that starts, or starts again, to log a run of 100 steps."""
+
+    def build(start: int = 0) -> Metrics:
+        config = tiny({"train.steps": 100})
+        directory = RunDirectory(tmp_path / "run")
+        directory.prepare(config, start)
+        return Metrics(accelerator, config, directory, width=16, start=start)
+
+    return build
+
+
+def lines(metrics: Metrics) -> list[dict]:
+    return [json.loads(line) for line in metrics.directory.metrics.read_text().splitlines()]
+
+
+def log(metrics: Metrics, step: int, health: Scripted) -> None:
+    metrics.add({"loss/dino": torch.tensor(1.5)})
+    metrics.log(step, step / 8, {"optim/lr": 0.1}, health)
+
+
+def told(text: str) -> list[str]:
+    """What was written between two states of the progress bar."""
+    return [line for line in text.replace("\r", "\n").splitlines() if line.startswith("step ")]
+
+
+def test_a_line_holds_the_means_of_the_steps_since_the_last(start):
+    with start() as metrics:
+        for values in ([1.0, 2.0, 6.0], [4.0]):
+            for value in values:
+                metrics.add({"loss/dino": torch.tensor(value), "health/gradient_norm": torch.tensor(2 * value)})
+            metrics.log(len(values), 0.25, {"optim/lr": 0.1}, Scripted({}))
+        first, second = lines(metrics)
+    assert (first["step"], first["epoch"], first["optim/lr"]) == (3, 0.25, 0.1)
+    assert (first["loss/dino"], first["health/gradient_norm"]) == (3.0, 6.0)
+    assert (second["loss/dino"], second["health/gradient_norm"]) == (4.0, 8.0)
+    assert "health/verdict" not in first
+
+
+def test_values_given_are_not_changed(start):
+    value = torch.tensor(1.0)
+    with start() as metrics:
+        metrics.add({"loss/dino": value})
+        metrics.add({"loss/dino": value})
+        assert value == 1
+
+
+def test_indicators_are_logged_where_they_are_due_with_the_verdict(start):
+    health = Scripted({20: GOOD, 30: GOOD, 50: GOOD})
+    with start() as metrics:
+        for step in (10, 20, 30, 40, 50):
+            log(metrics, step, health)
+        found = {line["step"]: line for line in lines(metrics)}
+    assert {step: line.get("health/verdict") for step, line in found.items()} == {
+        **{10: None, 20: "warming up", 30: "healthy", 40: None, 50: "healthy"}
+    }
+    assert found[30].items() >= GOOD.items()
+    assert not GOOD.keys() & found[40].keys()
+
+
+def test_a_verdict_is_told_where_it_changes_and_explained(start, capsys):
+    measures = {20: GOOD, 30: GOOD, 40: UNIFORM, 50: UNIFORM, 60: UNIFORM, 70: GOOD, 80: GOOD}
+    with start() as metrics:
+        for step in measures:
+            log(metrics, step, Scripted(measures))
+    text = capsys.readouterr()
+    assert text.out == ""
+    said = told(text.err)
+    assert said[:2] == ["step 20: warming up", "step 30: healthy"]
+    assert said[2].startswith("step 50: collapsed: uniform: ")
+    assert "objective.teacher_temperature" in said[2]
+    assert said[3:] == ["step 70: healthy"]
+
+
+def test_a_run_that_goes_on_remembers_its_verdict(start, capsys):
+    """Nothing is told again, and the measures before count."""
+    measures = {20: GOOD, 30: UNIFORM, 40: UNIFORM, 50: UNIFORM}
+    with start() as metrics:
+        for step in (20, 30, 40):
+            log(metrics, step, Scripted(measures))
+    assert told(capsys.readouterr().err)[-1].startswith("step 40: collapsed: uniform")
+    with start(40) as metrics:
+        log(metrics, 50, Scripted(measures))
+        assert lines(metrics)[-1]["health/verdict"] == "collapsed: uniform"
+    assert told(capsys.readouterr().err) == []
+
+
+def test_a_run_that_was_taken_back_forgets_what_came_after(start):
+    measures = {20: GOOD, 30: UNIFORM, 40: UNIFORM, 50: GOOD}
+    with start() as metrics:
+        for step in (20, 30, 40):
+            log(metrics, step, Scripted(measures))
+    with start(20) as metrics:
+        log(metrics, 50, Scripted(measures))
+        assert [line["step"] for line in lines(metrics)] == [20, 50]
+        assert lines(metrics)[-1]["health/verdict"] == "healthy"
+
+
+def test_pictures_go_to_weights_and_biases_alone(start, accelerator):
+    class Tracker(SimpleNamespace):
+        def log_images(self, values: dict, step: int) -> None:
+            self.seen = values, step
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(buffer, "PNG")
+    accelerator.trackers = [Tracker(name="tensorboard", seen=None), Tracker(name="wandb", seen=None)]
+    start().show(30, {"crops": buffer.getvalue()})
+    other, wandb = accelerator.trackers
+    assert other.seen is None
+    (values, step) = wandb.seen
+    assert step == 30
+    assert list(values) == ["pictures/crops"]
+    (picture,) = values["pictures/crops"]
+    assert (picture.size, picture.getpixel((0, 0))) == ((4, 3), (255, 0, 0))
