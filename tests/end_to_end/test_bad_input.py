@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 GOOD = 40
 BAD = {  # file name: a part of the reason
     "truncated.jpg": "truncated",
-    "text.png": "cannot identify",
+    "text.png": "no image of a format",
     "empty.png": "empty",
     "dot.png": "1×1 pixels",
     "moving.webp": "animated",
@@ -165,8 +165,8 @@ def refused(runs, tmp_path_factory):
         ("batch", ["train.batch_size=1800", "1797"]),
         ("empty", ["no image", "data.root=", ".webp"]),
         ("missing", ["data.root=", "does not exist"]),
-        ("broken", ["no image of 20 can be read", "cannot identify"]),
-        ("broken_cached", ["no image of 20 can be read", "cannot identify"]),
+        ("broken", ["no image of 20 can be read", "no image of a format"]),
+        ("broken_cached", ["no image of 20 can be read", "no image of a format"]),
         ("cached_for_workers", ["views.backend=workers", "data.cache=device", "leave one of them out"]),
         ("dry", ["data.max_unreadable", "cannot be read"]),
         ("tracker", ["unknown tracker 'wandbb'", "wandb"]),
