@@ -1,10 +1,12 @@
 """Files from the network: once, with progress, resumed where a connection broke, and never half."""
 
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from dino.errors import UserError
@@ -16,7 +18,8 @@ TIMEOUT = 30  # seconds without an answer
 def fetch(url: str, file: Path, sha256: str = "") -> Path:
     """Download `url` to `file`, unless it is there.
 
-    What has arrived lies in `file`.partial until it is whole, and a later call goes on from there.
+    What has arrived lies in `file`.partial until it is whole, and a later call goes on from there. Of several
+    processes that ask for it one downloads and the others wait.
 
     Args:
         sha256: the first characters of the digest; empty: not known.
@@ -30,18 +33,22 @@ def fetch(url: str, file: Path, sha256: str = "") -> Path:
     by_hand = f"fetch {url} on another machine and put it at {file}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, partial)
+        with FileLock(file.with_name(f".{file.name}.lock")):
+            if file.is_file():
+                return file
+            _download(url, partial)
+            if sha256 and not _digest(partial).startswith(sha256):
+                partial.unlink()
+                raise UserError(f"what {url} gave has another digest than {sha256}…, and was thrown away; {by_hand}")
+            partial.replace(file)
     except urllib.error.HTTPError as error:
+        error.close()
         raise UserError(
             f"{url} cannot be fetched (the server answers {error.code} {error.reason}); {by_hand}"
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{url} cannot be fetched ({reason}); start again to go on, or {by_hand}") from error
-    if sha256 and not _digest(partial).startswith(sha256):
-        partial.unlink()
-        raise UserError(f"what {url} gave has another digest than {sha256}…, and was thrown away; {by_hand}")
-    partial.replace(file)
     return file
 
 
@@ -51,8 +58,12 @@ def _download(url: str, partial: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing beyond what is there: it is whole
+        if error.code != 416:  # nothing beyond what is there
             raise
+        error.close()
+        if (error.headers.get("Content-Range") or "").removeprefix("bytes */") != str(there):
+            partial.unlink()
+            raise EOFError(f"what had arrived, {there:,} bytes, was not of this file and is thrown away") from None
         return
     with response:
         resumes = response.status == 206

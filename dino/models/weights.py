@@ -70,28 +70,32 @@ def load_backbone(weights: str | Path) -> Backbone:
     Args:
         weights: a name of `dino.models.released`, a run directory, a directory of Hugging Face's, or a file: this
             project's backbone.safetensors, or any layout that `dino.models.layouts` reads. `…@student` names the
-            student's network of a checkpoint that has both; otherwise the teacher's is taken.
+            student's network of a checkpoint that has both; otherwise the teacher's is taken. A released name goes
+            before a path of the same name; write ./NAME for the latter.
 
     Raises:
         UserError: no such weights, out of reach, damaged, or tensors that do not match one to one.
     """
-    name, _, network = str(weights).partition("@")
-    if network not in ("", "teacher", "student"):
-        raise UserError(f"'{weights}': after @ comes teacher or student, not '{network}'")
-    file = _find(name)
+    name, _, network = str(weights).rpartition("@")
+    if network not in ("teacher", "student"):
+        name, network = str(weights), "teacher"
     if entry := RELEASED.get(name):
-        file = file or fetch(entry.url, cache_directory() / entry.url.rsplit("/", 1)[1], entry.sha256)
-        return _load_foreign(file, network or "teacher", entry.spec, entry.preprocess, name)
-    if file is None:
+        file = fetch(entry.url, cache_directory() / entry.url.rsplit("/", 1)[1], entry.sha256)
+        return _load_foreign(file, network, entry.spec, entry.preprocess, name)
+    if (found := _find(name)) is None:
         near = difflib.get_close_matches(name, RELEASED, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
+        if "@" in Path(name).name:
+            hint = " (after @ comes teacher or student)"
         raise UserError(
             f"no weights at '{weights}'{hint}: give a run directory that has a {BACKBONE_FILE}, a weights file, or one "
             f"of {', '.join(RELEASED)}"
         )
-    if file.suffix == ".safetensors" and (description := _own_description(file)) is not None:
-        return _load_own(file, description)
-    return _load_foreign(file, network or "teacher", None, PREPROCESS, str(file))
+    if found.suffix == ".safetensors" and (description := _own_description(found)) is not None:
+        if network == "student":
+            raise UserError(f"{found} holds no student: a run writes the backbone of its teacher")
+        return _load_own(found, description)
+    return _load_foreign(found, network, None, PREPROCESS, str(found))
 
 
 def _find(name: str) -> Path | None:

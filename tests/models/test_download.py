@@ -145,11 +145,6 @@ def refused(match: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
         caught.value.__cause__.close()
 
 
-def known(bug: str) -> pytest.MarkDecorator:
-    """A fault that is reported, not yet mended; its repair makes the test fail until the mark is taken away."""
-    return pytest.mark.xfail(strict=True, reason=bug)
-
-
 class TestWhole:
     def test_arrives_once(self, server, file):
         assert fetch(server.url, file) == file
@@ -228,7 +223,6 @@ class TestBroken:
         partial_of(file).write_bytes(CONTENT)
         assert fetch(server.url, file).read_bytes() == CONTENT
 
-    @known("416 is read as 'whole' whatever size the server tells in Content-Range")
     def test_more_than_the_file_has_is_not_taken_for_it(self, server, file):
         """What two downloads at once, or another version, have left: the server has nothing beyond it either."""
         file.parent.mkdir(parents=True)
@@ -252,7 +246,6 @@ class TestBroken:
         finally:
             go_on.set()
 
-    @known("http.client.IncompleteRead is no OSError")
     def test_a_broken_answer_of_untold_length(self, server, file):
         server.chunked, server.cut = True, [HALF]
         with pytest.raises(UserError, match="start again"):
@@ -260,7 +253,6 @@ class TestBroken:
         assert not file.exists()
         assert fetch(server.url, file).read_bytes() == CONTENT
 
-    @known("both write one .partial: it is renamed under the other's feet, or holds the bytes of both")
     @pytest.mark.parametrize("begun", [False, True], ids=["from nothing", "both going on"])
     def test_two_at_once(self, begun, server, file):
         """Processes of one evaluation, which ask for the same weights: the second comes while the first waits."""
@@ -306,7 +298,6 @@ class TestRefused:
         assert not file.exists()
         assert not partial_of(file).exists()
 
-    @known("the HTTPError, which holds the connection, is kept as the cause and not closed")
     def test_a_refusal_leaves_no_connection_open(self, server, file):
         server.status = 404
         with pytest.raises(UserError) as caught:
@@ -337,7 +328,6 @@ class TestRefused:
         assert f"put it at {file}" in str(caught.value)
         assert not file.exists()
 
-    @known("http.client.BadStatusLine is no OSError")
     def test_what_answers_is_no_web_server(self, file):
         def speak(listening: socket.socket) -> None:
             connection, _ = listening.accept()

@@ -63,11 +63,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def known(bug: str) -> pytest.MarkDecorator:
-    """A fault that is reported, not yet mended; its repair makes the test fail until the mark is taken away."""
-    return pytest.mark.xfail(strict=True, reason=bug)
-
-
 def meta_tensors(spec: ViTSpec) -> State:
     """Random tensors under the names and in the shapes of DINO's and DINOv2's files (vision_transformer.py of each).
 
@@ -258,7 +253,6 @@ class TestDINOsCheckpoints:
         monkeypatch.chdir(tmp_path)
         assert_holds(load_backbone("checkpoint.pth@student"), student)
 
-    @known("the first @ is taken for the separator of teacher and student")
     @pytest.mark.parametrize("wanted", ["", "@student"])
     def test_in_a_folder_whose_name_has_an_at_sign(self, wanted, tmp_path):
         student, teacher = meta_tensors(DINO), meta_tensors(DINO)
@@ -267,7 +261,6 @@ class TestDINOsCheckpoints:
         file = write(self.content(student, teacher), folder / "checkpoint.pth")
         assert_holds(load_backbone(f"{file}{wanted}"), student if wanted else teacher)
 
-    @known("a file without a student gives its only network, in silence")
     @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
     def test_no_student_where_there_is_none(self, wrapper, tmp_path):
         tensors = meta_tensors(DINO)
@@ -281,7 +274,6 @@ class TestDINOsCheckpoints:
         with pytest.raises(UserError, match=f"no weights of a {'student' if 'student' in wanted else 'teacher'}"):
             load_backbone(f"{file}{wanted}")
 
-    @known("a tensor beside the networks is taken for the whole file's mapping of names to tensors")
     def test_a_tensor_beside_the_networks(self, tmp_path):
         tensors = meta_tensors(DINO)
         file = write({"step": torch.tensor(100), "teacher": tensors}, tmp_path / "weights.pth")
@@ -447,7 +439,6 @@ class TestHuggingFace:
         theirs.save_pretrained(tmp_path / "model")
         self.assert_same(load_backbone(tmp_path / "model"), theirs, tolerance=1e-4)
 
-    @known("transformers' own names since 5.0 (attention.q_proj …) are read as no block at all")
     @pytest.mark.parametrize("case", ["ViT", "DINOv2", "DINOv2, SwiGLU", "DINOv2 with registers"])
     def test_under_the_names_of_its_modules(self, case, tmp_path, randomise):
         """As transformers 5 saves when it is asked not to bring names back to those of earlier files."""
@@ -480,14 +471,12 @@ class TestHuggingFace:
         (tmp_path / "model" / "config.json").unlink()
         self.assert_same(load_backbone(tmp_path / "model"), theirs)
 
-    @known("json.JSONDecodeError, a traceback")
     def test_a_config_that_is_no_json(self, tmp_path):
         HUGGING_FACE["DINOv2"](2).save_pretrained(tmp_path / "model")
         (tmp_path / "model" / "config.json").write_text("{")
         with pytest.raises(UserError, match=r"config\.json"):
             load_backbone(tmp_path / "model")
 
-    @known("KeyError, a traceback")
     @pytest.mark.parametrize("part", ["key", "value"])
     def test_a_part_of_the_attention_is_missing(self, part, tmp_path):
         HUGGING_FACE["DINOv2"](2).save_pretrained(tmp_path / "model")
@@ -496,7 +485,6 @@ class TestHuggingFace:
         with pytest.raises(UserError, match=r"1 missing: blocks\.1\.attn\.qkv\.bias"):
             load_backbone(write(tensors, tmp_path / "model.pth"))
 
-    @known("config.json's activation is not looked at: the network is taken for one with GELU, with other features")
     @pytest.mark.parametrize("activation", ["relu", "quick_gelu"])
     def test_another_activation(self, activation, tmp_path):
         """Parameters have the same names and shapes."""
@@ -506,7 +494,6 @@ class TestHuggingFace:
         with pytest.raises(UserError, match=activation):
             load_backbone(tmp_path / "model")
 
-    @known("the mask token of a ViT of transformers is (1, 1, D), not (1, D) as DINOv2's")
     def test_a_vit_with_a_mask_token(self, tmp_path, randomise):
         theirs = randomise(
             ViTModel(ViTConfig(intermediate_size=512, num_attention_heads=2, **SIZES), use_mask_token=True)
@@ -597,7 +584,6 @@ class TestNoCodeFromFiles:
         with pytest.raises(UserError, match=r"more than weights.*state dict"):
             load_backbone(tmp_path / "model.pth")
 
-    @known("the reason is torch's advice to set weights_only=False, with escape codes, and names no object")
     def test_the_message_names_what_is_no_weight(self, tmp_path):
         torch.save({"teacher": meta_tensors(DINO), "args": argparse.Namespace(out=Path("/runs"))}, tmp_path / "x.pth")
         with pytest.raises(UserError, match="pathlib") as refused:
@@ -666,7 +652,6 @@ class TestMismatches:
         tensors.pop("norm.bias")
         refuses(tensors, r"1 missing: norm\.bias; 1 unexpected: extra; 1 of another shape: norm\.weight is \(1,\)")
 
-    @known("KeyError, a traceback")
     @pytest.mark.parametrize("extra", [{}, {"storage_tokens": torch.zeros(1, 4, 128)}], ids=["DINO", "DINOv3"])
     def test_no_position_table(self, extra, refuses):
         """DINOv3 has none: its positions are rotations."""
@@ -674,12 +659,10 @@ class TestMismatches:
         tensors.pop("pos_embed")
         refuses(tensors, "pos_embed")
 
-    @known("ValueError: max() of nothing, a traceback")
     def test_no_blocks(self, refuses):
         tensors = {name: tensor for name, tensor in meta_tensors(DINO).items() if not name.startswith("blocks.")}
         refuses(tensors, "blocks")
 
-    @known("ValueError or IndexError, a traceback")
     @pytest.mark.parametrize(
         ("name", "shape"),
         [("patch_embed.proj.weight", (128, 192)), ("pos_embed", (128,)), ("register_tokens", (128,))],
@@ -688,15 +671,12 @@ class TestMismatches:
     def test_of_other_dimensions(self, name, shape, refuses):
         refuses(meta_tensors(DINO) | {name: torch.zeros(shape)}, re.escape(name))
 
-    @known("ValueError of VisionTransformer, a traceback")
     def test_a_width_that_heads_of_64_do_not_divide(self, refuses):
         refuses(meta_tensors(replace(DINO, embed_dim=200)), "200")
 
-    @known("ValueError of int(), a traceback")
     def test_blocks_without_numbers(self, refuses):
         refuses(meta_tensors(DINO) | {"blocks.last.weight": torch.zeros(1)}, r"blocks\.last\.weight")
 
-    @known("the later one wins, in silence")
     def test_one_name_twice(self, refuses):
         refuses(meta_tensors(DINO) | prefixed("module.", meta_tensors(DINO)), "twice|both")
 
@@ -761,14 +741,12 @@ class TestNoWeights:
         with pytest.raises(UserError, match=re.escape(str(file))):
             load_backbone(file)
 
-    @known("KeyError or another exception of the unpickler, which takes letters for instructions")
     @pytest.mark.parametrize("text", ["hello, these are weights\n", "a" * 100, "Rate limit exceeded"])
     def test_text_of_which_each_letter_is_an_instruction(self, text, tmp_path):
         (tmp_path / "weights.pth").write_text(text)
         with pytest.raises(UserError, match=r"weights\.pth"):
             load_backbone(tmp_path / "weights.pth")
 
-    @known("whatever does not unpickle is said to run code")
     def test_of_text_no_danger_is_told(self, tmp_path):
         (tmp_path / "weights.pth").write_text("<!DOCTYPE html><html></html>")
         with pytest.raises(UserError) as refused:
