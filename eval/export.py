@@ -4,8 +4,7 @@
     python eval/export.py --weights dinov2_vits14_reg --to onnx --out exported/ --image-size 224
 
 The export's features are compared with this project's, by the library it is for, and the largest difference is printed,
-with the image sizes that it serves. Comparing needs timm, transformers or onnxruntime, whichever it is; onnx also needs
-onnxscript.
+with the image sizes that it serves. The libraries come with pip install -e ".[export]".
 """
 
 import argparse
@@ -31,12 +30,22 @@ def main() -> None:
         raise UserError(f"{arguments.weights} is a ResNet, whose parameters have torchvision's names already")
     size = arguments.image_size or backbone.preprocess.image_size
     # Positions resampled as Meta's plain releases do it exist nowhere else: then the table is made for one size.
-    is_fixed = backbone.spec.position_interpolation == "offset" or arguments.to == "onnx"
+    is_fixed = backbone.spec.position_interpolation == "offset"
     exported = export.at_size(backbone, size) if is_fixed else backbone
     arguments.out.mkdir(parents=True, exist_ok=True)
     write = {"timm": write_timm, "huggingface": write_hugging_face, "onnx": write_onnx}[arguments.to]
-    features = write(exported, arguments.out, size)
-    print(f"{arguments.out}: {arguments.to}, square images of " + (f"{size} pixels only" if is_fixed else "any size"))
+    try:
+        features = write(exported, arguments.out, size)
+    except ModuleNotFoundError as error:
+        raise UserError(f'{error.name} is needed for this: pip install -e ".[export]"') from error
+    print(
+        f"{arguments.out}: {arguments.to}, "
+        + (
+            f"square images of {size} pixels only"
+            if is_fixed
+            else f"any size that patches of {backbone.patch_size} divide"
+        )
+    )
     compare(backbone, features, [size] if is_fixed else [size, size + 4 * backbone.patch_size])
 
 
@@ -84,7 +93,7 @@ def write_hugging_face(backbone: VisionTransformer, out: Path, size: int) -> Cal
 
 
 def write_onnx(backbone: VisionTransformer, out: Path, size: int) -> Callable[[Tensor], Tensor]:
-    """model.onnx, with a dynamic batch."""
+    """model.onnx."""
     import onnxruntime
 
     export.write_onnx(backbone, out / "model.onnx", size)

@@ -130,7 +130,9 @@ def judge_standard(data: omniglot.Drawings, name: str, backbone: Backbone | None
         readout: {split: [accuracy.mean, accuracy.std] for split, accuracy in values.items()}
         for readout, values in (("logistic", found.logistic), ("knn", found.knn))
     }
-    return {**scores, "confusion": found.confusion.tolist(), "alphabets": np.unique(data.labels).tolist()}
+    own = found.confusion.diagonal() / found.confusion.sum(axis=1)
+    per_alphabet = dict(zip(np.unique(data.labels).tolist(), own.tolist(), strict=True))
+    return {**scores, "per_alphabet": per_alphabet, "confusion": found.confusion.tolist()}
 
 
 def architecture(backbone: Backbone) -> str:
@@ -208,8 +210,11 @@ def show(out: Path, results: dict[str, Any]) -> None:
         ]
         best = max(standard, key=lambda name: standard[name]["logistic"]["random"][0])
         counts = np.array(standard[best]["confusion"])
-        (out / "confusion.png").write_bytes(confusion_matrix(counts, standard[best]["alphabets"], best))
-    levels = {f"{name}, published": level for name, level in omniglot.PUBLISHED.items()}
+        (out / "confusion.png").write_bytes(confusion_matrix(counts, list(standard[best]["per_alphabet"]), best))
+    levels = {
+        f"{name}, published" + ", not measured here" * (name not in article): level
+        for name, level in omniglot.PUBLISHED.items()
+    }
     levels["chance"] = round(100 * results["chance"], 1)
     chart = bars(charts, "Which of 30 alphabets? Accuracy, %", levels)
     (out / "chart.png").write_bytes(chart)

@@ -1,7 +1,8 @@
 """A ViT for other libraries: timm's and Hugging Face's names, and ONNX.
 
 Plain releases (`position_interpolation="offset"`) resample their positions as neither of the two does, and ONNX freezes
-the factor: for them the table is resampled here, once, and the export serves that image size alone.
+the factor: for them the table is resampled here, once, and the export serves that image size alone. Exports of the
+others, which ask for the exact grid, serve every size that patches divide.
 """
 
 import re
@@ -149,16 +150,26 @@ class ForOnnx(nn.Module):
 
 
 def write_onnx(backbone: VisionTransformer, file: Path, image_size: int) -> None:
-    """An ONNX file with a dynamic batch, for square images of `image_size`."""
+    """An ONNX file with a dynamic batch, and dynamic sizes where the position convention has them.
+
+    Args:
+        image_size: side of the square images it serves; where sizes are dynamic, of those it is traced with.
+    """
     images = torch.randn(2, backbone.spec.in_chans, image_size, image_size)
-    batch = torch.export.Dim("batch", min=1, max=4096)
+    sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=4096)}
+    if backbone.spec.position_interpolation == "size":
+        # Traced at another grid than the table's own, for which nothing would be resampled; rows and columns differ too.
+        patch, (rows, columns) = backbone.patch_size, (torch.export.Dim(name, min=2, max=1024) for name in ("h", "w"))
+        images = torch.randn(2, backbone.spec.in_chans, image_size + patch, image_size + 2 * patch)
+        sizes |= {2: patch * rows, 3: patch * columns}
     torch.onnx.export(
         ForOnnx(backbone).eval(),
         (images,),
         str(file),
         input_names=["images"],
         output_names=["class_token", "patch_tokens"],
-        dynamic_shapes={"images": {0: batch}},
+        dynamic_shapes={"images": sizes},
         dynamo=True,
+        verbose=False,
         external_data=False,
     )

@@ -121,9 +121,7 @@ def infer_spec(found: Found, file: Path) -> ViTSpec | ResNetSpec:
         arch = "resnet50" if "layer1.0.conv3.weight" in tensors else "resnet18"
         return ResNetSpec(arch, tensors["conv1.weight"].shape[1])
     if "pos_embed" not in tensors:
-        raise UserError(
-            f"{file} has no positions (pos_embed); models with rotary ones, as DINOv3, are not read"
-        )
+        raise UserError(f"{file} has no positions (pos_embed); models with rotary ones, as DINOv3, are not read")
     for name, rank in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("register_tokens", 3)):
         if name in tensors and tensors[name].ndim != rank:
             raise UserError(f"{file}: {name} has {tensors[name].ndim} dimensions, not {rank}")
