@@ -158,7 +158,7 @@ def write_onnx(backbone: VisionTransformer, file: Path, image_size: int) -> None
     images = torch.randn(2, backbone.spec.in_chans, image_size, image_size)
     sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=4096)}
     if backbone.spec.position_interpolation == "size":
-        # Traced at another grid than the table's own, for which nothing would be resampled; rows and columns differ too.
+        # Traced at another grid than the table's own, for which nothing would be resampled; and not at a square one.
         patch, (rows, columns) = backbone.patch_size, (torch.export.Dim(name, min=2, max=1024) for name in ("h", "w"))
         images = torch.randn(2, backbone.spec.in_chans, image_size + patch, image_size + 2 * patch)
         sizes |= {2: patch * rows, 3: patch * columns}
