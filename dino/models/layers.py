@@ -1,5 +1,6 @@
 """The parts of a Vision Transformer, on packed tokens: all sequences of all crop sizes in one (T, D) matrix."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,7 +45,16 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with LayerScale and stochastic depth, on packed tokens (T, D)."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, ffn: str, layer_scale: float, drop_path: float):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        ffn: str,
+        layer_scale: float,
+        drop_path: float,
+        drop_subset: bool = False,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads)
@@ -52,16 +62,25 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = (SwiGLU if ffn == "swiglu" else MLP)(width, mlp_ratio)
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path, drop_subset)
 
-    def forward(self, tokens: Tensor, groups: list[Group], class_only: bool = False) -> Tensor:
-        """(T, D) to (T, D), or to the class tokens alone (one row per sequence) if `class_only`."""
-        attended = self.attn(self.norm1(tokens), groups, class_only)
-        if class_only:
-            tokens = torch.cat([sequences[:, 0] for sequences in unpack(tokens, groups)])
-            groups = [Group(group.batch, 1) for group in groups]
-        tokens = tokens + self.drop_path(self.ls1(attended), groups)
-        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))), groups)
+    def forward(self, tokens: Tensor, groups: list[Group], shortened: list[Group] | None = None) -> Tensor:
+        """(T, D) to (T, D).
+
+        Args:
+            shortened: the groups to give; those that are one token long here are given by their class tokens alone,
+                and nothing is computed for the others. None: all tokens.
+        """
+        wanted = shortened or groups
+
+        def attend(tokens: Tensor, groups: list[Group]) -> Tensor:
+            return self.ls1(self.attn(self.norm1(tokens), groups, [group.length for group in wanted]))
+
+        def feed_forward(tokens: Tensor, groups: list[Group]) -> Tensor:
+            return self.ls2(self.mlp(self.norm2(tokens)))
+
+        tokens = self.drop_path(tokens, groups, attend, wanted)
+        return self.drop_path(tokens, wanted, feed_forward, wanted)
 
 
 class Attention(nn.Module):
@@ -73,15 +92,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, groups: list[Group], class_only: bool = False) -> Tensor:
-        """(T, D) to (T, D); with `class_only`, only the first token of each sequence asks."""
+    def forward(self, tokens: Tensor, groups: list[Group], asking: list[int]) -> Tensor:
+        """(T, D) to (T', D): of each group's sequences, only the first `asking` tokens ask, and are given."""
         packed = self.qkv(tokens).split([group.batch * group.length for group in groups])
         outputs = []
-        for qkv, group in zip(packed, groups, strict=True):
+        for qkv, group, count in zip(packed, groups, asking, strict=True):
             query, key, value = self.heads(qkv, group)
-            if class_only:
-                query = query[:, :, :1]
-            outputs.append(rearrange(attend(query, key, value), "b m n d -> (b n) (m d)"))
+            attended = attend(query[:, :, :count], key, value)
+            outputs.append(rearrange(attended, "b m n d -> (b n) (m d)"))
         return self.proj(torch.cat(outputs))
 
     def heads(self, qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,22 +155,69 @@ class LayerScale(nn.Module):
         return tokens * self.gamma
 
 
+Branch = Callable[[Tensor, list[Group]], Tensor]
+
+
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, drops a branch for whole sequences, scaling up the others."""
+    """A residual branch with stochastic depth (Huang et al. 2016): in training, whole sequences go without it.
 
-    def __init__(self, rate: float):
+    Args:
+        rate: share of the sequences that do.
+        subset: how they are drawn. Each by itself, as DINO does; or, as DINOv2 does (Oquab et al. 2023, §5), a fixed
+            number of each group, so that the branch need not be computed for them.
+    """
+
+    def __init__(self, rate: float, subset: bool = False):
         super().__init__()
-        self.rate = rate
+        self.rate, self.subset = rate, subset
 
-    def forward(self, tokens: Tensor, groups: list[Group]) -> Tensor:
-        """(T, D) to (T, D)."""
+    def forward(self, tokens: Tensor, groups: list[Group], branch: Branch, wanted: list[Group]) -> Tensor:
+        """tokens + branch(tokens), (T, D) to (T', D); what the branch makes of others is scaled up for those without.
+
+        Args:
+            wanted: groups of the result, of as many sequences as `groups`, each as long or cut to its first tokens.
+        """
+        base = cut(tokens, groups, wanted)
         if not self.training or self.rate == 0:
-            return tokens
-        keep = 1 - self.rate
-        kept = torch.cat(
-            [tokens.new_empty(group.batch).bernoulli_(keep).repeat_interleave(group.length) for group in groups]
-        )
-        return tokens * (kept / keep)[:, None]
+            return base + branch(tokens, groups)
+        if not self.subset:
+            keep = 1 - self.rate
+            kept = [tokens.new_empty(group.batch).bernoulli_(keep).repeat_interleave(group.length) for group in wanted]
+            return base + branch(tokens, groups) * (torch.cat(kept) / keep)[:, None]
+        counts = [max(1, int(group.batch * (1 - self.rate))) for group in groups]
+        chosen = [
+            torch.randperm(group.batch, device=tokens.device)[:count]
+            for group, count in zip(groups, counts, strict=True)
+        ]
+        parts = [Group(count, group.length) for group, count in zip(groups, counts, strict=True)]
+        output = branch(tokens[rows_of(groups, chosen)], parts)
+        factors = [
+            output.new_full((count * group.length, 1), group.batch / count)
+            for group, count in zip(wanted, counts, strict=True)
+        ]
+        return base.index_add(0, rows_of(wanted, chosen), (output * torch.cat(factors)).to(base.dtype))
+
+
+def rows_of(groups: list[Group], chosen: list[Tensor]) -> Tensor:
+    """Where the tokens of chosen sequences are in a packed matrix; `chosen` has their numbers, group by group."""
+    rows, start = [], 0
+    for group, numbers in zip(groups, chosen, strict=True):
+        within = torch.arange(group.length, device=numbers.device)
+        rows.append((start + numbers[:, None] * group.length + within).flatten())
+        start += group.batch * group.length
+    return torch.cat(rows)
+
+
+def cut(tokens: Tensor, groups: list[Group], wanted: list[Group]) -> Tensor:
+    """(T, D) to (T', D): every sequence's first tokens, as many as `wanted` has."""
+    if wanted == groups:
+        return tokens
+    return torch.cat(
+        [
+            sequences[:, : group.length].flatten(0, 1)
+            for sequences, group in zip(unpack(tokens, groups), wanted, strict=True)
+        ]
+    )
 
 
 def unpack(tokens: Tensor, groups: list[Group]) -> list[Tensor]:

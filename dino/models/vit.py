@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -63,7 +64,8 @@ class VisionTransformer(nn.Module):
 
     Args:
         spec: sizes and conventions.
-        drop_path: rate of stochastic depth at the last block, growing linearly from 0 at the first.
+        drop_path: rate of stochastic depth: of each sequence by itself, at the last block, growing linearly from 0 at
+            the first; or, with `drop_subset`, of a fixed number of sequences, at every block (see `DropPath`).
         initialisation: of random weights. `published`: truncated normal of std 0.02 throughout, as DINO; narrow
             networks then begin with nearly nothing in their residual branches and positions, and short runs do not get
             over it. `fan_in`: std 1/√inputs in linear layers and 0.2 for positions.
@@ -75,7 +77,13 @@ class VisionTransformer(nn.Module):
     preprocess: Preprocess  # these two are set by load_backbone
     description: dict[str, Any]
 
-    def __init__(self, spec: ViTSpec, drop_path: float = 0.0, initialisation: Initialisation = "published"):
+    def __init__(
+        self,
+        spec: ViTSpec,
+        drop_path: float = 0.0,
+        initialisation: Initialisation = "published",
+        drop_subset: bool = False,
+    ):
         super().__init__()
         if spec.image_size % spec.patch_size:
             raise ValueError(f"image_size {spec.image_size} is not divisible by patch_size {spec.patch_size}")
@@ -92,8 +100,11 @@ class VisionTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if spec.mask_token else None
         rates = torch.linspace(0, drop_path, spec.depth, device="cpu").tolist()
+        if drop_subset:
+            rates = [drop_path] * spec.depth
         self.blocks = nn.ModuleList(
-            Block(width, spec.num_heads, spec.mlp_ratio, spec.ffn, spec.layer_scale, rate) for rate in rates
+            Block(width, spec.num_heads, spec.mlp_ratio, spec.ffn, spec.layer_scale, rate, drop_subset)
+            for rate in rates
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self._initialise(initialisation)
@@ -119,12 +130,35 @@ class VisionTransformer(nn.Module):
             (B, D), or a list of them in the order given.
         """
         tokens, groups = self._embed([images] if isinstance(images, Tensor) else images)
+        class_only = [Group(group.batch, 1) for group in groups]
+        outputs = [sequences[:, 0] for sequences in unpack(self._encode(tokens, groups, class_only), class_only)]
+        return outputs[0] if isinstance(images, Tensor) else outputs
+
+    def with_patches(self, crops: Sequence[Tensor], hidden: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """Class tokens of all crops, and patch tokens of those of the first size, after the last norm.
+
+        Args:
+            crops: (B_i, C, H_i, W_i), one batch for each size.
+            hidden: (B', N) bool, true where a patch of the first B' crops is replaced by the mask token.
+
+        Returns:
+            Class tokens (B_i, D) of each size; patches (B_0, N, D).
+        """
+        if hidden is not None:
+            hidden = F.pad(hidden, (0, 0, 0, len(crops[0]) - len(hidden)))
+        tokens, groups = self._embed(crops, [hidden, *[None] * (len(crops) - 1)])
+        wanted = [groups[0], *(Group(group.batch, 1) for group in groups[1:])]
+        outputs = unpack(self._encode(tokens, groups, wanted), wanted)
+        return [sequences[:, 0] for sequences in outputs], outputs[0][:, 1 + self.spec.registers :]
+
+    def _encode(self, tokens: Tensor, groups: list[Group], wanted: list[Group]) -> Tensor:
+        """All blocks and the norm, (T, D) to (T', D).
+
+        Where only class tokens are wanted, the last block does not compute the rest: exact, not an approximation.
+        """
         for block in self.blocks[:-1]:
             tokens = block(tokens, groups)
-        # Only class tokens are asked for, so the last block need not compute the rest (exact, not an approximation).
-        class_tokens = self.norm(self.blocks[-1](tokens, groups, class_only=True))
-        outputs = list(class_tokens.split([group.batch for group in groups]))
-        return outputs[0] if isinstance(images, Tensor) else outputs
+        return self.norm(self.blocks[-1](tokens, groups, wanted))
 
     def forward_features(self, images: Tensor | Sequence[Tensor], masks: Any = None) -> Any:
         """Every token after the last norm, under the names of DINOv2's hub models.
