@@ -110,6 +110,16 @@ def check(config: Config) -> None:
                 "objective.teacher_temperature_start", "train.epochs"):  # fmt: skip
         value = get(config, key)
         require(isinstance(value, str) or value > 0, f"{key} must be above 0, got {value}")
+    for key in ("objective.ibot_weight", "objective.koleo_weight", "optim.layer_decay", "optim.patch_embed_lr"):
+        require(0 <= get(config, key) < math.inf, f"{key} must be finite and not negative, got {get(config, key)}")
+    for key in ("objective.ibot_prototypes", "objective.ibot_head_hidden", "objective.ibot_head_bottleneck"):
+        value = get(config, key)
+        require(value is None or value >= 1, f"{key} must be at least 1, got {value}")
+        require(
+            value is None or config.objective.ibot_head == "separate",
+            f"{key} is of a head of its own: it needs objective.ibot_head=separate",
+        )
+    errors += _check_masks(config)
     for key in ("objective.momentum", "objective.momentum_end", "objective.center_momentum", "data.max_unreadable"):
         value = get(config, key)
         require(isinstance(value, str) or 0 <= value <= 1, f"{key} must lie between 0 and 1, got {value}")
@@ -169,6 +179,18 @@ def _check_sizes(config: Config) -> Iterator[str]:
                 f"{key}={size} is not divisible by model.patch_size={model.patch_size}: "
                 f"use {below} or {below + model.patch_size}"
             )
+
+
+def _check_masks(config: Config) -> Iterator[str]:
+    """What the masked-patch loss needs."""
+    objective, model = config.objective, config.model
+    ratio = objective.mask_ratio
+    if len(ratio) != 2 or not 0 <= ratio[0] <= ratio[1] <= 1:
+        yield f"objective.mask_ratio must be two shares of the patches, 0 <= least <= greatest <= 1, got {ratio}"
+    if not 0 < objective.mask_share <= 1:
+        yield f"objective.mask_share must lie in (0, 1], got {objective.mask_share}"
+    if objective.ibot_weight and not model.arch.startswith("vit"):
+        yield f"objective.ibot_weight needs patches, which model.arch={model.arch} has not: use a ViT, or 0"
 
 
 def _check_choices(config: Config) -> Iterator[str]:

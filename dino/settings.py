@@ -78,7 +78,13 @@ class ModelConfig:
     ffn: str = setting(AUTO, "feed-forward layer; auto: swiglu for giant2, else mlp", (AUTO, "mlp", "swiglu"))
     layer_scale: float = setting(0.0, "initial LayerScale; 0: none (DINO), 1e-5 (DINOv2)")
     registers: int = setting(0, "register tokens")
-    drop_path: float = setting(0.1, "stochastic depth of the student at the last block (0 at the first)")
+    drop_path: float = setting(0.1, "rate of the student's stochastic depth")
+    drop_path_kind: str = setting(
+        "sample",
+        "sample: each by itself, from 0 at the first block to the rate at the last (DINO); subset: of a fixed share of "
+        "the batch, which is then not computed, at every block (DINOv2)",
+        ("sample", "subset"),
+    )
     initialisation: str = setting(
         "published", "of random weights: published (std 0.02) or fan_in, for narrow networks", ("published", "fan_in")
     )
@@ -89,10 +95,21 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
+    ibot_weight: float = setting(0.0, "weight of the masked-patch loss; 0: none (DINO), 1 (DINOv2)")
+    koleo_weight: float = setting(0.0, "weight of KoLeo, which spreads features out; 0: none (DINO), 0.1 (DINOv2)")
+    koleo_scope: str = setting(
+        "process", "where KoLeo looks for neighbours: in a process's own micro-batch, or in all", ("process", "all")
+    )
+    mask_share: float = setting(0.5, "share of the global crops that are masked")
+    mask_ratio: list[float] = setting([0.1, 0.5], "least and greatest share of a masked crop's patches")
     prototypes: int | str = setting(AUTO, "outputs of the DINO head, K; auto: by number of images")
     head_layers: int = setting(3, "layers of the head's MLP")
     head_hidden: int = setting(2048, "width of the head's MLP")
     head_bottleneck: int = setting(256, "width of the head's L2-normalised bottleneck")
+    ibot_head: str = setting("shared", "head of the patches: the DINO head or one of their own", ("shared", "separate"))
+    ibot_prototypes: int | None = setting(None, "outputs of a separate patch head; none: as the DINO head")
+    ibot_head_hidden: int | None = setting(None, "width of its MLP; none: as the DINO head")
+    ibot_head_bottleneck: int | None = setting(None, "width of its bottleneck; none: as the DINO head")
     norm_last_layer: bool = setting(True, "keep prototypes at unit length (steadier); false may gain with long runs")
     student_temperature: float = setting(0.1, "temperature of the student's softmax")
     teacher_temperature: float | str = setting(AUTO, "the teacher's, after warm-up; auto: by number of images")
@@ -118,10 +135,14 @@ class OptimConfig:
     weight_decay: float = setting(0.04, "weight decay of the first step")
     weight_decay_end: float = setting(0.4, "weight decay of the last step (cosine)")
     betas: list[float] = setting([0.9, 0.999], "AdamW's two EMA rates")
+    layer_decay: float = setting(1.0, "factor of the learning rate from each block to the one before; 0.9 (DINOv2)")
+    patch_embed_lr: float = setting(1.0, "further factor of the patch embedding's; 0.2 (DINOv2)")
     decay_tokens: bool = setting(True, "decay class token, registers and positions too, as published")
     clip_grad: float = setting(3.0, "largest gradient norm; 0: no clipping")
     clip_scope: str = setting(
-        "global", "norm of all gradients together, or of each parameter (as DINO does)", ("global", "parameter")
+        "global",
+        "norm of all gradients together, of each parameter (as DINO does), or of backbone and heads (as DINOv2 does)",
+        ("global", "parameter", "module"),
     )
     freeze_last_layer_steps: int | str = setting(AUTO, "steps during which the prototypes stand still; auto: 1 epoch")
 

@@ -26,8 +26,9 @@ from dino.training.optimizer import build_optimizer
 from dino.training.reporting import Reporter
 from dino.training.run_directory import RunDirectory
 from dino.training.schedules import schedules
-from dino.training.step import Step, build_targets
+from dino.training.step import Step
 from dino.training.summary import summary
+from dino.training.targets import Targets
 from dino.training.teacher import synchronise_buffers
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     # Student, teacher, objective, optimizer.
     launch.set_threads_and_seed(config)
     student, teacher = launch.place(accelerator, build_networks(config), config.train.compile)
-    targets = build_targets(config).to(accelerator.device)
+    targets = Targets(config).to(accelerator.device)
     normalise = Normalise(config.views.mean, config.views.std).to(accelerator.device)
     optimizer = build_optimizer(student, config.optim)
     modules = {"student": student, "teacher": teacher, "targets": targets}

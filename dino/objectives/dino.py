@@ -64,8 +64,14 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def update(self, logits: Tensor) -> None:
-        """Move the centre towards the mean of this step's logits (N, K); a mean that is not finite is ignored."""
-        mean = mean_over_processes(logits.float().mean(dim=0, keepdim=True))
+        """Move the centre towards the mean of this step's logits (N, K), N of this process, which may be 0.
+
+        A mean that is not finite is ignored.
+        """
+        total = torch.cat([logits.float().sum(dim=0), logits.new_full((1,), len(logits), dtype=torch.float32)])
+        if is_distributed():
+            dist.all_reduce(total)
+        mean = (total[:-1] / total[-1])[None]
         moved = torch.lerp(mean, self.center, self.momentum)
         # On the device, so that a broken step can neither reach the centre nor make the host wait.
         self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
@@ -110,12 +116,13 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 
 def _logsumexp_over_samples(scores: Tensor) -> Tensor:
     """(N, K) to (1, K): logsumexp over the samples of all processes."""
-    highest = scores.amax(dim=0, keepdim=True)
-    if is_distributed():
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    total = (scores - highest).exp().sum(dim=0, keepdim=True)
-    if is_distributed():
-        dist.all_reduce(total)
+    own = scores.logsumexp(dim=0, keepdim=True)  # −∞ for a process without samples
+    if not is_distributed():
+        return own
+    highest = own.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    total = (own - highest).exp()
+    dist.all_reduce(total)
     return highest + total.log()
 
 

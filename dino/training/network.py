@@ -1,25 +1,59 @@
-"""Student and teacher as a config describes them: a backbone with a DINO head."""
+"""Student and teacher as a config describes them: a backbone with a head for class tokens, and one for patches."""
 
 from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from dino.config import Config
 from dino.models import SIZES, DINOHead, ResNet, ResNetSpec, VisionTransformer, ViTSpec
+from dino.views.masks import Masks
+
+
+class Outputs(NamedTuple):
+    """What a network makes of crops of several sizes.
+
+    Attributes:
+        tokens: (ΣB, D) class tokens of all crops.
+        scores: (ΣB, K) of them.
+        patch_scores: (M, K') of the masked patches; None without masks.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    patch_scores: Tensor | None = None
 
 
 class Network(nn.Module):
-    """Backbone and head: crops of several sizes to class tokens and prototype scores."""
+    """Backbone and heads.
 
-    def __init__(self, backbone: VisionTransformer | ResNet, head: DINOHead):
+    Args:
+        head: of class tokens; of masked patches too, unless they have a `patch_head` of their own.
+    """
+
+    def __init__(self, backbone: VisionTransformer | ResNet, head: DINOHead, patch_head: DINOHead | None = None):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
-    def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """A list of (B_i, C, H_i, W_i) to class tokens (ΣB_i, D) and scores (ΣB_i, K)."""
-        tokens = torch.cat(self.backbone(list(crops)))
-        return tokens, self.head(tokens)
+    def forward(self, crops: Sequence[Tensor], masks: Masks | None = None, hide: bool = False) -> Outputs:
+        """Scores of class tokens and, of the first crops, of masked patches.
+
+        Args:
+            crops: (B_i, C, H_i, W_i), one batch for each size.
+            masks: of the first crops of the first size.
+            hide: replace the masked patches by the mask token, for the student; the teacher sees them.
+        """
+        if masks is None:
+            tokens = torch.cat(self.backbone(list(crops)))
+            return Outputs(tokens, self.head(tokens))
+        backbone = cast(VisionTransformer, self.backbone)
+        class_tokens, patches = backbone.with_patches(crops, masks.hidden if hide else None)
+        tokens, masked = torch.cat(class_tokens), patches.flatten(0, 1)[masks.rows]
+        if self.patch_head is not None:
+            return Outputs(tokens, self.head(tokens), self.patch_head(masked))
+        scores, patch_scores = self.head(torch.cat([tokens, masked])).split([len(tokens), len(masked)])
+        return Outputs(tokens, scores, patch_scores)
 
 
 class Normalise(nn.Module):
@@ -43,7 +77,8 @@ def build_backbone(config: Config, drop_path: float = 0.0) -> VisionTransformer 
     model, channels = config.model, int(config.data.channels)
     if model.arch.startswith("resnet"):
         return ResNet(ResNetSpec(model.arch, channels))
-    return VisionTransformer(vit_spec(config), drop_path, model.initialisation)  # type: ignore[arg-type]
+    subset = model.drop_path_kind == "subset"
+    return VisionTransformer(vit_spec(config), drop_path, model.initialisation, subset)  # type: ignore[arg-type]
 
 
 def vit_spec(config: Config) -> ViTSpec:
@@ -59,27 +94,31 @@ def vit_spec(config: Config) -> ViTSpec:
         ffn=model.ffn,  # type: ignore[arg-type]  # checked by config.check
         layer_scale=model.layer_scale,
         registers=model.registers,
+        mask_token=config.objective.ibot_weight > 0,
         position_interpolation=model.position_interpolation,  # type: ignore[arg-type]
     )
 
 
 def build_networks(config: Config) -> tuple[Network, Network]:
     """Student and teacher with the same random weights; the teacher has no stochastic depth and takes no gradient."""
-    objective = config.objective
 
     def network(drop_path: float) -> Network:
         backbone = build_backbone(config, drop_path)
-        head = DINOHead(
-            backbone.embed_dim,
-            int(objective.prototypes),
-            objective.head_layers,
-            objective.head_hidden,
-            objective.head_bottleneck,
-            objective.norm_last_layer,
-        )
-        return Network(backbone, head)
+        return Network(backbone, *build_heads(config, backbone.embed_dim))
 
     student, teacher = network(config.model.drop_path), network(0.0)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     return student, teacher
+
+
+def build_heads(config: Config, width: int) -> tuple[DINOHead, DINOHead | None]:
+    """The head of class tokens (D = `width`) and, where patches do not share it, theirs."""
+    objective = config.objective
+    sizes = (int(objective.prototypes), objective.head_layers, objective.head_hidden, objective.head_bottleneck)
+    head = DINOHead(width, *sizes, objective.norm_last_layer)
+    if not objective.ibot_weight or objective.ibot_head == "shared":
+        return head, None
+    own = (objective.ibot_prototypes, objective.head_layers, objective.ibot_head_hidden, objective.ibot_head_bottleneck)
+    sizes = tuple(mine or shared for mine, shared in zip(own, sizes, strict=True))  # type: ignore[assignment]
+    return head, DINOHead(width, *sizes, objective.norm_last_layer)

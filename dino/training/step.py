@@ -1,6 +1,8 @@
-"""One optimizer step of DINO: teacher targets, student loss, gradients, update, moving average."""
+"""One optimizer step of DINO or DINOv2: teacher targets, student losses, gradients, update, moving average."""
 
 import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -8,12 +10,26 @@ from einops import rearrange
 from torch import Tensor
 
 from dino.config import Config
-from dino.objectives import Centre, SinkhornKnopp, dino_loss
+from dino.objectives import dino_loss, ibot_loss, koleo_loss
 from dino.training.health import TeacherOutput
 from dino.training.network import Network, Normalise
 from dino.training.optimizer import clip_gradients, set_rates, step_unless
 from dino.training.schedules import Schedules
+from dino.training.targets import Targets
 from dino.training.teacher import update_teacher
+from dino.views.masks import MaskDraw, Masks
+
+
+class MicroBatch(NamedTuple):
+    """What a micro-batch of b images is to the objective.
+
+    Attributes:
+        crops: by size, (views·b, C, size, size) fp32, normalised, global views first.
+        masks: of the 2·b global crops; None without a masked-patch loss.
+    """
+
+    crops: list[Tensor]
+    masks: Masks | None
 
 
 class Step:
@@ -21,7 +37,7 @@ class Step:
 
     Centre, teacher and schedules see optimizer steps, never micro-batches; the teacher looks at all micro-batches
     before the student sees the first, so that k micro-batches give what one large batch gives (up to rounding, and
-    except for what BatchNorm and stochastic depth do per micro-batch).
+    except for what BatchNorm, stochastic depth and KoLeo do per micro-batch).
 
     Args:
         student: as prepared by Accelerate (it may be wrapped); its parameters are those of `optimizer`.
@@ -34,7 +50,7 @@ class Step:
         config: Config,
         student: torch.nn.Module,
         teacher: Network,
-        targets: Centre | SinkhornKnopp,
+        targets: Targets,
         optimizer: torch.optim.Optimizer,
         normalise: Normalise,
         schedules: Schedules,
@@ -44,6 +60,7 @@ class Step:
         self.targets, self.normalise = targets, normalise
         self.network: Network = accelerator.unwrap_model(student)
         self.first_broken = torch.full((), -1, device=accelerator.device)
+        self.draw_masks = mask_draw(config)
 
     def __call__(self, step: int, micro_batches: list[list[Tensor]]) -> dict[str, Tensor]:
         """Take optimizer step number `step` (from 0).
@@ -58,53 +75,99 @@ class Step:
         """
         schedules, device = self.schedules, self.accelerator.device
         set_rates(self.optimizer, schedules.lr(step), schedules.weight_decay(step))
-        batches = [[self.normalise(crop.to(device, non_blocking=True)) for crop in crops] for crops in micro_batches]
+        batches = [
+            MicroBatch([self.normalise(crop.to(device, non_blocking=True)) for crop in crops], self._masks(step, index))
+            for index, crops in enumerate(micro_batches)
+        ]
 
-        tokens, logits = self._teacher_outputs(batches)
-        targets = self.targets.probabilities(logits, schedules.temperature(step))
-        loss = self._backward(batches, targets)
+        tokens, logits, patch_logits = self._teacher_outputs(batches)
+        temperature = schedules.temperature(step)
+        targets = self.targets.dino.probabilities(logits, temperature)
+        patch_targets = None
+        if self.targets.ibot is not None and patch_logits is not None:
+            patch_targets = self.targets.ibot.probabilities(patch_logits, temperature)
+        losses = self._backward(batches, targets, patch_targets)
 
         if step < int(self.config.optim.freeze_last_layer_steps):
             for parameter in self.network.head.last_layer.parameters():
                 parameter.grad = None
-        norm = self._update(step, loss)
+        norm = self._update(step, sum(losses.values(), torch.zeros_like(losses["loss/dino"])))
         update_teacher(self.teacher, self.network, schedules.momentum(step))
-        self.targets.update(logits.flatten(0, 1))
+        self.targets.dino.update(logits.flatten(0, 1))
+        if self.targets.ibot is not None and patch_logits is not None:
+            self.targets.ibot.update(patch_logits)
         self.teacher_output = TeacherOutput(tokens, logits, targets)
-        return {"loss/dino": loss, "health/gradient_norm": norm}
+        return {**losses, "health/gradient_norm": norm}
+
+    def _masks(self, step: int, micro_batch: int) -> Masks | None:
+        """Of this process's images in a micro-batch, by their places in the global batch."""
+        if self.draw_masks is None:
+            return None
+        train, accelerator = self.config.train, self.accelerator
+        size = train.batch_size // (accelerator.num_processes * train.accumulation)
+        first = (micro_batch * accelerator.num_processes + accelerator.process_index) * size
+        return self.draw_masks(step, range(first, first + size)).to(accelerator.device)
 
     @torch.no_grad()
-    def _teacher_outputs(self, batches: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """Class tokens (2, B, D) and scores (2, B, K) of the global views of all micro-batches."""
+    def _teacher_outputs(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Class tokens (2, B, D), their scores (2, B, K) and those of masked patches (M, K'), of all micro-batches."""
         views = 2 + self.config.views.local_crops
-        images = [sum(map(len, crops)) // views for crops in batches]
+        images = [sum(map(len, batch.crops)) // views for batch in batches]
         with self.accelerator.autocast():
-            outputs = [self.teacher([crops[0][: 2 * b]]) for crops, b in zip(batches, images, strict=True)]
+            outputs = [
+                self.teacher([batch.crops[0][: 2 * b]], batch.masks) for batch, b in zip(batches, images, strict=True)
+            ]
         tokens, scores = (
             torch.cat([rearrange(output, "(g b) d -> g b d", g=2) for output in of_all], dim=1).float()
-            for of_all in zip(*outputs, strict=True)
+            for of_all in zip(*(output[:2] for output in outputs), strict=True)
         )
-        return tokens, scores
+        of_patches = [output.patch_scores for output in outputs if output.patch_scores is not None]
+        return tokens, scores, torch.cat(of_patches).float() if of_patches else None
 
-    def _backward(self, batches: list[list[Tensor]], targets: Tensor) -> Tensor:
-        """Gradients of the mean loss over all micro-batches; processes exchange them at the last only."""
-        views = 2 + self.config.views.local_crops
-        images = targets.shape[1] // len(batches)
-        total = torch.zeros((), device=targets.device)
-        for index, (crops, target) in enumerate(zip(batches, targets.split(images, dim=1), strict=True)):
+    def _backward(self, batches: list[MicroBatch], targets: Tensor, patch_targets: Tensor | None) -> dict[str, Tensor]:
+        """Gradients of the mean loss over all micro-batches; processes exchange them at the last only.
+
+        Returns:
+            The losses by name, each with its weight.
+        """
+        totals: dict[str, Tensor] = {}
+        shares = targets.split(targets.shape[1] // len(batches), dim=1)
+        of_patches: Sequence[Tensor | None] = [None] * len(batches)
+        if patch_targets is not None:
+            of_patches = patch_targets.split([len(batch.masks.rows) for batch in batches if batch.masks is not None])
+        for index, (batch, target, patch_target) in enumerate(zip(batches, shares, of_patches, strict=True)):
             is_last = index == len(batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.student):
-                scores = rearrange(self.student(crops)[1], "(v b) k -> v b k", v=views)
-                loss = dino_loss(scores, target, self.config.objective.student_temperature) / len(batches)
-                self.accelerator.backward(loss)
-            total = total + loss.detach()
-        return total
+                losses = self._losses(batch, target, patch_target)
+                self.accelerator.backward(sum(losses.values()) / len(batches))
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0) + loss.detach() / len(batches)
+        return totals
+
+    def _losses(self, batch: MicroBatch, targets: Tensor, patch_targets: Tensor | None) -> dict[str, Tensor]:
+        """The student's losses on a micro-batch of b images, each with its weight, by the names of the metrics."""
+        objective, views, images = self.config.objective, 2 + self.config.views.local_crops, targets.shape[1]
+        output = self.student(batch.crops, batch.masks, hide=True)
+        scores = rearrange(output.scores, "(v b) k -> v b k", v=views)
+        losses = {"loss/dino": dino_loss(scores, targets, objective.student_temperature)}
+        if batch.masks is not None and patch_targets is not None:
+            weights, temperature = batch.masks.weights, objective.student_temperature
+            loss = ibot_loss(output.patch_scores, patch_targets, weights, 2 * images, temperature)
+            losses["loss/ibot"] = objective.ibot_weight * loss
+        if objective.koleo_weight:
+            first, second = output.tokens[: 2 * images].chunk(2)
+            everywhere = objective.koleo_scope == "all"
+            spread = koleo_loss(first, everywhere) + koleo_loss(second, everywhere)
+            losses["loss/koleo"] = objective.koleo_weight * spread
+        return losses
 
     def _update(self, step: int, loss: Tensor) -> Tensor:
         """Clip and step, unless loss or gradient is not finite; returns the gradient's norm before clipping."""
         optim, scaler = self.config.optim, self.accelerator.scaler
         self.accelerator.unscale_gradients(self.optimizer)
-        norm = clip_gradients(self.network.parameters(), optim.clip_grad, optim.clip_scope)
+        parts = self.network.children() if optim.clip_scope == "module" else [self.network]
+        norms = [clip_gradients(part.parameters(), optim.clip_grad, optim.clip_scope) for part in parts]
+        norm = torch.stack(norms).norm()
         if scaler is None:
             broken = ~(loss.isfinite() & norm.isfinite())
             step_unless(self.optimizer.optimizer, broken)  # type: ignore[attr-defined]
@@ -117,9 +180,10 @@ class Step:
         return norm
 
 
-def build_targets(config: Config) -> Centre | SinkhornKnopp:
-    """What turns the teacher's scores into targets, as `objective.centering` says."""
-    objective = config.objective
-    if objective.centering == "sinkhorn":
-        return SinkhornKnopp(objective.sinkhorn_iterations)
-    return Centre(int(objective.prototypes), objective.center_momentum)
+def mask_draw(config: Config) -> MaskDraw | None:
+    """Masks as the config describes them; None without a masked-patch loss."""
+    if not config.objective.ibot_weight:
+        return None
+    side = config.views.global_size // config.model.patch_size
+    low, high = config.objective.mask_ratio
+    return MaskDraw(config.train.seed, config.train.batch_size, (side, side), config.objective.mask_share, (low, high))

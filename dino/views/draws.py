@@ -136,8 +136,12 @@ def _boxes(u: np.ndarray, scale: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def _uniforms(keys: np.ndarray, views: int) -> np.ndarray:
     """(B,) keys to (V, B, SLOTS) numbers in [0, 1)."""
-    counters = np.arange(1, views * SLOTS + 1, dtype=np.uint64).reshape(views, 1, SLOTS)
-    z = keys.astype(np.uint64)[None, :, None] + counters * np.uint64(0x9E3779B97F4A7C15)
+    return uniforms(keys, views * SLOTS).reshape(len(keys), views, SLOTS).swapaxes(0, 1)
+
+
+def uniforms(keys: np.ndarray, count: int) -> np.ndarray:
+    """(B,) uint64 keys to (B, count) numbers in [0, 1)."""
+    z = keys.astype(np.uint64)[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dino.objectives import Centre, SinkhornKnopp
+from dino.objectives import Centre
 from dino.settings import Config
 from dino.training import step as step_module
 from dino.training.network import Network, Normalise, build_networks
 from dino.training.optimizer import build_optimizer
 from dino.training.schedules import schedules
-from dino.training.step import Step, build_targets
+from dino.training.step import Step
+from dino.training.targets import Targets
 
 
 class Trainer(NamedTuple):
@@ -28,7 +29,7 @@ class Trainer(NamedTuple):
     step: Step
     student: Network
     teacher: Network
-    targets: Centre | SinkhornKnopp
+    targets: Targets
     optimizer: torch.optim.Optimizer
 
 
@@ -38,7 +39,7 @@ def build(accelerator: Accelerator, config: Config) -> Trainer:
     with torch.no_grad():  # a trained student has left its teacher
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    targets, optimizer = build_targets(config), build_optimizer(student, config.optim)
+    targets, optimizer = Targets(config), build_optimizer(student, config.optim)
     normalise = Normalise(config.views.mean, config.views.std).double()
     wrapped, prepared = accelerator.prepare(student, optimizer)
     take_step = Step(accelerator, config, wrapped, teacher, targets, prepared, normalise, schedules(config))
@@ -165,8 +166,8 @@ def test_three_steps_are_dinos_algorithm(option, accelerator, tiny):
         assert found["health/gradient_norm"].item() == pytest.approx(expected_norm, rel=1e-4)
     assert_same(weights(trainer.student), weights(reference.student), rtol=1e-4, atol=1e-5)
     assert_same(weights(trainer.teacher), weights(reference.teacher), rtol=1e-4, atol=1e-5)
-    if isinstance(trainer.targets, Centre):
-        torch.testing.assert_close(trainer.targets.center[0], reference.centre, rtol=1e-4, atol=1e-5)
+    if isinstance(trainer.targets.dino, Centre):
+        torch.testing.assert_close(trainer.targets.dino.center[0], reference.centre, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
