@@ -19,12 +19,15 @@ from dino.evaluation import pictures, report
 from dino.models import Backbone, Preprocess, VisionTransformer, load_backbone
 from dino.training.loader import view_spec
 from dino.training.run_directory import RunDirectory
+from dino.training.summary import objective_name
 from dino.training.verdict import healthy_ranges, judge
 from dino.views.draws import sample_key
 from dino.views.pipeline import make_views
 
 PROGRESS = {
-    "loss/dino": "loss",
+    "loss/dino": "loss of class tokens",
+    "loss/ibot": "loss of masked patches",
+    "loss/koleo": "KoLeo",
     "time/images_per_second": "images per second",
     "time/data_wait": "share of time waiting for data",
 }
@@ -137,7 +140,7 @@ def _facts(config: Config, images: Images, metrics: list[dict]) -> dict[str, str
         "images": f"{len(images.names):,} from {config.data.root or config.data.kind}",
         "backbone": f"{model.arch}, patch {model.patch_size}{width}{depth}",
         "views": f"2 global {views.global_size}²{local}, {views.preset}",
-        "objective": f"DINO, {config.objective.prototypes} prototypes, {config.objective.centering}",
+        "objective": f"{objective_name(config)}, {config.objective.prototypes} prototypes, {config.objective.centering}",
         "steps": f"{last.get('step', 0):,} of {train.steps:,} at batch {train.batch_size}, "
         f"{last.get('epoch', 0):.1f} epochs" + (f"; about {left / 60:,.0f} min left" if left else ""),
         "loss": f"{last['loss/dino']:.4f} (ln K = {math.log(int(config.objective.prototypes)):.2f})"

@@ -8,6 +8,13 @@ from dino.training.network import Network
 from dino.training.run_directory import RunDirectory
 
 
+def objective_name(config: Config) -> str:
+    """What is minimised, in words: DINO, and what is added to it."""
+    objective = config.objective
+    added = {"iBOT": objective.ibot_weight, "KoLeo": objective.koleo_weight}
+    return " + ".join(["DINO", *(f"{weight:g} {name}" for name, weight in added.items() if weight)])
+
+
 def summary(
     config: Config,
     pool: Pool,
@@ -32,7 +39,8 @@ def summary(
         "global batch": f"{train.batch_size} = {accelerator.num_processes} process(es) × {train.accumulation} "
         f"micro-batch(es) × {share} images",
         "network": f"{config.model.arch}: {backbone / 1e6:.2f} M parameters, head {head / 1e6:.2f} M "
-        f"({config.objective.prototypes} prototypes, {config.objective.centering})",
+        f"({config.objective.prototypes} prototypes)",
+        "objective": f"{objective_name(config)}, {config.objective.centering}",
         "views": f"2 global {views.global_size}²{local}, {views.preset}",
         "device": f"{device}, {train.precision}",
         "checkpoints": f"every {train.checkpoint_every} steps in {directory.checkpoints}, the newest "
