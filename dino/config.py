@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -96,13 +97,14 @@ def check(config: Config) -> None:
             errors.append(message)
 
     for key in ("train.batch_size", "train.accumulation", "train.keep_checkpoints", "monitor.log_every",
-                "model.patch_size", "views.global_size", "views.local_size", "objective.head_layers",
+                "model.patch_size", "objective.head_layers",
                 "objective.head_hidden", "objective.head_bottleneck", "objective.sinkhorn_iterations"):  # fmt: skip
         require(get(config, key) >= 1, f"{key} must be at least 1, got {get(config, key)}")
     for key in ("data.channels", "objective.prototypes", "train.steps", "train.checkpoint_every", "train.cpu_threads"):
         value = get(config, key)
         require(isinstance(value, str) or value >= 1, f"{key} must be auto or at least 1, got {value}")
     for key in ("data.workers", "monitor.health_every", "optim.warmup_steps", "optim.freeze_last_layer_steps",
+                "optim.freeze_backbone_steps",
                 "views.local_crops", "objective.teacher_temperature_warmup", "model.registers"):  # fmt: skip
         value = get(config, key)
         require(isinstance(value, str) or value >= 0, f"{key} must not be negative, got {value}")
@@ -165,12 +167,22 @@ def _refuse(errors: list[str]) -> None:
 
 
 def _check_sizes(config: Config) -> Iterator[str]:
-    """Crops that cannot be cut into patches."""
-    views, model = config.views, config.model
+    """Crops that cannot be cut, or not into patches; phases out of order."""
+    views, model, phases = config.views, config.model, config.train.phases
+    begins = [0.0, *(phase.begin for phase in phases), 1.0]
+    if any(later <= earlier for earlier, later in itertools.pairwise(begins)):
+        yield f"train.phases must begin one after the other, between 0 and 1, got {begins[1:-1]}"
+    named = [("views", views.global_size, views.local_size)]
+    named += [(f"train.phases[{i}]", phase.global_size, phase.local_size) for i, phase in enumerate(phases)]
+    sizes = [(f"{name}.global_size", size) for name, size, _ in named]
+    if model.position_size is not None:
+        sizes.append(("model.position_size", model.position_size))
+    if views.local_crops:
+        sizes += [(f"{name}.local_size", size) for name, _, size in named]
+    yield from (f"{key} must be at least 2, got {size}" for key, size in sizes if size < 2)
     if not model.arch.startswith("vit") or model.patch_size < 1:
         return
-    local_sizes = [("views.local_size", views.local_size)] if views.local_crops else []
-    for key, size in [("views.global_size", views.global_size), *local_sizes]:
+    for key, size in sizes:
         if 1 <= size < model.patch_size:
             yield f"{key}={size} is smaller than one patch (model.patch_size={model.patch_size})"
         elif size >= 1 and size % model.patch_size:
@@ -209,6 +221,8 @@ def _takes_auto(field: dataclasses.Field) -> bool:
 
 
 def _type_name(field: dataclasses.Field) -> str:
+    if str(field.type).startswith("list[dino."):
+        return "a list of {begin: share, global_size: pixels, local_size: pixels}"
     name = field.type.__name__ if isinstance(field.type, type) and "[" not in str(field.type) else str(field.type)
     name = name.replace("| str", "or 'auto'").replace("| None", "or none")
     return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}.get(name, name)

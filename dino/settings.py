@@ -66,6 +66,9 @@ class ViewsConfig:
 
 @dataclass
 class ModelConfig:
+    init: str | None = setting(
+        None, "weights to start from: a released name, a run or a file; they decide the architecture; none: random"
+    )
     arch: str = setting(
         "vit_small",
         "backbone",
@@ -87,6 +90,9 @@ class ModelConfig:
     )
     initialisation: str = setting(
         "published", "of random weights: published (std 0.02) or fan_in, for narrow networks", ("published", "fan_in")
+    )
+    position_size: int | None = setting(
+        None, "side in pixels of the images whose grid of patches has positions; none: views.global_size"
     )
     position_interpolation: str = setting(
         "size", "how positions are resampled: size (register releases) or offset (plain releases)", ("size", "offset")
@@ -144,7 +150,19 @@ class OptimConfig:
         "norm of all gradients together, of each parameter (as DINO does), or of backbone and heads (as DINOv2 does)",
         ("global", "parameter", "module"),
     )
+    freeze_backbone_steps: int | str = setting(
+        AUTO, "steps during which only heads learn; auto: 10 % of the run, at most 1000, with model.init; else 0"
+    )
     freeze_last_layer_steps: int | str = setting(AUTO, "steps during which the prototypes stand still; auto: 1 epoch")
+
+
+@dataclass
+class Phase:
+    """Part of a run with crops of its own sizes."""
+
+    begin: float = setting(1.0, "share of the run's steps that are before it")
+    global_size: int = setting(224, "side of a global crop in pixels")
+    local_size: int = setting(96, "side of a local crop in pixels")
 
 
 @dataclass
@@ -153,6 +171,11 @@ class TrainConfig:
     accumulation: int = setting(1, "micro-batches per optimizer step")
     epochs: float = setting(100.0, "passes over the images, when steps is auto")
     steps: int | str = setting(AUTO, "optimizer steps; auto: from epochs")
+    phases: list[Phase] = setting(
+        [],
+        "crops of other sizes from some point on, for example [{begin: 0.9, global_size: 448, local_size: 192}]; "
+        "positions are interpolated, schedules go on",
+    )
     precision: str = setting(
         AUTO, "auto: the launcher's, else bf16 on CUDA and fp32 on CPU", (AUTO, "fp32", "bf16", "fp16")
     )

@@ -18,6 +18,7 @@ from dino.training.artifacts import write_backbone
 from dino.training.auto import Pool, keep_resolved, resolve
 from dino.training.checkpoint import Checkpoints
 from dino.training.health import Health
+from dino.training.initial import follow_weights
 from dino.training.interrupt import Interrupt, Stop
 from dino.training.loader import Batches
 from dino.training.metrics import Metrics
@@ -40,17 +41,19 @@ def main() -> None:
     directory = RunDirectory(config.run.dir)
     earlier = directory.earlier_config(config.train.resume)
 
-    # Data, and the settings that depend on it.
+    # Weights to start from, data, and the settings that depend on them.
+    config, initial, reasons = follow_weights(config, earlier)
     images = open_images(config.data.root, config.data.kind, config.data.channels)
     pool = Pool(len(images.names), images.channels, images.kind, estimated_bytes(images))
-    config, reasons = resolve(keep_resolved(config, earlier) if earlier else config, pool, launch.local_processes())
+    config, resolved = resolve(keep_resolved(config, earlier) if earlier else config, pool, launch.local_processes())
+    reasons |= resolved
     if earlier:
         directory.refuse_other_config(config, earlier)
     steps = int(config.train.steps)
 
     # Student, teacher, objective, optimizer.
     launch.set_threads_and_seed(config)
-    student, teacher = launch.place(accelerator, build_networks(config), config.train.compile)
+    student, teacher = launch.place(accelerator, build_networks(config, initial), config.train.compile)
     targets = Targets(config).to(accelerator.device)
     normalise = Normalise(config.views.mean, config.views.std).to(accelerator.device)
     optimizer = build_optimizer(student, config.optim)
@@ -86,6 +89,8 @@ def main() -> None:
     reporter = Reporter(directory, config, images, accelerator.is_main_process)
     taken, width = start, student.backbone.embed_dim
     with Metrics(accelerator, config, directory, width, start) as metrics, closing(metrics.timing(batches)) as timed:
+        if initial is not None:
+            metrics.begin(health.of_start(take_step, batches))
         for step, micro_batches in enumerate(timed, start):
             metrics.add(take_step(step, micro_batches))
             health.observe(take_step.teacher_output, batches.indices(step))

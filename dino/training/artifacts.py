@@ -4,13 +4,15 @@ from dino.config import Config
 from dino.errors import UserError
 from dino.models import Backbone, save_backbone
 from dino.models.weights import BACKBONE_FILE
+from dino.training.phases import views_at
 from dino.training.run_directory import RunDirectory
 from dino.training.summary import objective_name
 
 
 def write_backbone(directory: RunDirectory, config: Config, backbone: Backbone, step: int, fingerprint: str) -> None:
     """RUN/backbone.safetensors: the teacher's backbone after `step` steps, with all that is needed to use it."""
-    preprocessing = {"image_size": config.views.global_size, "mean": config.views.mean, "std": config.views.std}
+    views = views_at(config, max(0, step - 1))
+    preprocessing = {"image_size": views.global_size, "mean": views.mean, "std": views.std}
     training = {
         "objective": objective_name(config),
         "arch": config.model.arch,

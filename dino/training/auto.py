@@ -132,6 +132,8 @@ def _momentum_end(config: Config, pool: Pool, _: int) -> tuple[float, str]:
 
 def _lr(config: Config, pool: Pool, _: int) -> tuple[float, str]:
     batch = config.train.batch_size
+    if config.model.init is not None and config.optim.name == "adamw":
+        return round(1e-4 * math.sqrt(batch / 512), 8), f"1e-4 · √({batch} / 512): a tenth, the backbone is trained"
     if config.optim.name == "sgd":
         return round(0.03 * batch / 256, 8), f"0.03 · {batch} / 256 (DINO's ResNet-50)"
     return round(1e-3 * math.sqrt(batch / 512), 8), f"1e-3 · √({batch} / 512) (DINO: 1e-3 at batch 512)"
@@ -146,6 +148,12 @@ def _freeze(config: Config, pool: Pool, _: int) -> tuple[int, str]:
     return min(
         pool.images // config.train.batch_size, int(config.train.steps) // 10
     ), "1 epoch, at most 10 % of the run"
+
+
+def _freeze_backbone(config: Config, pool: Pool, _: int) -> tuple[int, str]:
+    if config.model.init is None:
+        return 0, "the backbone is as new as the heads"
+    return min(1000, int(config.train.steps) // 10), "new heads would pull a trained backbone apart"
 
 
 def _checkpoint_every(config: Config, pool: Pool, _: int) -> tuple[int, str]:
@@ -196,5 +204,6 @@ RULES: dict[str, Rule] = {  # in order: later rules read what earlier ones resol
     "optim.lr": _lr,
     "optim.warmup_steps": _warmup,
     "optim.freeze_last_layer_steps": _freeze,
+    "optim.freeze_backbone_steps": _freeze_backbone,
 }
 OF_THIS_MACHINE = ("data.cache", "data.workers", "train.cpu_threads")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from dino.evaluation.indicators import (
     weighted_knn,
 )
 from dino.objectives.dino import is_distributed, mean_over_processes
+
+if TYPE_CHECKING:
+    from dino.training.loader import Batches
+    from dino.training.step import Step
 
 QUEUE = 2048  # newest class tokens, of this process, that rank and neighbours are taken from
 QUERIES = 512  # of them, the newest, whose neighbours are asked for their class
@@ -73,6 +77,14 @@ class Health:
         place = torch.as_tensor(indices).to(self.tokens.device, non_blocking=True)
         self.tokens = torch.cat([self.tokens.view(-1, output.tokens.shape[-1]), output.tokens[0].float()])[-QUEUE:]
         self.indices = torch.cat([self.indices, place])[-QUEUE:]
+
+    def of_start(self, take_step: "Step", batches: "Batches") -> dict[str, float]:
+        """Indicators before the first step, of a teacher that begins with trained weights; nothing is learned."""
+        needed = -(-QUEUE // max(1, len(batches.indices(batches.start))))
+        for step, micro_batches in batches.first(needed):
+            take_step.look(step, micro_batches)
+            self.observe(take_step.teacher_output, batches.indices(step))
+        return self.measure(0)
 
     @torch.no_grad()
     def measure(self, taken: int) -> dict[str, float]:

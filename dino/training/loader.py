@@ -1,5 +1,6 @@
 """Batches of views for one process, from any step on."""
 
+import copy
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -14,14 +15,15 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from dino.config import Config
 from dino.data import EpochStream, Images, MicroBatches, ResidentImages, UnreadableImage
 from dino.errors import UserError
+from dino.settings import ViewsConfig
+from dino.training.phases import stretches
 from dino.training.run_directory import RunDirectory
 from dino.views import DeviceViews, MultiCrop, ViewsDataset, collate, multi_crop
 from dino.views.draws import sample_key
 
 
-def view_spec(config: Config) -> MultiCrop:
-    """The views that `config.views` describes."""
-    views = config.views
+def view_spec(views: ViewsConfig) -> MultiCrop:
+    """The views that a config's `views` describe."""
     return multi_crop(
         views.preset,
         views.global_size,
@@ -59,10 +61,11 @@ class Batches:
         self.config, self.images, self.directory = config, images, directory
         self.start, self.stop = start, stop
         self.stream = EpochStream(len(images.names), config.train.batch_size, config.train.seed)
-        self.positions = MicroBatches(
-            self.stream, start, stop, accelerator.process_index, accelerator.num_processes, config.train.accumulation
+        self.process, self.processes, self.device = (
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
         )
-        self.device, self.views = accelerator.device, DeviceViews(view_spec(config))
         listed = {} if directory is None else directory.read_skipped()
         self.skipped = self._still_unreadable(listed)
         if directory is not None and accelerator.is_main_process and self.skipped != listed:
@@ -76,29 +79,48 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[list[Tensor]]]:
         """For each step, its micro-batches, each a list of crops by size."""
+        for stretch in stretches(self.config):
+            start, stop = max(self.start, stretch.start), min(self.stop, stretch.stop)
+            if start < stop:
+                yield from self._stretch(self._positions(start, stop), view_spec(stretch.views))
+
+    def first(self, steps: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
+        """The first few of them with their steps, without taking them from the run."""
+        few = copy.copy(self)
+        few.stop = min(self.stop, self.start + steps)
+        return enumerate(few, self.start)
+
+    def _positions(self, start: int, stop: int) -> MicroBatches:
+        return MicroBatches(self.stream, start, stop, self.process, self.processes, self.config.train.accumulation)
+
+    def _stretch(self, positions: MicroBatches, spec: MultiCrop) -> Iterator[list[list[Tensor]]]:
+        """Steps whose views are all alike."""
+        made = self._from_workers(positions, spec) if self.resident is None else self._from_device(positions, spec)
         micro_batches = []
-        with closing(self._from_workers() if self.resident is None else self._from_device(self.resident)) as batches:
+        with closing(made) as batches:
             for batch in batches:
                 micro_batches.append(batch)
                 if len(micro_batches) == self.config.train.accumulation:
                     yield micro_batches
                     micro_batches = []
 
-    def _from_device(self, resident: ResidentImages) -> Generator[list[Tensor], None, None]:
-        for positions in self.positions:
-            keys = np.array([sample_key(self.config.train.seed, *position) for position in positions], dtype=np.uint64)
-            crops = self.views.cut(resident.gather([index for _, index in positions]), keys)
-            yield self.views.retouch(crops, keys)
+    def _from_device(self, positions: MicroBatches, spec: MultiCrop) -> Generator[list[Tensor], None, None]:
+        assert self.resident is not None
+        views = DeviceViews(spec)
+        for batch in positions:
+            keys = np.array([sample_key(self.config.train.seed, *position) for position in batch], dtype=np.uint64)
+            crops = views.cut(self.resident.gather([index for _, index in batch]), keys)
+            yield views.retouch(crops, keys)
 
-    def _from_workers(self) -> Generator[list[Tensor], None, None]:
-        iterator = iter(self._loader())
+    def _from_workers(self, positions: MicroBatches, spec: MultiCrop) -> Generator[list[Tensor], None, None]:
+        iterator, views = iter(self._loader(positions, spec)), DeviceViews(spec)
         retouches = self.config.views.backend == "device"
         try:
             for batch in iterator:
                 if batch.skipped:
                     self._note(batch.skipped)
                 crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
-                yield self.views.retouch(crops, batch.keys) if retouches else crops
+                yield views.retouch(crops, batch.keys) if retouches else crops
         except UnreadableImage as error:
             reason = str(error).strip().rsplit("\n", 1)[-1].removeprefix("dino.data.decode.UnreadableImage: ")
             raise UserError(f"data.root={self.config.data.root}: {reason}") from error
@@ -112,11 +134,11 @@ class Batches:
             if isinstance(iterator, _MultiProcessingDataLoaderIter):
                 iterator._shutdown_workers()
 
-    def _loader(self) -> DataLoader:
+    def _loader(self, positions: MicroBatches, spec: MultiCrop) -> DataLoader:
         config, workers = self.config, int(self.config.data.workers)
         return DataLoader(
-            ViewsDataset(self.images, self.views.spec, config.train.seed, finished=config.views.backend == "workers"),
-            batch_sampler=self.positions,
+            ViewsDataset(self.images, spec, config.train.seed, finished=config.views.backend == "workers"),
+            batch_sampler=positions,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
@@ -127,7 +149,7 @@ class Batches:
 
     def indices(self, step: int) -> list[int]:
         """This process's images of a step, micro-batch by micro-batch."""
-        return [index for positions in self.positions.of_step(step) for _, index in positions]
+        return [index for batch in self._positions(step, step + 1) for _, index in batch]
 
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch."""

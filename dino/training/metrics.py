@@ -63,6 +63,16 @@ class Metrics:
         self.count += 1
         self.bar.update()
 
+    def begin(self, indicators: dict[str, float]) -> None:
+        """Write what the run begins with, weights that are trained already, as step 0."""
+        line: dict[str, Any] = {"step": 0, "epoch": 0.0, **indicators}
+        self.measured.append(line)
+        if self.accelerator.is_main_process:
+            with self.directory.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log(indicators, step=0)
+        self.since = time.perf_counter()
+
     def log(self, step: int, epoch: float, rates: dict[str, float], health: Health) -> None:
         """Average over steps and processes, and write one line everywhere.
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dino.config import Config
-from dino.models import SIZES, DINOHead, ResNet, ResNetSpec, VisionTransformer, ViTSpec
+from dino.models import SIZES, Backbone, DINOHead, ResNet, ResNetSpec, VisionTransformer, ViTSpec
+from dino.training.initial import copy_weights
 from dino.views.masks import Masks
 
 
@@ -82,14 +83,14 @@ def build_backbone(config: Config, drop_path: float = 0.0) -> VisionTransformer 
 
 
 def vit_spec(config: Config) -> ViTSpec:
-    """The ViT that `config.model` describes, with a position table of one global crop's grid."""
+    """The ViT that `config.model` describes."""
     model, size = config.model, SIZES[config.model.arch]
     return ViTSpec(
         embed_dim=model.embed_dim or size.embed_dim,
         depth=model.depth or size.depth,
         num_heads=model.num_heads or size.num_heads,
         patch_size=model.patch_size,
-        image_size=config.views.global_size,
+        image_size=model.position_size or config.views.global_size,
         in_chans=int(config.data.channels),
         ffn=model.ffn,  # type: ignore[arg-type]  # checked by config.check
         layer_scale=model.layer_scale,
@@ -99,14 +100,20 @@ def vit_spec(config: Config) -> ViTSpec:
     )
 
 
-def build_networks(config: Config) -> tuple[Network, Network]:
-    """Student and teacher with the same random weights; the teacher has no stochastic depth and takes no gradient."""
+def build_networks(config: Config, initial: Backbone | None = None) -> tuple[Network, Network]:
+    """Student and teacher with the same weights; the teacher has no stochastic depth and takes no gradient.
+
+    Args:
+        initial: the backbone that both begin with; None: random weights. Heads are random.
+    """
 
     def network(drop_path: float) -> Network:
         backbone = build_backbone(config, drop_path)
         return Network(backbone, *build_heads(config, backbone.embed_dim))
 
     student, teacher = network(config.model.drop_path), network(0.0)
+    if initial is not None:
+        copy_weights(initial, student.backbone, str(config.model.init))
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     return student, teacher

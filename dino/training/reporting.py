@@ -133,18 +133,19 @@ def _facts(config: Config, images: Images, metrics: list[dict]) -> dict[str, str
     width = f", width {model.embed_dim}" if model.embed_dim else ""
     depth = f", depth {model.depth}" if model.depth else ""
     local = f" + {views.local_crops} local {views.local_size}²" if views.local_crops else ""
-    speeds = sorted(line["time/images_per_second"] for line in metrics)
+    speeds = sorted(line["time/images_per_second"] for line in metrics if line["step"])
     speed = speeds[len(speeds) // 2] if speeds else math.nan
     left = (int(train.steps) - last.get("step", 0)) * train.batch_size / speed if speeds else 0
     return {
         "images": f"{len(images.names):,} from {config.data.root or config.data.kind}",
         "backbone": f"{model.arch}, patch {model.patch_size}{width}{depth}",
         "views": f"2 global {views.global_size}²{local}, {views.preset}",
-        "objective": f"{objective_name(config)}, {config.objective.prototypes} prototypes, {config.objective.centering}",
+        "objective": objective_name(config),
+        "targets": f"{config.objective.prototypes} prototypes, {config.objective.centering}",
         "steps": f"{last.get('step', 0):,} of {train.steps:,} at batch {train.batch_size}, "
         f"{last.get('epoch', 0):.1f} epochs" + (f"; about {left / 60:,.0f} min left" if left else ""),
         "loss": f"{last['loss/dino']:.4f} (ln K = {math.log(int(config.objective.prototypes)):.2f})"
-        if last
+        if "loss/dino" in last
         else "none logged yet",
         "speed": f"{speed:.0f} images/s (median)" if speeds else "none logged yet",
     }
@@ -179,7 +180,7 @@ def _looks(config: Config, images: Images, backbone: Backbone, preprocess: Prepr
     chosen = _readable(images)
     if not chosen:
         return {}
-    spec, seed = view_spec(config), config.train.seed
+    spec, seed = view_spec(config.views), config.train.seed
     sheet = [make_views(image, spec, sample_key(seed, 0, index)) for index, image in chosen]
     found = {
         "crops": report.Picture(

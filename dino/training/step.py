@@ -12,6 +12,7 @@ from torch import Tensor
 from dino.config import Config
 from dino.objectives import dino_loss, ibot_loss, koleo_loss
 from dino.training.health import TeacherOutput
+from dino.training.initial import freeze
 from dino.training.network import Network, Normalise
 from dino.training.optimizer import clip_gradients, set_rates, step_unless
 from dino.training.schedules import Schedules
@@ -73,12 +74,9 @@ class Step:
             they were (the teacher follows them, finite); `first_broken` then holds the step at which it first came up.
             `teacher_output` holds what the teacher made of this step's images.
         """
-        schedules, device = self.schedules, self.accelerator.device
+        schedules = self.schedules
         set_rates(self.optimizer, schedules.lr(step), schedules.weight_decay(step))
-        batches = [
-            MicroBatch([self.normalise(crop.to(device, non_blocking=True)) for crop in crops], self._masks(step, index))
-            for index, crops in enumerate(micro_batches)
-        ]
+        batches = self._prepare(step, micro_batches)
 
         tokens, logits, patch_logits = self._teacher_outputs(batches)
         temperature = schedules.temperature(step)
@@ -89,8 +87,11 @@ class Step:
         losses = self._backward(batches, targets, patch_targets)
 
         if step < int(self.config.optim.freeze_last_layer_steps):
-            for parameter in self.network.head.last_layer.parameters():
-                parameter.grad = None
+            for head in (self.network.head, self.network.patch_head):
+                if head is not None:
+                    freeze(head.last_layer)
+        if step < int(self.config.optim.freeze_backbone_steps):
+            freeze(self.network.backbone)
         norm = self._update(step, sum(losses.values(), torch.zeros_like(losses["loss/dino"])))
         update_teacher(self.teacher, self.network, schedules.momentum(step))
         self.targets.dino.update(logits.flatten(0, 1))
@@ -99,14 +100,32 @@ class Step:
         self.teacher_output = TeacherOutput(tokens, logits, targets)
         return {**losses, "health/gradient_norm": norm}
 
-    def _masks(self, step: int, micro_batch: int) -> Masks | None:
+    @torch.no_grad()
+    def look(self, step: int, micro_batches: list[list[Tensor]]) -> None:
+        """Only let the teacher see a step's images, for `teacher_output`."""
+        tokens, logits, _ = self._teacher_outputs(self._prepare(step, micro_batches))
+        targets = self.targets.dino.probabilities(logits, self.schedules.temperature(step))
+        self.teacher_output = TeacherOutput(tokens, logits, targets)
+
+    def _prepare(self, step: int, micro_batches: list[list[Tensor]]) -> list[MicroBatch]:
+        device = self.accelerator.device
+        return [
+            MicroBatch(
+                crops=[self.normalise(crop.to(device, non_blocking=True)) for crop in crops],
+                masks=self._masks(step, index, crops),
+            )
+            for index, crops in enumerate(micro_batches)
+        ]
+
+    def _masks(self, step: int, micro_batch: int, crops: list[Tensor]) -> Masks | None:
         """Of this process's images in a micro-batch, by their places in the global batch."""
         if self.draw_masks is None:
             return None
         train, accelerator = self.config.train, self.accelerator
         size = train.batch_size // (accelerator.num_processes * train.accumulation)
         first = (micro_batch * accelerator.num_processes + accelerator.process_index) * size
-        return self.draw_masks(step, range(first, first + size)).to(accelerator.device)
+        rows, columns = (side // self.config.model.patch_size for side in crops[0].shape[-2:])
+        return self.draw_masks(step, range(first, first + size), (rows, columns)).to(accelerator.device)
 
     @torch.no_grad()
     def _teacher_outputs(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -184,6 +203,5 @@ def mask_draw(config: Config) -> MaskDraw | None:
     """Masks as the config describes them; None without a masked-patch loss."""
     if not config.objective.ibot_weight:
         return None
-    side = config.views.global_size // config.model.patch_size
     low, high = config.objective.mask_ratio
-    return MaskDraw(config.train.seed, config.train.batch_size, (side, side), config.objective.mask_share, (low, high))
+    return MaskDraw(config.train.seed, config.train.batch_size, config.objective.mask_share, (low, high))

@@ -27,7 +27,7 @@ def summary(
     """Images, steps, epochs, batch, networks, views, precision, checkpoints, and each `auto` value with its reason."""
     train, views, steps = config.train, config.views, int(config.train.steps)
     share = train.batch_size // (accelerator.num_processes * train.accumulation)
-    backbone, head = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.head))
+    whole, backbone = (sum(p.numel() for p in part.parameters()) for part in (student, student.backbone))
     device = accelerator.device.type.upper() + (
         f", {train.cpu_threads} threads" if accelerator.device.type == "cpu" else ""
     )
@@ -38,7 +38,7 @@ def summary(
         + (f", going on from step {start:,}" if start else ""),
         "global batch": f"{train.batch_size} = {accelerator.num_processes} process(es) × {train.accumulation} "
         f"micro-batch(es) × {share} images",
-        "network": f"{config.model.arch}: {backbone / 1e6:.2f} M parameters, head {head / 1e6:.2f} M "
+        "network": f"{config.model.arch}: {backbone / 1e6:.2f} M parameters, heads {(whole - backbone) / 1e6:.2f} M "
         f"({config.objective.prototypes} prototypes)",
         "objective": f"{objective_name(config)}, {config.objective.centering}",
         "views": f"2 global {views.global_size}²{local}, {views.preset}",

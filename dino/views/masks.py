@@ -51,43 +51,36 @@ class MaskDraw:
     Args:
         seed: of the run.
         batch_size: images of the global batch, B.
-        grid: rows and columns of patches.
         share: of the crops that are masked; at least one is.
         ratio: least and greatest share of a crop's patches.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        batch_size: int,
-        grid: tuple[int, int],
-        share: float = 0.5,
-        ratio: tuple[float, float] = (0.1, 0.5),
-    ):
-        self.seed, self.batch_size, self.grid, self.share, self.ratio = seed, batch_size, grid, share, ratio
+    def __init__(self, seed: int, batch_size: int, share: float = 0.5, ratio: tuple[float, float] = (0.1, 0.5)):
+        self.seed, self.batch_size, self.share, self.ratio = seed, batch_size, share, ratio
 
-    def __call__(self, step: int, images: range) -> Masks:
+    def __call__(self, step: int, images: range, grid: tuple[int, int]) -> Masks:
         """Masks of some images' global crops in an optimizer step: all first crops, then all second ones.
 
         Args:
             images: places in the global batch.
+            grid: rows and columns of a crop's patches.
         """
         crops = np.concatenate([np.arange(images.start, images.stop) + view * self.batch_size for view in (0, 1)])
-        counts = self.counts(step)[crops]
+        patches = grid[0] * grid[1]
+        counts = self.counts(step, patches)[crops]
         masked = np.flatnonzero(counts)
         keys = np.array([sample_key(self.seed, step, int(crop)) for crop in crops[masked]], dtype=np.uint64) ^ MASKS
-        hidden = np.zeros((len(crops), self.grid[0] * self.grid[1]), dtype=bool)
-        hidden[masked] = block_masks(keys, counts[masked], self.grid)
+        hidden = np.zeros((len(crops), patches), dtype=bool)
+        hidden[masked] = block_masks(keys, counts[masked], grid)
         return Masks.of(hidden)
 
-    def counts(self, step: int) -> np.ndarray:
+    def counts(self, step: int, patches: int) -> np.ndarray:
         """(2·B,) masked patches of every global crop of an optimizer step, 0 for those that are not masked."""
         crops, (low, high) = 2 * self.batch_size, self.ratio
         masked = max(1, int(crops * self.share))
         generator = np.random.default_rng((self.seed, step, int(MASKS)))
         part, within = generator.permutation(crops), generator.random(crops)
         ratios = low + (high - low) * (part + within) / masked
-        patches = self.grid[0] * self.grid[1]
         return np.where(part < masked, np.maximum(1, (ratios * patches).astype(int)), 0)
 
 

@@ -1,0 +1,98 @@
+"""Starting from weights that exist (`model.init`): the architecture follows them, and heads are new."""
+
+import copy
+
+import torch
+from torch import nn
+
+from dino.config import Config, assign, get
+from dino.errors import UserError
+from dino.models import SIZES, Backbone, ResNetSpec, ViTSpec, load_backbone
+from dino.models.weights import load_strictly
+from dino.settings import ModelConfig
+
+OF_THE_WEIGHTS = (  # settings that the weights decide
+    "model.arch",
+    "model.patch_size",
+    "model.embed_dim",
+    "model.depth",
+    "model.num_heads",
+    "model.ffn",
+    "model.layer_scale",
+    "model.registers",
+    "model.position_interpolation",
+    "model.position_size",
+    "data.channels",
+    "views.mean",
+    "views.std",
+)
+
+
+def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Backbone | None, dict[str, str]]:
+    """Let `model.init` decide the architecture.
+
+    Args:
+        earlier: of the run that is resumed: it knows the architecture, and the weights are in its checkpoint.
+
+    Returns:
+        The config, the weights to start from (None: random ones, or those of a checkpoint), and the reason of each
+        setting that they decided.
+
+    Raises:
+        UserError: no such weights, or a setting that contradicts them.
+    """
+    name = config.model.init
+    if name is None:
+        return config, None, {}
+    followed = copy.deepcopy(config)
+    if earlier is not None:
+        for key in OF_THE_WEIGHTS if earlier.model.init == name else ():
+            if get(config, key) == get(Config(), key):
+                assign(followed, key, get(earlier, key))
+        return followed, None, {}
+    backbone = load_backbone(name)
+    values = _of_spec(backbone.spec) | {"data.channels": backbone.spec.in_chans}
+    for key in ("mean", "std"):
+        values[f"views.{key}"] = list(getattr(backbone.preprocess, key))
+    for key, value in values.items():
+        given = get(config, key)
+        if given not in (get(Config(), key), value):
+            raise UserError(f"{key}={given}, but model.init={name} has {value}: leave {key} out")
+        assign(followed, key, value)
+    return followed, backbone, dict.fromkeys(values, f"of {name}")
+
+
+def _of_spec(spec: ViTSpec | ResNetSpec) -> dict[str, object]:
+    if isinstance(spec, ResNetSpec):
+        return {"model.arch": spec.arch}
+    size = (spec.embed_dim, spec.depth, spec.num_heads)
+    arch = next((name for name, named in SIZES.items() if named == size), ModelConfig.arch)
+    named = SIZES[arch]
+    return {
+        "model.arch": arch,
+        **{f"model.{key}": None if ours == theirs else theirs
+           for key, ours, theirs in zip(named._fields, named, size, strict=True)},
+        "model.patch_size": spec.patch_size,
+        "model.ffn": spec.ffn,
+        "model.layer_scale": spec.layer_scale,
+        "model.registers": spec.registers,
+        "model.position_interpolation": spec.position_interpolation,
+        "model.position_size": spec.image_size,
+    }  # fmt: skip
+
+
+def copy_weights(backbone: Backbone, network: Backbone, source: str) -> None:
+    """Give `network` the weights of `backbone`; its mask token, if it has one more or one fewer, is set aside."""
+    state = dict(backbone.state_dict())
+    wanted = network.state_dict()
+    if "mask_token" in wanted:
+        state.setdefault("mask_token", torch.zeros_like(wanted["mask_token"]))
+    else:
+        state.pop("mask_token", None)
+    load_strictly(network, state, source)
+
+
+def freeze(module: nn.Module) -> None:
+    """Leave this step's gradients of a module out, so that the optimizer passes it over."""
+    for parameter in module.parameters():
+        parameter.grad = None
