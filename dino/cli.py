@@ -6,6 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from dino.errors import UserError
 
@@ -31,3 +36,33 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted before the run had begun: nothing was written", file=sys.stderr)
         sys.exit(130)
+
+
+def accelerator(wandb: str | None = None, settings: dict[str, Any] | None = None) -> Accelerator:
+    """The processes that share an evaluation, on GPUs or on the CPU.
+
+    Args:
+        wandb: project to log to, or None.
+        settings: what W&B notes of the call.
+    """
+    # Without being told so, Accelerate takes each of several CPU processes for the only one.
+    found = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if wandb else None)
+    if wandb:
+        found.init_trackers(wandb, config=settings)
+    return found
+
+
+def output_file(path: Path | None) -> None:
+    """Make sure, before the work, that a file can be put there.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be made.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import Accelerator
 
 from dino import cli, load_backbone
 from dino.data import open_images
@@ -26,7 +25,8 @@ def main() -> None:
     arguments = parse()
     if arguments.out.suffix not in (".parquet", ".npy"):
         raise UserError(f"--out {arguments.out} must end in .parquet or .npy")
-    accelerator = Accelerator()
+    cli.output_file(arguments.out)
+    accelerator = cli.accelerator()
     backbone = load_backbone(arguments.weights).to(accelerator.device)
     images = open_images(arguments.data, arguments.kind, backbone.spec.in_chans)
     found = extract(
@@ -45,7 +45,6 @@ def main() -> None:
 
 def save(out: Path, values: np.ndarray, names: list[str], labels: list[str] | None) -> None:
     """Write the file beside its place first, so that a partial one is never seen."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     names = [name.encode("utf-8", "backslashreplace").decode() for name in names]
     partial = out.with_name(f".{out.name}.partial")
     if out.suffix == ".npy":

@@ -29,8 +29,12 @@ def main() -> None:
     if not isinstance(backbone, VisionTransformer):
         raise UserError(f"{arguments.weights} is a ResNet, whose parameters have torchvision's names already")
     size = arguments.image_size or backbone.preprocess.image_size
-    # Positions resampled as Meta's plain releases do it exist nowhere else: then the table is made for one size.
+    if size < 1 or size % backbone.patch_size:
+        raise UserError(f"--image-size {size} is not divisible by the patch size {backbone.patch_size}")
+    # Positions resampled as Meta's plain releases do it exist nowhere else, and in Hugging Face's library only the
+    # models with registers resample as the register releases do: then the table is made for one size.
     is_fixed = backbone.spec.position_interpolation == "offset"
+    is_fixed |= arguments.to == "huggingface" and not backbone.spec.registers
     exported = export.at_size(backbone, size) if is_fixed else backbone
     arguments.out.mkdir(parents=True, exist_ok=True)
     write = {"timm": write_timm, "huggingface": write_hugging_face, "onnx": write_onnx}[arguments.to]

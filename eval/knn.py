@@ -10,8 +10,6 @@ import argparse
 import json
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from dino import cli, load_backbone
 from dino.evaluation.labelled import labelled_features
 from dino.evaluation.readout import knn
@@ -21,9 +19,8 @@ NEIGHBOURS = (10, 20, 100, 200)
 
 def main() -> None:
     arguments = parse()
-    accelerator = Accelerator(log_with="wandb" if arguments.wandb else None)
-    if arguments.wandb:
-        accelerator.init_trackers(arguments.wandb, config={"data": arguments.data, "weights": arguments.weights})
+    cli.output_file(arguments.out)
+    accelerator = cli.accelerator(arguments.wandb, {"data": arguments.data, "weights": arguments.weights})
     results = {}
     for name in arguments.weights:
         backbone = load_backbone(name).to(accelerator.device)

@@ -26,9 +26,8 @@ FEW = (1, 2, 5, 10)
 
 def main() -> None:
     arguments = parse()
-    accelerator = Accelerator(log_with="wandb" if arguments.wandb else None)
-    if arguments.wandb:
-        accelerator.init_trackers(arguments.wandb, config={"data": arguments.data, "weights": arguments.weights})
+    cli.output_file(arguments.out)
+    accelerator = cli.accelerator(arguments.wandb, {"data": arguments.data, "weights": arguments.weights})
     results: dict[str, Any] = {}
     for name in arguments.weights:
         backbone = load_backbone(name).to(accelerator.device)

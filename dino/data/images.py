@@ -3,6 +3,7 @@
 A pool of images has `names`, `labels` (or None) and `read(index)`; nothing else is asked of it.
 """
 
+import difflib
 import hashlib
 import os
 import threading
@@ -18,6 +19,7 @@ from torch import Tensor
 from dino.data.decode import EXTENSIONS, UnreadableImage, decode
 from dino.data.omniglot import held_out, parse
 from dino.errors import UserError
+from dino.settings import KINDS
 
 
 class Images(Protocol):
@@ -148,6 +150,10 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
     Raises:
         UserError: nothing there, or no image in it.
     """
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"no kind of data is called {kind}: choose of {', '.join(KINDS)}{hint}")
     if kind == "digits":
         if channels not in ("auto", 1):
             raise UserError(f"data.channels={channels}: the digits have 1 channel")

@@ -4,7 +4,11 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -126,16 +130,30 @@ def cached(compute: Callable[[], Features], backbone: Backbone, content: str, pr
     """
     key = hashlib.sha256(json.dumps([weights_digest(backbone), content, preprocessing]).encode()).hexdigest()
     file = cache_directory() / "features" / f"{key[:32]}.npz"
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as archive:
-            return Features(**{name: archive[name] for name in Features._fields})
+    if (earlier := _read(file)) is not None:
+        return earlier
     features = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as opened:
-        np.savez(opened, **features._asdict())
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own: several processes may have computed the same.
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".partial", delete=False) as partial:
+            np.savez(partial, **features._asdict())
+        os.replace(partial.name, file)
+    except OSError as error:
+        logger.warning("features are not kept for the next time: %s cannot be written (%s)", file, error.strerror)
     return features
+
+
+def _read(file: Path) -> Features | None:
+    """A whole entry of the cache, or None."""
+    if not file.is_file():
+        return None
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            return Features(**{name: archive[name] for name in Features._fields})
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("%s is damaged (%s): its features are computed anew", file, error)
+        return None
 
 
 def weights_digest(backbone: Backbone) -> str:

@@ -1,5 +1,6 @@
 """A labelled pool as frozen features with a training and a test part: what k-NN and linear readouts start from."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,8 @@ def labelled_features(
     counts = np.bincount(labels, minlength=len(names))
     if counts.min() < 2:
         raise UserError(f"{data}: class '{names[counts.argmin()]}' has {counts.min()} image(s), too few to split")
+    if math.ceil(0.3 * len(labels)) < len(names):
+        raise UserError(f"{data}: {len(labels)} images of {len(names)} classes are too few to split: name a --test")
     train, test = train_test_split(np.arange(len(labels)), test_size=0.3, random_state=seed, stratify=labels)
     first, second = (Features(*(values[part] for values in found)) for part in (train, test))
     return Labelled(first, labels[train], second, labels[test], names)
@@ -72,9 +75,12 @@ def _open(data: str, kind: str, backbone: Backbone) -> Images:
 def _features(backbone: Backbone, images: Images, accelerator: Accelerator, blocks: int) -> Features:
     everything = range(len(images.names))
     content = content_digest(images, everything)
-    return cached(
+    found = cached(
         lambda: extract(backbone, images, everything, backbone.preprocess, accelerator=accelerator, blocks=blocks),
         backbone,
         content,
         f"{blocks} blocks, {backbone.preprocess}",
     )
+    if not len(found.rows):
+        raise UserError(f"none of {len(images.names)} images can be read, of which the first is {images.names[0]}")
+    return found

@@ -118,6 +118,8 @@ def converged_logistic(
     inputs = torch.from_numpy(features @ whitening)
     # ‖W‖² = ‖vectors · (1 + values)^−½ · V‖², and the eigenvectors turn without stretching.
     penalties = torch.from_numpy(1 / (1 + values.clip(min=0)))[:, None]
+    if len(names) == 2:  # scikit-learn then penalises the difference of the two, which counts twice
+        penalties = 2 * penalties
     wanted = torch.from_numpy(targets)
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -157,6 +159,8 @@ def tuned_logistic(
     train, test = (train - mean) / deviation, (test - mean) / deviation
     fit, check = train_test_split(np.arange(len(train)), test_size=0.2, random_state=seed)
     readout = LogisticRegression(max_iter=200, warm_start=True)
+    if len(set(train_labels[fit])) < 2:  # too few images to choose by
+        return LogisticRegression(max_iter=200).fit(train, train_labels).predict(test)
     best, best_score = strengths[0], -1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -1,0 +1,259 @@
+"""Every image goes through the backbone once, and a cache gives back nothing but what it was asked for."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from dino.data import UnreadableImage
+from dino.evaluation import features
+from dino.evaluation.features import Features, cached, content_digest, extract
+from dino.models import Preprocess, ResNet, ResNetSpec, VisionTransformer, ViTSpec
+
+SPEC = ViTSpec(16, 5, 2, 4, 16, registers=2)
+PREPROCESS = Preprocess(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+class Pool:
+    """Images of noise, of several sizes; some cannot be read."""
+
+    channels, kind, labels = 3, "folder", None
+
+    def __init__(self, count: int = 11, broken: tuple[int, ...] = (), seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [(16 + index % 3, 17) for index in range(count)]
+        self.pixels = [torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes]
+        self.names = [f"image-{index}.png" for index in range(count)]
+        self.broken = broken
+        self.reads: list[int] = []
+
+    def read(self, index: int) -> torch.Tensor:
+        self.reads.append(index)
+        if index in self.broken:
+            raise UnreadableImage("it is torn")
+        return self.pixels[index]
+
+
+@pytest.fixture(scope="module")
+def vit() -> VisionTransformer:
+    return vit_of(0)
+
+
+def vit_of(seed: int) -> VisionTransformer:
+    torch.manual_seed(seed)
+    return VisionTransformer(SPEC, initialisation="fan_in").eval()
+
+
+def alone(backbone, pool: Pool, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Class token and mean patch token of one image by itself."""
+    with torch.no_grad():
+        found = backbone.forward_features(PREPROCESS(pool.pixels[index])[None])
+    return found["x_norm_clstoken"][0].numpy(), found["x_norm_patchtokens"][0].mean(dim=0).numpy()
+
+
+def assert_are_of(found: Features, backbone, pool: Pool, indices: list[int]) -> None:
+    """Row by row the features of these images."""
+    for class_token, patch_mean, index in zip(found.class_tokens, found.patch_means, indices, strict=True):
+        wanted = alone(backbone, pool, index)
+        assert class_token == pytest.approx(wanted[0], abs=1e-5)
+        assert patch_mean == pytest.approx(wanted[1], abs=1e-5)
+
+
+class TestExtract:
+    @pytest.mark.parametrize("batch_size", [1, 4, 100])
+    def test_rows_are_the_images_asked_for_each_once(self, vit, batch_size):
+        pool, wanted = Pool(), [7, 2, 10, 0, 5]
+        found = extract(vit, pool, wanted, PREPROCESS, batch_size)
+        assert found.rows.tolist() == [0, 1, 2, 3, 4]
+        assert sorted(pool.reads) == sorted(wanted)
+        assert found.blocks.shape == (5, 1, 16)
+        assert found.blocks.dtype == found.patch_means.dtype == np.float32
+        assert_are_of(found, vit, pool, wanted)
+        assert np.array_equal(found.both, np.hstack([found.class_tokens, found.patch_means]))
+
+    def test_images_differ_so_that_a_mix_up_would_be_seen(self, vit):
+        pool = Pool()
+        tokens = np.stack([alone(vit, pool, index)[0] for index in range(len(pool.names))])
+        distances = np.linalg.norm(tokens[:, None] - tokens[None], axis=2) + 10 * np.eye(len(tokens))
+        assert distances.min() > 0.01
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 100])  # 1: batches in which no image is left
+    def test_unreadable_images_are_left_out_each_with_a_warning(self, vit, caplog, batch_size):
+        pool = Pool(broken=(0, 4, 5))
+        found = extract(vit, pool, range(11), PREPROCESS, batch_size)
+        assert found.rows.tolist() == [1, 2, 3, 6, 7, 8, 9, 10]
+        assert_are_of(found, vit, pool, found.rows.tolist())
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert warnings == [f"left out: image-{index}.png: it is torn" for index in (0, 4, 5)]
+
+    def test_rows_count_among_the_images_asked_for(self, vit):
+        pool = Pool(broken=(2,))
+        found = extract(vit, pool, [9, 2, 3], PREPROCESS)
+        assert found.rows.tolist() == [0, 2]
+        assert_are_of(found, vit, pool, [9, 3])
+
+    @pytest.mark.parametrize("blocks", [1, 4])
+    def test_no_image_can_be_read(self, vit, blocks):
+        found = extract(vit, Pool(3, broken=(0, 1, 2)), range(3), PREPROCESS, blocks=blocks)
+        assert found.blocks.shape == (0, blocks, 16)
+        assert found.patch_means.shape == (0, 16)
+        assert found.rows.shape == (0,)
+
+    @pytest.mark.parametrize("blocks", [2, 4, 5])
+    def test_last_blocks_are_those_of_dinov2_with_the_norm_the_last_one_last(self, vit, blocks):
+        """Against each block's output taken with a hook, brought through the norm by hand."""
+        pool = Pool(6)
+        outputs: list[torch.Tensor] = []
+        hooks = [block.register_forward_hook(lambda *call: outputs.append(call[2])) for block in vit.blocks]
+        with torch.no_grad():
+            images = torch.stack([PREPROCESS(image) for image in pool.pixels])
+            layers = vit.get_intermediate_layers(images, n=blocks, return_class_token=True, norm=True)
+            tokens = [vit.norm(output.view(6, -1, 16)) for output in outputs[-blocks:]]
+        for hook in hooks:
+            hook.remove()
+        found = extract(vit, pool, range(6), PREPROCESS, blocks=blocks)
+        assert found.blocks.shape == (6, blocks, 16)
+        for place in range(blocks):
+            assert found.blocks[:, place] == pytest.approx(layers[place][1].numpy(), abs=1e-5)
+            assert found.blocks[:, place] == pytest.approx(tokens[place][:, 0].numpy(), abs=1e-5)
+        assert_are_of(found, vit, pool, list(range(6)))  # class token of the last block, patches as with one block
+
+    def test_resnet_gives_pooled_features_and_the_mean_of_its_last_map(self):
+        torch.manual_seed(0)
+        backbone, pool = ResNet(ResNetSpec("resnet18")).eval(), Pool(3)
+        found = extract(backbone, pool, [2, 0], PREPROCESS)
+        with torch.no_grad():
+            pooled = backbone(torch.stack([PREPROCESS(pool.pixels[index]) for index in (2, 0)])).numpy()
+        assert found.blocks.shape == (2, 1, 512)
+        assert found.class_tokens == pytest.approx(pooled, abs=1e-4)
+        assert found.patch_means == pytest.approx(pooled, abs=1e-4)
+
+    def test_backbone_is_left_as_it_was(self, vit):
+        before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+        extract(vit, Pool(3), range(3), PREPROCESS)
+        assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in vit.parameters())
+
+
+class Computation:
+    """Gives features of its own, and counts how often it is asked."""
+
+    def __init__(self, value: float = 1.0):
+        generator = np.random.default_rng(0)
+        blocks = value + generator.normal(size=(40, 2, 16)).astype(np.float32)
+        self.features = Features(blocks, 2 * blocks[:, 0], np.arange(40)[::-1].copy())
+        self.calls = 0
+
+    def __call__(self) -> Features:
+        self.calls += 1
+        return self.features
+
+
+def assert_equal(found: Features, wanted: Features) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other)
+
+
+class TestCached:
+    @pytest.fixture(autouse=True)
+    def directory(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
+        return tmp_path / "cache"
+
+    def test_computes_once(self, vit, directory):
+        first, second = Computation(), Computation(5)
+        assert_equal(cached(first, vit, "data", "way"), first.features)
+        assert_equal(cached(second, vit, "data", "way"), first.features)
+        assert_equal(cached(second, vit_of(0), "data", "way"), first.features)  # the same weights, loaded anew
+        assert (first.calls, second.calls) == (1, 0)
+        assert len([path for path in directory.rglob("*") if path.is_file()]) == 1
+
+    @pytest.mark.parametrize("other", ["weights", "one weight", "architecture", "data", "preprocessing"])
+    def test_anything_else_is_another_entry(self, vit, other):
+        backbone = vit_of(1) if other == "weights" else vit_of(0)
+        if other == "one weight":
+            with torch.no_grad():
+                backbone.norm.bias[3] += 1e-6
+        if other == "architecture":  # the same tensors, but positions are resampled in another way
+            backbone = VisionTransformer(ViTSpec(16, 5, 2, 4, 16, registers=2, position_interpolation="offset"))
+            backbone.load_state_dict(vit.state_dict())
+        key = (backbone, "other" if other == "data" else "data", "other" if other == "preprocessing" else "way")
+        first, second = Computation(), Computation(5)
+        cached(first, vit, "data", "way")
+        assert_equal(cached(second, *key), second.features)
+        assert_equal(cached(second, vit, "data", "way"), first.features)
+        assert second.calls == 1
+
+    def test_parts_of_the_key_do_not_run_into_each_other(self, vit):
+        first, second = Computation(), Computation(5)
+        cached(first, vit, "ab", "c")
+        assert_equal(cached(second, vit, "a", "bc"), second.features)
+
+    @pytest.mark.parametrize("damage", ["empty", "half", "one byte", "text"])
+    def test_damaged_entry_is_computed_anew(self, vit, directory, damage):
+        first, second = Computation(), Computation()
+        cached(first, vit, "data", "way")
+        (file,) = directory.rglob("*.npz")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 255
+        damaged = {"empty": b"", "half": content[: len(content) // 2], "one byte": content, "text": b"not found\n" * 99}
+        file.write_bytes(damaged[damage])
+        assert_equal(cached(second, vit, "data", "way"), first.features)
+        assert second.calls == 1
+        cached(second, vit, "data", "way")
+        assert second.calls == 1  # mended
+
+    def test_write_that_was_cut_off_is_not_taken_for_an_entry(self, vit, monkeypatch):
+        def cut_off(file, **arrays):
+            file.write(b"PK\x03\x04")
+            raise KeyboardInterrupt
+
+        first, second = Computation(), Computation(5)
+        with monkeypatch.context() as patch:
+            patch.setattr(features.np, "savez", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                cached(first, vit, "data", "way")
+        assert_equal(cached(second, vit, "data", "way"), second.features)
+        assert_equal(cached(Computation(9), vit, "data", "way"), second.features)
+
+    def test_place_that_cannot_be_written_costs_no_features(self, vit, directory):
+        directory.write_text("a file where the directory should be")
+        computation = Computation()
+        assert_equal(cached(computation, vit, "data", "way"), computation.features)
+
+    def test_another_process_that_writes_the_same_entry_is_no_obstacle(self, vit, monkeypatch):
+        """As two processes of a launch do, at the same moment: while one writes, the other comes through."""
+        plain, computation = np.savez, Computation()
+
+        def meanwhile(file, **arrays):
+            monkeypatch.setattr(features.np, "savez", plain)
+            cached(Computation(), vit, "data", "way")
+            plain(file, **arrays)
+
+        monkeypatch.setattr(features.np, "savez", meanwhile)
+        assert_equal(cached(computation, vit, "data", "way"), computation.features)
+        assert_equal(cached(Computation(5), vit, "data", "way"), computation.features)
+
+
+class TestContentDigest:
+    def test_same_pixels_same_digest_whatever_their_names(self):
+        pool, renamed = Pool(), Pool()
+        renamed.names = [name.replace("image", "picture") for name in pool.names]
+        assert content_digest(pool, range(11)) == content_digest(renamed, range(11))
+
+    def test_everything_that_changes_features_changes_it(self):
+        pool, changed, turned, torn, torn_elsewhere = Pool(), Pool(), Pool(), Pool(broken=(4,)), Pool(broken=(5,))
+        changed.pixels[4] = changed.pixels[4].clone()
+        changed.pixels[4][0, 0, 0] ^= 1
+        turned.pixels[4] = turned.pixels[4].transpose(1, 2).contiguous()  # it is square
+        digests = [content_digest(other, range(11)) for other in (pool, changed, turned, torn, torn_elsewhere)]
+        digests += [content_digest(pool, indices) for indices in (range(10), [1, 0, *range(2, 11)], range(10, -1, -1))]
+        assert len(set(digests)) == len(digests)
+
+    def test_same_bytes_in_another_shape_are_other_images(self):
+        flat, high = Pool(1), Pool(1)
+        pixels = torch.arange(96, dtype=torch.uint8)
+        flat.pixels, high.pixels = [pixels.view(3, 4, 8)], [pixels.view(3, 8, 4)]
+        assert content_digest(flat, [0]) != content_digest(high, [0])
