@@ -101,6 +101,10 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
+    distill: str | None = setting(
+        None,
+        "frozen teacher to learn from: a released name, a run or a full checkpoint; none: the student's own average",
+    )
     ibot_weight: float = setting(0.0, "weight of the masked-patch loss; 0: none (DINO), 1 (DINOv2)")
     koleo_weight: float = setting(0.0, "weight of KoLeo, which spreads features out; 0: none (DINO), 0.1 (DINOv2)")
     koleo_scope: str = setting(

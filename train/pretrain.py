@@ -17,6 +17,7 @@ from dino.training import faults, launch
 from dino.training.artifacts import write_backbone
 from dino.training.auto import Pool, keep_resolved, resolve
 from dino.training.checkpoint import Checkpoints
+from dino.training.distillation import follow_guide
 from dino.training.health import Health
 from dino.training.initial import follow_weights
 from dino.training.interrupt import Interrupt, Stop
@@ -43,6 +44,8 @@ def main() -> None:
 
     # Weights to start from, data, and the settings that depend on them.
     config, initial, reasons = follow_weights(config, earlier)
+    config, guide, decided = follow_guide(config)
+    reasons |= decided
     images = open_images(config.data.root, config.data.kind, config.data.channels)
     pool = Pool(len(images.names), images.channels, images.kind, estimated_bytes(images))
     config, resolved = resolve(keep_resolved(config, earlier) if earlier else config, pool, launch.local_processes())
@@ -58,10 +61,11 @@ def main() -> None:
     normalise = Normalise(config.views.mean, config.views.std).to(accelerator.device)
     optimizer = build_optimizer(student, config.optim)
     modules = {"student": student, "teacher": teacher, "targets": targets}
+    frozen = None if guide is None else guide.network(config, images).to(accelerator.device)
     checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, optimizer, config.train.keep_checkpoints)
     wrapped, prepared = accelerator.prepare(student, optimizer)
     plan = schedules(config)
-    take_step = Step(accelerator, config, wrapped, teacher, targets, prepared, normalise, plan)
+    take_step = Step(accelerator, config, wrapped, teacher, targets, prepared, normalise, plan, frozen)
 
     # Where to begin.
     launch.seed_process(config.train.seed, accelerator.process_index)

@@ -31,6 +31,7 @@ class DINOHead(nn.Module):
         norm_last_layer: bool = True,
     ):
         super().__init__()
+        self.prototypes = prototypes
         widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
         modules: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):

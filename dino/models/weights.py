@@ -18,7 +18,7 @@ from dino.errors import UserError
 from dino.models import layouts
 from dino.models.download import fetch
 from dino.models.preprocess import Preprocess
-from dino.models.released import PREPROCESS, RELEASED
+from dino.models.released import PREPROCESS, RELEASED, Released
 from dino.models.resnet import ResNet, ResNetSpec
 from dino.models.vit import VisionTransformer, ViTSpec
 
@@ -76,12 +76,35 @@ def load_backbone(weights: str | Path) -> Backbone:
     Raises:
         UserError: no such weights, out of reach, damaged, or tensors that do not match one to one.
     """
+    found, network, entry = _locate(weights)
+    if entry is not None:
+        return _load_foreign(found, network, entry.spec, entry.preprocess, str(weights))
+    if found.suffix == ".safetensors" and (description := _own_description(found)) is not None:
+        if network == "student":
+            raise UserError(f"{found} holds no student: a run writes the backbone of its teacher")
+        return _load_own(found, description)
+    return _load_foreign(found, network, None, PREPROCESS, str(found))
+
+
+def load_heads(weights: str | Path) -> dict[str, Tensor]:
+    """Tensors of the heads that a full checkpoint holds beside the backbone, under the names of the file.
+
+    Raises:
+        UserError: no such weights, or damaged ones.
+    """
+    found, network, _ = _locate(weights)
+    if found.suffix == ".safetensors" and _own_description(found) is not None:
+        return {}
+    return layouts.read(found, network).heads
+
+
+def _locate(weights: str | Path) -> tuple[Path, str, Released | None]:
+    """The file of some weights, which network of it is meant, and its entry in the table of releases."""
     name, _, network = str(weights).rpartition("@")
     if network not in ("teacher", "student"):
         name, network = str(weights), "teacher"
     if entry := RELEASED.get(name):
-        file = fetch(entry.url, cache_directory() / entry.url.rsplit("/", 1)[1], entry.sha256)
-        return _load_foreign(file, network, entry.spec, entry.preprocess, name)
+        return fetch(entry.url, cache_directory() / entry.url.rsplit("/", 1)[1], entry.sha256), network, entry
     if (found := _find(name)) is None:
         near = difflib.get_close_matches(name, RELEASED, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -91,11 +114,7 @@ def load_backbone(weights: str | Path) -> Backbone:
             f"no weights at '{weights}'{hint}: give a run directory that has a {BACKBONE_FILE}, a weights file, or one "
             f"of {', '.join(RELEASED)}"
         )
-    if found.suffix == ".safetensors" and (description := _own_description(found)) is not None:
-        if network == "student":
-            raise UserError(f"{found} holds no student: a run writes the backbone of its teacher")
-        return _load_own(found, description)
-    return _load_foreign(found, network, None, PREPROCESS, str(found))
+    return found, network, None
 
 
 def _find(name: str) -> Path | None:

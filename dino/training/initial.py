@@ -44,8 +44,8 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
     name = config.model.init
     if name is None:
         return config, None, {}
-    followed = copy.deepcopy(config)
     if earlier is not None:
+        followed = copy.deepcopy(config)
         for key in OF_THE_WEIGHTS if earlier.model.init == name else ():
             if get(config, key) == get(Config(), key):
                 assign(followed, key, get(earlier, key))
@@ -54,12 +54,23 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
     values = _of_spec(backbone.spec) | {"data.channels": backbone.spec.in_chans}
     for key in ("mean", "std"):
         values[f"views.{key}"] = list(getattr(backbone.preprocess, key))
+    followed, reasons = follow(config, values, f"model.init={name}")
+    return followed, backbone, reasons
+
+
+def follow(config: Config, values: dict[str, object], source: str) -> tuple[Config, dict[str, str]]:
+    """Take over what `source` decides; returns the config and the reason of each setting.
+
+    Raises:
+        UserError: a setting that is not at its default says otherwise.
+    """
+    followed = copy.deepcopy(config)
     for key, value in values.items():
         given = get(config, key)
         if given not in (get(Config(), key), value):
-            raise UserError(f"{key}={given}, but model.init={name} has {value}: leave {key} out")
+            raise UserError(f"{key}={given}, but {source} has {value}: leave {key} out")
         assign(followed, key, value)
-    return followed, backbone, dict.fromkeys(values, f"of {name}")
+    return followed, dict.fromkeys(values, f"of {source}")
 
 
 def _of_spec(spec: ViTSpec | ResNetSpec) -> dict[str, object]:

@@ -33,7 +33,7 @@ class Network(nn.Module):
         head: of class tokens; of masked patches too, unless they have a `patch_head` of their own.
     """
 
-    def __init__(self, backbone: VisionTransformer | ResNet, head: DINOHead, patch_head: DINOHead | None = None):
+    def __init__(self, backbone: VisionTransformer | ResNet, head: nn.Module, patch_head: nn.Module | None = None):
         super().__init__()
         self.backbone, self.head, self.patch_head = backbone, head, patch_head
 

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dino.config import Config
+from dino.models import DINOHead
 from dino.objectives import dino_loss, ibot_loss, koleo_loss
 from dino.training.health import TeacherOutput
 from dino.training.initial import freeze
@@ -43,6 +44,7 @@ class Step:
     Args:
         student: as prepared by Accelerate (it may be wrapped); its parameters are those of `optimizer`.
         optimizer: of `build_optimizer`, as prepared by Accelerate.
+        guide: a frozen network whose scores become the targets instead of the teacher's (distillation).
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Step:
         optimizer: torch.optim.Optimizer,
         normalise: Normalise,
         schedules: Schedules,
+        guide: Network | None = None,
     ):
         self.accelerator, self.config, self.schedules = accelerator, config, schedules
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.targets, self.normalise = targets, normalise
+        self.targets, self.normalise, self.guide = targets, normalise, guide
         self.network: Network = accelerator.unwrap_model(student)
         self.first_broken = torch.full((), -1, device=accelerator.device)
         self.draw_masks = mask_draw(config)
@@ -88,7 +91,7 @@ class Step:
 
         if step < int(self.config.optim.freeze_last_layer_steps):
             for head in (self.network.head, self.network.patch_head):
-                if head is not None:
+                if isinstance(head, DINOHead):
                     freeze(head.last_layer)
         if step < int(self.config.optim.freeze_backbone_steps):
             freeze(self.network.backbone)
@@ -129,17 +132,23 @@ class Step:
 
     @torch.no_grad()
     def _teacher_outputs(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Class tokens (2, B, D), their scores (2, B, K) and those of masked patches (M, K'), of all micro-batches."""
+        """Class tokens (2, B, D), scores (2, B, K) and those of masked patches (M, K'), of all micro-batches.
+
+        In distillation tokens are the teacher's, which is the result, and scores those of the frozen guide.
+        """
         views = 2 + self.config.views.local_crops
         images = [sum(map(len, batch.crops)) // views for batch in batches]
+        source = self.guide or self.teacher
         with self.accelerator.autocast():
-            outputs = [
-                self.teacher([batch.crops[0][: 2 * b]], batch.masks) for batch, b in zip(batches, images, strict=True)
-            ]
+            outputs = [source([batch.crops[0][: 2 * b]], batch.masks) for batch, b in zip(batches, images, strict=True)]
         tokens, scores = (
             torch.cat([rearrange(output, "(g b) d -> g b d", g=2) for output in of_all], dim=1).float()
             for of_all in zip(*(output[:2] for output in outputs), strict=True)
         )
+        if self.guide is not None:
+            with self.accelerator.autocast():
+                own = [self.teacher.backbone(batch.crops[0][: 2 * b]) for batch, b in zip(batches, images, strict=True)]
+            tokens = torch.cat([rearrange(output, "(g b) d -> g b d", g=2) for output in own], dim=1).float()
         of_patches = [output.patch_scores for output in outputs if output.patch_scores is not None]
         return tokens, scores, torch.cat(of_patches).float() if of_patches else None
 
@@ -166,7 +175,7 @@ class Step:
     def _losses(self, batch: MicroBatch, targets: Tensor, patch_targets: Tensor | None) -> dict[str, Tensor]:
         """The student's losses on a micro-batch of b images, each with its weight, by the names of the metrics."""
         objective, views, images = self.config.objective, 2 + self.config.views.local_crops, targets.shape[1]
-        output = self.student(batch.crops, batch.masks, hide=True)
+        output = self.student(batch.crops, batch.masks, hide=self.guide is None)
         scores = rearrange(output.scores, "(v b) k -> v b k", v=views)
         losses = {"loss/dino": dino_loss(scores, targets, objective.student_temperature)}
         if batch.masks is not None and patch_targets is not None:

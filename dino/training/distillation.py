@@ -1,0 +1,178 @@
+"""Distillation: a student learns from a frozen teacher that is trained already (`objective.distill`).
+
+As DINOv2's S, B and L were made from its g (Oquab et al. 2023, §5): the same losses with the frozen network's targets,
+no patch hidden from the student, and a moving average of the student as the result. The frozen network's heads come
+with it where there are any: in a run's checkpoint, or a full checkpoint of DINO's or DINOv2's. Releases have none; then
+their own tokens of randomly chosen images become the prototypes.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dino import config as configuration
+from dino.config import Config
+from dino.data import Images, UnreadableImage
+from dino.errors import UserError
+from dino.models import Backbone, DINOHead, ResNet, load_backbone
+from dino.models.weights import load_heads, load_strictly
+from dino.training.checkpoint import whole_checkpoints
+from dino.training.initial import follow
+from dino.training.network import Network, build_networks
+
+Head = DINOHead | nn.Module
+BATCH = 64  # images at a time, whose tokens become prototypes
+
+
+class TokenPrototypes(nn.Module):
+    """Cosine similarities to given tokens, all less their mean: a head for a backbone that has none.
+
+    Args:
+        tokens: (K, D), the prototypes-to-be.
+    """
+
+    def __init__(self, tokens: Tensor):
+        super().__init__()
+        self.mean: Tensor
+        self.prototypes: Tensor
+        self.register_buffer("mean", tokens.mean(dim=0))
+        self.register_buffer("prototypes", F.normalize(tokens - self.mean, dim=1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, D) to (B, K)."""
+        return F.normalize(tokens.float() - self.mean, dim=1) @ self.prototypes.T
+
+
+class Guide:
+    """The frozen teacher that `objective.distill` names.
+
+    Attributes:
+        backbone: frozen.
+        head, patch_head: of class tokens and of patches, from the same source; None where that has none.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.backbone = name, load_backbone(name)
+        self.head, self.patch_head = _heads_of_run(Path(name)) or _heads_of_file(name, self.backbone)
+
+    def settings(self, config: Config) -> dict[str, object]:
+        """The settings that it decides.
+
+        Raises:
+            UserError: it cannot teach this student.
+        """
+        backbone, objective = self.backbone, config.objective
+        values: dict[str, object] = {"data.channels": backbone.spec.in_chans}
+        values |= {f"views.{key}": list(getattr(backbone.preprocess, key)) for key in ("mean", "std")}
+        if self.head is not None:
+            values["objective.prototypes"] = self.head.prototypes
+        if objective.ibot_weight:
+            if isinstance(backbone, ResNet) or backbone.patch_size != config.model.patch_size:
+                raise UserError(
+                    f"objective.ibot_weight compares patches: model.patch_size={config.model.patch_size} must be that "
+                    f"of {self.name}, or the weight 0"
+                )
+            if self.head is None or self.patch_head is not None:
+                values["objective.ibot_head"] = "separate"
+            if self.patch_head is not None:
+                values["objective.ibot_prototypes"] = self.patch_head.prototypes
+        patch = getattr(backbone, "patch_size", 1)
+        if config.views.global_size % patch:
+            raise UserError(f"views.global_size={config.views.global_size} is not divisible by {self.name}'s {patch}")
+        return values
+
+    def network(self, config: Config, images: Images) -> Network:
+        """Backbone and heads, frozen; needs a resolved config."""
+        objective = config.objective
+        head: Head | None = self.head
+        patch_head: Head | None = self.patch_head
+        if head is None:
+            patches = (objective.ibot_prototypes or int(objective.prototypes)) if objective.ibot_weight else 0
+            head, patch_head = self._prototypes(config, images, int(objective.prototypes), patches)
+        return Network(self.backbone, head, patch_head).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _prototypes(
+        self, config: Config, images: Images, classes: int, patches: int
+    ) -> tuple[TokenPrototypes, TokenPrototypes | None]:
+        """Class tokens of as many images, drawn by the run's seed, and one patch token after another of the same."""
+        preprocess = replace(self.backbone.preprocess, image_size=config.views.global_size, resize=None)
+        generator = np.random.default_rng((config.train.seed, classes))
+        order = np.resize(generator.permutation(len(images.names)), max(classes, patches))
+        tokens, of_patches = [], []
+        for chosen in tqdm(
+            np.array_split(order, -(-len(order) // BATCH)), desc="prototypes", unit="batch", leave=False
+        ):
+            pixels = []
+            for index in chosen:
+                try:
+                    pixels.append(preprocess(images.read(int(index))))
+                except UnreadableImage:
+                    continue
+            if pixels:
+                found = self.backbone.forward_features(torch.stack(pixels))
+                tokens.append(found["x_norm_clstoken"])
+                place = torch.from_numpy(generator.integers(found["x_norm_patchtokens"].shape[1], size=len(pixels)))
+                of_patches.append(found["x_norm_patchtokens"][torch.arange(len(pixels)), place])
+        drawn = torch.cat(tokens) if tokens else torch.empty(0)
+        if len(drawn) < classes or len(drawn) < patches:
+            raise UserError(f"only {len(drawn)} of {len(order)} images can be read: too few for as many prototypes")
+        return (
+            TokenPrototypes(drawn[:classes]),
+            TokenPrototypes(torch.cat(of_patches)[:patches]) if patches else None,
+        )
+
+
+def follow_guide(config: Config) -> tuple[Config, Guide | None, dict[str, str]]:
+    """Let the frozen teacher of `objective.distill`, if there is one, decide channels, normalisation and prototypes.
+
+    Returns:
+        The config, the teacher, and the reason of each setting that it decided.
+    """
+    if config.objective.distill is None:
+        return config, None, {}
+    guide = Guide(config.objective.distill)
+    followed, reasons = follow(config, guide.settings(config), f"objective.distill={guide.name}")
+    return followed, guide, reasons
+
+
+def _heads_of_run(run: Path) -> tuple[DINOHead, DINOHead | None] | None:
+    checkpoints = whole_checkpoints(run / "checkpoints")
+    if not (run / "config.yaml").is_file() or not checkpoints:
+        return None
+    _, teacher = build_networks(configuration.load(run / "config.yaml"))
+    file = checkpoints[-1] / "teacher.safetensors"
+    load_strictly(teacher, load_file(file), str(file))
+    return cast(tuple[DINOHead, DINOHead | None], (teacher.head, teacher.patch_head))
+
+
+def _heads_of_file(name: str, backbone: Backbone) -> tuple[DINOHead | None, DINOHead | None]:
+    """Heads of a full checkpoint, by DINO's or DINOv2's names."""
+    found = load_heads(name)
+    heads: list[DINOHead | None] = []
+    for prefixes in (("head.", "dino_head."), ("ibot_head.",)):
+        tensors = {
+            key.removeprefix(prefix)
+            .replace("parametrizations.weight.original0", "weight_g")
+            .replace("parametrizations.weight.original1", "weight_v"): tensor
+            for prefix in prefixes
+            for key, tensor in found.items()
+            if key.startswith(f"{prefix}mlp.") or key.startswith(f"{prefix}last_layer.")
+        }
+        heads.append(_build_head(tensors, name) if tensors else None)
+    return heads[0], heads[1]
+
+
+def _build_head(tensors: dict[str, Tensor], source: str) -> DINOHead:
+    weights = [tensors[key] for key in sorted(tensors) if key.startswith("mlp.") and key.endswith(".weight")]
+    prototypes = tensors["last_layer.weight_v"]
+    head = DINOHead(weights[0].shape[1], len(prototypes), len(weights), weights[0].shape[0], prototypes.shape[1])
+    load_strictly(head, tensors, f"{source} (head)")
+    return head
