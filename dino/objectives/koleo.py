@@ -30,7 +30,7 @@ def koleo_loss(features: Tensor, over_processes: bool = False) -> Tensor:
         first = dist.get_rank() * len(unit)  # every process has as many
     if len(others) < 2:
         return unit.sum() * 0
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         similarity = unit @ others.T
         itself = torch.arange(len(unit), device=unit.device)
         similarity[itself, first + itself] = -2

@@ -88,6 +88,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, scope: st
         The global norm before clipping, a scalar on the device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
     norms = torch.stack(torch._foreach_norm(gradients))
     total = torch.linalg.vector_norm(norms)
     if largest > 0:

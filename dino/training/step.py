@@ -195,7 +195,7 @@ class Step:
         self.accelerator.unscale_gradients(self.optimizer)
         parts = self.network.children() if optim.clip_scope == "module" else [self.network]
         norms = [clip_gradients(part.parameters(), optim.clip_grad, optim.clip_scope) for part in parts]
-        norm = torch.stack(norms).norm()
+        norm = torch.stack([norm.to(loss.device) for norm in norms]).norm()
         if scaler is None:
             broken = ~(loss.isfinite() & norm.isfinite())
             step_unless(self.optimizer.optimizer, broken)  # type: ignore[attr-defined]

@@ -363,7 +363,10 @@ BAD = {  # a command and what its error says; the names in braces are those of `
         "export --weights {vit} --to huggingface --out {out}/d --image-size 18",
         "patch size 4",
     ),
-    "knn, out below a file": ("knn --weights {vit} --data {images} --out {resnet}/knn.json", "knn.json cannot be written"),
+    "knn, out below a file": (
+        "knn --weights {vit} --data {images} --out {resnet}/knn.json",
+        "knn.json cannot be written",
+    ),
     "linear, out is a folder": ("linear --weights {vit} --data {images} --out {out}/folder.npy", "name a file"),
 }
 
