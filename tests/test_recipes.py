@@ -41,6 +41,34 @@ PUBLISHED = {
     | {"optim.weight_decay": 1e-4, "optim.weight_decay_end": 1e-4}
     | {"views.global_scale": [0.14, 1.0], "views.local_scale": [0.05, 0.14]},
 }
+# reference: dinov2/configs (meta-systems.md §2c).
+VITL16_SHORT = {
+    **{"model.arch": "vit_large", "model.patch_size": 16, "model.ffn": "mlp", "model.layer_scale": 1e-5},
+    **{"model.drop_path": 0.3, "model.drop_path_kind": "subset", "model.registers": 0},
+    **{"model.position_interpolation": "offset", "train.batch_size": 2048, "train.steps": 100 * 1250},
+    **{"optim.name": "adamw", "optim.lr": 4e-3 * 2**0.5, "optim.lr_end": 1e-6, "optim.betas": [0.9, 0.999]},
+    **{"optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "optim.decay_tokens": True},
+    **{"optim.layer_decay": 0.9, "optim.patch_embed_lr": 0.2, "optim.warmup_steps": 10 * 1250},
+    **{"optim.clip_grad": 3.0, "optim.clip_scope": "module", "optim.freeze_last_layer_steps": 1250},
+    **{"objective.ibot_weight": 1.0, "objective.koleo_weight": 0.1, "objective.koleo_scope": "process"},
+    **{"objective.mask_share": 0.5, "objective.mask_ratio": [0.1, 0.5], "objective.ibot_head": "shared"},
+    **{"objective.prototypes": 65536, "objective.head_layers": 3, "objective.head_hidden": 2048},
+    **{"objective.head_bottleneck": 256, "objective.norm_last_layer": False, "objective.student_temperature": 0.1},
+    **{"objective.centering": "centre", "objective.center_momentum": 0.9, "objective.momentum": 0.992},
+    **{"objective.momentum_end": 1.0, "objective.teacher_temperature_start": 0.04},
+    **{"objective.teacher_temperature": 0.07, "objective.teacher_temperature_warmup": 30 * 1250},
+    **{"views.preset": "dinov2", "views.inverted_blur": True, "views.global_size": 224, "views.local_size": 96},
+    **{"views.local_crops": 8, "views.global_scale": [0.32, 1.0], "views.local_scale": [0.05, 0.32]},
+}
+PUBLISHED |= {
+    "dinov2_vitl16_imagenet_short": VITL16_SHORT,
+    "dinov2_vitl14_imagenet22k": VITL16_SHORT
+    | {"model.patch_size": 14, "model.ffn": "swiglu", "model.drop_path": 0.4, "views.local_size": 98}
+    | {"train.batch_size": 3072, "train.steps": 500 * 1250, "optim.lr": 2e-4 * 3**0.5, "optim.warmup_steps": 80 * 1250}
+    | {"optim.weight_decay_end": 0.2, "optim.layer_decay": 1.0, "objective.momentum": 0.994}
+    | {"objective.prototypes": 131072, "objective.head_bottleneck": 384, "objective.centering": "sinkhorn"}
+    | {"objective.ibot_head": "separate", "objective.ibot_prototypes": 131072, "objective.ibot_head_bottleneck": 256},
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
