@@ -87,10 +87,17 @@ def dump(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def check(config: Config) -> None:
-    """Raise a `UserError` that lists every value that cannot work, whatever the data set."""
+def check(config: Config, weights_known: bool = False) -> None:
+    """Raise a `UserError` that lists every value that cannot work, whatever the data set.
+
+    Args:
+        weights_known: what the weights of `model.init` decide is in `config` by now.
+    """
     views, model, train = config.views, config.model, config.train
-    errors = [*_check_choices(config), *_check_sizes(config)]  # text that is not auto is told there
+    errors = [
+        *_check_choices(config),
+        *_check_sizes(config, weights_known or config.model.init is None),
+    ]  # text that is not auto is told there
 
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -166,7 +173,7 @@ def _refuse(errors: list[str]) -> None:
         raise UserError("\n  ".join([f"{len(errors)} settings cannot be used:", *errors]))
 
 
-def _check_sizes(config: Config) -> Iterator[str]:
+def _check_sizes(config: Config, patches_known: bool) -> Iterator[str]:
     """Crops that cannot be cut, or not into patches; phases out of order."""
     views, model, phases = config.views, config.model, config.train.phases
     begins = [0.0, *(phase.begin for phase in phases), 1.0]
@@ -180,7 +187,7 @@ def _check_sizes(config: Config) -> Iterator[str]:
     if views.local_crops:
         sizes += [(f"{name}.local_size", size) for name, _, size in named]
     yield from (f"{key} must be at least 2, got {size}" for key, size in sizes if size < 2)
-    if not model.arch.startswith("vit") or model.patch_size < 1:
+    if not patches_known or not model.arch.startswith("vit") or model.patch_size < 1:
         return
     for key, size in sizes:
         if 1 <= size < model.patch_size:

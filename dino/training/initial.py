@@ -5,9 +5,10 @@ import copy
 import torch
 from torch import nn
 
-from dino.config import Config, assign, get
+from dino.config import Config, assign, check, get
 from dino.errors import UserError
 from dino.models import SIZES, Backbone, ResNetSpec, ViTSpec, load_backbone
+from dino.models.vit import Size
 from dino.models.weights import load_strictly
 from dino.settings import ModelConfig
 
@@ -49,12 +50,14 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
         for key in OF_THE_WEIGHTS if earlier.model.init == name else ():
             if get(config, key) == get(Config(), key):
                 assign(followed, key, get(earlier, key))
+        check(followed, weights_known=True)
         return followed, None, {}
     backbone = load_backbone(name)
-    values = _of_spec(backbone.spec) | {"data.channels": backbone.spec.in_chans}
+    values = _of_spec(backbone.spec, config.model) | {"data.channels": backbone.spec.in_chans}
     for key in ("mean", "std"):
         values[f"views.{key}"] = list(getattr(backbone.preprocess, key))
     followed, reasons = follow(config, values, f"model.init={name}")
+    check(followed, weights_known=True)
     return followed, backbone, reasons
 
 
@@ -73,23 +76,30 @@ def follow(config: Config, values: dict[str, object], source: str) -> tuple[Conf
     return followed, dict.fromkeys(values, f"of {source}")
 
 
-def _of_spec(spec: ViTSpec | ResNetSpec) -> dict[str, object]:
+def _of_spec(spec: ViTSpec | ResNetSpec, given: ModelConfig) -> dict[str, object]:
+    """Settings of a spec; in the words of `given`, where they say the same."""
     if isinstance(spec, ResNetSpec):
         return {"model.arch": spec.arch}
-    size = (spec.embed_dim, spec.depth, spec.num_heads)
-    arch = next((name for name, named in SIZES.items() if named == size), ModelConfig.arch)
-    named = SIZES[arch]
+    size = Size(spec.embed_dim, spec.depth, spec.num_heads)
+    names = [name for name, named in SIZES.items() if size == named]
+    arch = given.arch if vit_size(given) == size else next(iter(names), ModelConfig.arch)
     return {
         "model.arch": arch,
-        **{f"model.{key}": None if ours == theirs else theirs
-           for key, ours, theirs in zip(named._fields, named, size, strict=True)},
+        **{f"model.{key}": value for key, value in size._asdict().items()},
         "model.patch_size": spec.patch_size,
         "model.ffn": spec.ffn,
         "model.layer_scale": spec.layer_scale,
         "model.registers": spec.registers,
         "model.position_interpolation": spec.position_interpolation,
         "model.position_size": spec.image_size,
-    }  # fmt: skip
+    }
+
+
+def vit_size(model: ModelConfig) -> Size | None:
+    """Width, depth and heads that the settings come to; None for a ResNet."""
+    if (named := SIZES.get(model.arch)) is None:
+        return None
+    return Size(model.embed_dim or named.embed_dim, model.depth or named.depth, model.num_heads or named.num_heads)
 
 
 def copy_weights(backbone: Backbone, network: Backbone, source: str) -> None:

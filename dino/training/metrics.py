@@ -33,8 +33,8 @@ class Metrics:
 
     def __init__(self, accelerator: Accelerator, config: Config, directory: RunDirectory, width: int, start: int):
         self.accelerator, self.config, self.directory, self.width = accelerator, config, directory, width
-        self.measured = [line for line in directory.read_metrics() if "health/verdict" in line]
-        self.verdict = Verdict(self.measured[-1]["health/verdict"] if self.measured else "")
+        self.measured = [line for line in directory.read_metrics() if "health/entropy_ratio" in line]
+        self.verdict = Verdict(self.measured[-1].get("health/verdict", "") if self.measured else "")
         self.images_per_step = config.train.batch_size
         self.sums: dict[str, Tensor] = {}
         self.count, self.waited, self.since = 0, 0.0, time.perf_counter()

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dino.config import Config
-from dino.models import SIZES, Backbone, DINOHead, ResNet, ResNetSpec, VisionTransformer, ViTSpec
-from dino.training.initial import copy_weights
+from dino.models import Backbone, DINOHead, ResNet, ResNetSpec, VisionTransformer, ViTSpec
+from dino.models.vit import Size
+from dino.training.initial import copy_weights, vit_size
 from dino.views.masks import Masks
 
 
@@ -84,11 +85,9 @@ def build_backbone(config: Config, drop_path: float = 0.0) -> VisionTransformer 
 
 def vit_spec(config: Config) -> ViTSpec:
     """The ViT that `config.model` describes."""
-    model, size = config.model, SIZES[config.model.arch]
+    model, size = config.model, cast(Size, vit_size(config.model))
     return ViTSpec(
-        embed_dim=model.embed_dim or size.embed_dim,
-        depth=model.depth or size.depth,
-        num_heads=model.num_heads or size.num_heads,
+        **size._asdict(),
         patch_size=model.patch_size,
         image_size=model.position_size or config.views.global_size,
         in_chans=int(config.data.channels),

@@ -105,8 +105,10 @@ class Step:
 
     @torch.no_grad()
     def look(self, step: int, micro_batches: list[list[Tensor]]) -> None:
-        """Only let the teacher see a step's images, for `teacher_output`."""
+        """Only let the teacher see a step's images, for `teacher_output`; as it is used, so nothing of it changes."""
+        self.teacher.eval()
         tokens, logits, _ = self._teacher_outputs(self._prepare(step, micro_batches))
+        self.teacher.train()
         targets = self.targets.dino.probabilities(logits, self.schedules.temperature(step))
         self.teacher_output = TeacherOutput(tokens, logits, targets)
 
