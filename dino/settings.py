@@ -188,6 +188,12 @@ class TrainConfig:
     keep_checkpoints: int = setting(3, "newest checkpoints that are kept")
     resume: str = setting(AUTO, "auto: go on from the newest checkpoint; never; or the path of a checkpoint")
     time_limit: float | None = setting(None, "minutes after which the run checkpoints and ends; none: no limit")
+    shard: bool = setting(
+        False, "share parameters, gradients and moments of a large ViT among processes, which otherwise each hold all"
+    )
+    checkpoint_blocks: bool = setting(
+        False, "keep only the input of each transformer block and compute the rest again for the gradient: less memory"
+    )
     compile: bool = setting(False, "compile each transformer block (needs a C++ compiler; pays on GPUs)")
     cpu_threads: int | str = setting(AUTO, "CPU threads of a training process; auto: cores / local processes")
 

@@ -28,6 +28,7 @@ from dino.training.optimizer import build_optimizer
 from dino.training.reporting import Reporter
 from dino.training.run_directory import RunDirectory
 from dino.training.schedules import schedules
+from dino.training.sharding import whole_backbone
 from dino.training.step import Step
 from dino.training.summary import summary
 from dino.training.targets import Targets
@@ -56,14 +57,14 @@ def main() -> None:
 
     # Student, teacher, objective, optimizer.
     launch.set_threads_and_seed(config)
-    student, teacher = launch.place(accelerator, build_networks(config, initial), config.train.compile)
+    student, teacher = launch.place(accelerator, build_networks(config, initial), config.train)
     targets = Targets(config).to(accelerator.device)
     normalise = Normalise(config.views.mean, config.views.std).to(accelerator.device)
     optimizer = build_optimizer(student, config.optim)
     modules = {"student": student, "teacher": teacher, "targets": targets}
     frozen = None if guide is None else guide.network(config, images).to(accelerator.device)
     checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, optimizer, config.train.keep_checkpoints)
-    wrapped, prepared = accelerator.prepare(student, optimizer)
+    wrapped, prepared = launch.prepare(accelerator, student, optimizer)
     plan = schedules(config)
     take_step = Step(accelerator, config, wrapped, teacher, targets, prepared, normalise, plan, frozen)
 
@@ -80,10 +81,11 @@ def main() -> None:
         faults.rehearse(take_step, Batches(config, images, accelerator, start, start + 2, None), accelerator)
         return
     interrupt = Interrupt(accelerator, config.train.time_limit)
+    result = whole_backbone(teacher, accelerator)
     if accelerator.is_main_process:
         directory.prepare(config, start)
         if start >= steps:  # killed before the last checkpoint's backbone was written?
-            write_backbone(directory, config, teacher.backbone, start, facts["images"])
+            write_backbone(directory, config, result, start, facts["images"])
     accelerator.wait_for_everyone()
 
     # The run.
@@ -108,17 +110,18 @@ def main() -> None:
                 epoch = taken * config.train.batch_size / pool.images
                 metrics.log(taken, epoch, plan.at(step), health)
                 if reporter.is_due():
-                    metrics.show(taken, reporter.write(teacher.backbone, "running", alive=True))
+                    metrics.show(taken, reporter.write(result, "running", alive=True))
             if stop == Stop.UNREADABLE:
                 raise batches.unreadable_error()
             if saves or stop:
                 synchronise_buffers(teacher)
                 checkpoints.save(taken, facts)
+                result = whole_backbone(teacher, accelerator)
                 if accelerator.is_main_process:
-                    write_backbone(directory, config, teacher.backbone, taken, facts["images"])
+                    write_backbone(directory, config, result, taken, facts["images"])
             if stop:
                 break
-        metrics.show(taken, reporter.write(teacher.backbone, stop.state, alive=False))
+        metrics.show(taken, reporter.write(result, stop.state, alive=False))
     accelerator.print(stop.farewell(directory.path))
 
 

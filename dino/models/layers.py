@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Interpolation = Literal["offset", "size"]
 
@@ -63,6 +64,7 @@ class Block(nn.Module):
         self.mlp = (SwiGLU if ffn == "swiglu" else MLP)(width, mlp_ratio)
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path, drop_subset)
+        self.recompute = False  # keep only the input for the backward pass (activation checkpointing)
 
     def forward(self, tokens: Tensor, groups: list[Group], shortened: list[Group] | None = None) -> Tensor:
         """(T, D) to (T, D).
@@ -71,8 +73,11 @@ class Block(nn.Module):
             shortened: the groups to give; those that are one token long here are given by their class tokens alone,
                 and nothing is computed for the others. None: all tokens.
         """
-        wanted = shortened or groups
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._both, tokens, groups, shortened or groups, use_reentrant=False)
+        return self._both(tokens, groups, shortened or groups)
 
+    def _both(self, tokens: Tensor, groups: list[Group], wanted: list[Group]) -> Tensor:
         def attend(tokens: Tensor, groups: list[Group]) -> Tensor:
             return self.ls1(self.attn(self.norm1(tokens), groups, [group.length for group in wanted]))
 

@@ -6,6 +6,8 @@ checkpoints/step-00000500/student.safetensors      parameters and buffers
                           optimizer.safetensors    moments, by parameter name
                           random-0.safetensors     random state, one file a process
                           state.json               step, scaler, data fingerprint
+
+Tensors are whole, whether the run is sharded or not: a checkpoint opens with any number of processes.
 """
 
 import json
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from dino.errors import UserError
 from dino.models.weights import load_strictly
+from dino.training.sharding import gathered, scattered
 
 
 class Checkpoints:
@@ -62,7 +65,9 @@ class Checkpoints:
         accelerator = self.accelerator
         failure = _failure(self._begin, partial) if accelerator.is_main_process else ""
         accelerator.wait_for_everyone()
-        failure = failure or _failure(self._write_share, partial, {"step": step, **facts})
+        contents = {name: self._gathered(module.state_dict()) for name, module in self.modules.items()}
+        contents["optimizer"] = self._gathered(self._optimizer_state())
+        failure = failure or _failure(self._write_share, partial, contents, {"step": step, **facts})
         failed = accelerator.gather(torch.tensor([int(bool(failure))], device=accelerator.device))
         if int(failed.max()):
             if accelerator.is_main_process:
@@ -88,14 +93,16 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def _write_share(self, partial: Path, state: dict[str, Any]) -> None:
+    def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return gathered(tensors, self.accelerator.is_main_process)
+
+    def _write_share(self, partial: Path, contents: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """This process's files: its random state, and on the first process everything that all have in common."""
         _write(partial / f"random-{self.accelerator.process_index}.safetensors", _tensor_bytes(self._random_state()))
         if not self.accelerator.is_main_process:
             return
-        for name, module in self.modules.items():
-            _write(partial / f"{name}.safetensors", _tensor_bytes(module.state_dict()))
-        _write(partial / "optimizer.safetensors", _tensor_bytes(self._optimizer_state()))
+        for name, tensors in contents.items():
+            _write(partial / f"{name}.safetensors", _tensor_bytes(tensors))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         _write(partial / "state.json", json.dumps({"scaler": scaler, **state}, indent=1, sort_keys=True).encode())
 
@@ -108,7 +115,8 @@ class Checkpoints:
         try:
             state = json.loads((path / "state.json").read_text())
             for name, module in self.modules.items():
-                load_strictly(module, load_file(path / f"{name}.safetensors"), f"{path}/{name}.safetensors")
+                tensors = scattered(load_file(path / f"{name}.safetensors"), module.state_dict())
+                load_strictly(module, tensors, f"{path}/{name}.safetensors")
             self._load_optimizer(load_file(path / "optimizer.safetensors"))
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -138,7 +146,9 @@ class Checkpoints:
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         by_name: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        like = {name: parameters[name.rsplit("/", 1)[0]] for name, tensor in tensors.items() if tensor.ndim}
+        for name, tensor in scattered(tensors, like).items():
             parameter, key = name.rsplit("/", 1)
             by_name.setdefault(parameter, {})[key] = tensor
         ordered = [self.names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]

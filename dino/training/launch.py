@@ -1,6 +1,8 @@
 """Starts Accelerate as the launcher and the config say: processes, device, precision, CPU threads, seeds."""
 
 import os
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +11,10 @@ from torch import nn
 from dino.config import AUTO, Config
 from dino.errors import UserError
 from dino.models import VisionTransformer
+from dino.models.layers import Block
+from dino.settings import TrainConfig
 from dino.training.network import Network
+from dino.training.sharding import is_sharded, shard
 
 LAUNCHER_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16"}
 
@@ -29,6 +34,8 @@ def start(config: Config) -> Accelerator:
         log_with=_trackers(config.tracking.backends),
         project_dir=config.run.dir,
     )
+    if config.train.shard and precision == "fp16":
+        raise UserError("train.shard cannot watch fp16 gradients for overflow: use train.precision=bf16 or fp32")
     shares = accelerator.num_processes * config.train.accumulation
     if config.train.batch_size % shares:
         below = max(shares, config.train.batch_size // shares * shares)
@@ -60,19 +67,34 @@ def choose_precision(wanted: str, launcher: str | None, has_accelerator: bool) -
 
 
 def place(
-    accelerator: Accelerator, networks: tuple[Network, Network], compile_blocks: bool = False
+    accelerator: Accelerator, networks: tuple[Network, Network], settings: TrainConfig
 ) -> tuple[Network, Network]:
-    """Networks on this process's device, if asked compiled; BatchNorm takes its statistics over all GPUs."""
+    """Networks on this process's device, if asked compiled or sharded; BatchNorm takes its statistics over all GPUs."""
     student, teacher = networks
+    sharded = settings.shard and accelerator.num_processes > 1
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks)
     for network in (student, teacher):
-        network.to(accelerator.device)
-        if compile_blocks and isinstance(network.backbone, VisionTransformer):
-            # Block by block: the one compiled graph serves all of them, and start-up stays short.
-            for block in network.backbone.blocks:
-                block.compile(dynamic=False)
+        if isinstance(network.backbone, VisionTransformer):
+            for block in cast(Iterable[Block], network.backbone.blocks):
+                block.recompute = settings.checkpoint_blocks
+                if settings.compile:
+                    # Block by block: the one compiled graph serves all of them, and start-up stays short.
+                    block.compile(dynamic=False)
+        if sharded:
+            shard(network, accelerator)
+        else:
+            network.to(accelerator.device)
     return student, teacher
+
+
+def prepare(
+    accelerator: Accelerator, student: Network, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Both as Accelerate wants them; a sharded student exchanges gradients itself."""
+    if is_sharded(student):
+        return student, accelerator.prepare(optimizer)
+    return accelerator.prepare(student, optimizer)
 
 
 def precision_of(accelerator: Accelerator) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.settings import OptimConfig
+from dino.training.sharding import local, norms
 
 TOKENS = ("cls_token", "register_tokens", "mask_token", "pos_embed")
 
@@ -90,11 +91,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, scope: st
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norms = torch.stack(torch._foreach_norm(gradients))
-    total = torch.linalg.vector_norm(norms)
+    each = norms(gradients)
+    total = torch.linalg.vector_norm(each)
     if largest > 0:
-        factors = (largest / ((norms if scope == "parameter" else total) + 1e-6)).clamp(max=1.0)
-        scale_each(gradients, factors.expand(len(gradients)))
+        factors = (largest / ((each if scope == "parameter" else total) + 1e-6)).clamp(max=1.0)
+        scale_each(local(gradients), factors.expand(len(gradients)))
     return total
 
 

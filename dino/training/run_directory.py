@@ -18,6 +18,8 @@ MAY_DIFFER = (  # on resume
     "train.keep_checkpoints",
     "train.resume",
     "train.cpu_threads",
+    "train.shard",
+    "train.checkpoint_blocks",
     "data.cache",
     "data.workers",
     "run.dir",

@@ -17,6 +17,7 @@ from dino.training.initial import freeze
 from dino.training.network import Network, Normalise
 from dino.training.optimizer import clip_gradients, set_rates, step_unless
 from dino.training.schedules import Schedules
+from dino.training.sharding import is_sharded
 from dino.training.targets import Targets
 from dino.training.teacher import update_teacher
 from dino.views.masks import MaskDraw, Masks
@@ -149,8 +150,8 @@ class Step:
         )
         if self.guide is not None:
             with self.accelerator.autocast():
-                own = [self.teacher.backbone(batch.crops[0][: 2 * b]) for batch, b in zip(batches, images, strict=True)]
-            tokens = torch.cat([rearrange(output, "(g b) d -> g b d", g=2) for output in own], dim=1).float()
+                own = [self.teacher([batch.crops[0][: 2 * b]]) for batch, b in zip(batches, images, strict=True)]
+            tokens = torch.cat([rearrange(output.tokens, "(g b) d -> g b d", g=2) for output in own], dim=1).float()
         of_patches = [output.patch_scores for output in outputs if output.patch_scores is not None]
         return tokens, scores, torch.cat(of_patches).float() if of_patches else None
 
@@ -166,8 +167,8 @@ class Step:
         if patch_targets is not None:
             of_patches = patch_targets.split([len(batch.masks.rows) for batch in batches if batch.masks is not None])
         for index, (batch, target, patch_target) in enumerate(zip(batches, shares, of_patches, strict=True)):
-            is_last = index == len(batches) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.student):
+            exchanges = index == len(batches) - 1 or is_sharded(self.network)  # whole gradients would not fit
+            with contextlib.nullcontext() if exchanges else self.accelerator.no_sync(self.student):
                 losses = self._losses(batch, target, patch_target)
                 self.accelerator.backward(sum(losses.values()) / len(batches))
             for name, loss in losses.items():
@@ -177,7 +178,8 @@ class Step:
     def _losses(self, batch: MicroBatch, targets: Tensor, patch_targets: Tensor | None) -> dict[str, Tensor]:
         """The student's losses on a micro-batch of b images, each with its weight, by the names of the metrics."""
         objective, views, images = self.config.objective, 2 + self.config.views.local_crops, targets.shape[1]
-        output = self.student(batch.crops, batch.masks, hide=self.guide is None)
+        with self.accelerator.autocast():
+            output = self.student(batch.crops, batch.masks, hide=self.guide is None)
         scores = rearrange(output.scores, "(v b) k -> v b k", v=views)
         losses = {"loss/dino": dino_loss(scores, targets, objective.student_temperature)}
         if batch.masks is not None and patch_targets is not None:

@@ -6,6 +6,7 @@ from dino.config import Config, get
 from dino.training.auto import Pool
 from dino.training.network import Network
 from dino.training.run_directory import RunDirectory
+from dino.training.sharding import is_sharded
 
 
 def objective_name(config: Config) -> str:
@@ -42,7 +43,8 @@ def summary(
         f"({config.objective.prototypes} prototypes)",
         "objective": f"{objective_name(config)}, {config.objective.centering}",
         "views": f"2 global {views.global_size}²{local}, {views.preset}",
-        "device": f"{device}, {train.precision}",
+        "device": f"{device}, {train.precision}"
+        + (f", sharded over {accelerator.num_processes} processes" if is_sharded(student) else ""),
         "checkpoints": f"every {train.checkpoint_every} steps in {directory.checkpoints}, the newest "
         f"{train.keep_checkpoints} kept",
     }

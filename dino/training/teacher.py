@@ -4,15 +4,16 @@ import torch
 from torch import nn
 
 from dino.objectives.dino import mean_over_processes
+from dino.training.sharding import local
 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """θ_teacher ← m·θ_teacher + (1 − m)·θ_student for every parameter, in one fused call.
+    """θ_teacher ← m·θ_teacher + (1 − m)·θ_student for every parameter, of shards by shards, in one fused call.
 
     Buffers are not averaged: a BatchNorm teacher gathers statistics of its own, which fit its own weights.
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+    torch._foreach_lerp_(local(teacher.parameters()), local(student.parameters()), 1.0 - momentum)
 
 
 @torch.no_grad()

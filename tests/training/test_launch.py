@@ -1,5 +1,7 @@
 """Precision follows the launcher, contradictions are refused, and a batch is shared equally or not at all."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 
@@ -129,6 +131,6 @@ def test_statistics_of_batches_are_taken_over_gpus_only(monkeypatch):
     class Two:
         num_processes, device = 2, torch.device("cpu")
 
-    network = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
-    student, _ = launch.place(Two(), (network, network))
-    assert isinstance(student[0], torch.nn.BatchNorm1d)
+    network = torch.nn.Sequential(OrderedDict(backbone=torch.nn.BatchNorm1d(2)))
+    student, _ = launch.place(Two(), (network, network), Config().train)
+    assert isinstance(student.backbone, torch.nn.BatchNorm1d)

@@ -1,0 +1,114 @@
+"""Sharded runs: the curves of whole ones, checkpoints for any number of processes, the same bytes when resumed."""
+
+import pytest
+from launching import REPOSITORY, backbone, checkpoint, checkpoints, copy_run, error_of, metrics, steps_logged
+
+import dino
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "train.checkpoint_every=4",
+    "model.drop_path=0",
+    "model.registers=2",
+    "optim.lr=0.003",
+    "optim.clip_scope=module",
+    "objective.centering=sinkhorn",
+    "objective.ibot_weight=1",
+    "objective.ibot_head=separate",
+    "objective.koleo_weight=0.1",
+    "objective.koleo_scope=all",
+)
+SHARDED = (*SETTINGS, "train.shard=true")
+LOSSES = ("loss/dino", "loss/ibot", "loss/koleo")
+
+
+@pytest.fixture(scope="module")
+def done(runs, tmp_path_factory):
+    """Finished runs by name: (run directory, process)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    commands = {
+        "alone": SETTINGS,
+        "sharded": SHARDED,
+        "recomputed": (*SHARDED, "train.checkpoint_blocks=true"),
+        "random": (*SHARDED, "model.drop_path=0.3", "model.drop_path_kind=subset"),
+    }
+    commands = {name: (*settings, f"run.dir={folder / name}") for name, settings in commands.items()}
+    finished = runs.together(commands, sharded="torchrun", recomputed="torchrun", random="torchrun")
+    for process in finished.values():
+        assert process.returncode == 0, process.stderr
+    return {name: (folder / name, process) for name, process in finished.items()}
+
+
+def assert_same_curves(run, reference):
+    assert steps_logged(run) == list(range(1, STEPS + 1))
+    for line, wanted in zip(metrics(run), metrics(reference), strict=True):
+        for name in LOSSES:
+            assert line[name] == pytest.approx(wanted[name], rel=1e-3), f"{name} of step {line['step']}"
+
+
+def test_the_curves_compared_here_move(done):
+    for name in LOSSES:
+        values = [line[name] for line in metrics(done["alone"][0])]
+        assert max(values) - min(values) > 10 * 1e-3 * max(values)
+
+
+@pytest.mark.parametrize("name", ["sharded", "recomputed"])
+def test_a_sharded_run_gives_the_curves_of_one_process(done, name):
+    assert "sharded over 2 processes" in done[name][1].stdout
+    assert "sharded" not in done["alone"][1].stdout.split("checkpoints")[0]
+    assert_same_curves(done[name][0], done["alone"][0])
+
+
+def test_two_processes_then_one_then_two(runs, done, tmp_path):
+    run = copy_run(done["sharded"][0], tmp_path / "run", 4)
+    alone = runs.finish(*SHARDED, "train.time_limit=1000", f"run.dir={run}")
+    assert "going on from step 4\n" in alone.stdout
+    assert "1 process(es)" in alone.stdout
+    assert "sharded over" not in alone.stdout
+    run = copy_run(run, tmp_path / "again", 8)
+    both = runs.finish(*SHARDED, f"run.dir={run}", launcher="torchrun")
+    assert "going on from step 8\n" in both.stdout
+    assert "sharded over 2 processes" in both.stdout
+    assert_same_curves(run, done["alone"][0])
+
+
+def test_a_sharded_run_resumes_bit_identically(runs, done, tmp_path):
+    whole, _ = done["random"]
+    run = copy_run(whole, tmp_path / "run", 8)
+    settings = (*SHARDED, "model.drop_path=0.3", "model.drop_path_kind=subset")
+    runs.finish(*settings, f"run.dir={run}", launcher="torchrun")
+    assert checkpoints(run) == [8, 12]
+    assert backbone(run) == backbone(whole)
+    names = ("student", "teacher", "optimizer")
+    files = [[(checkpoint(path, 12) / f"{name}.safetensors").read_bytes() for name in names] for path in (run, whole)]
+    assert files[0] == files[1]
+
+
+def test_its_backbone_is_whole_and_its_page_written(done):
+    run, _ = done["sharded"]
+    names = dino.load_backbone(run).state_dict().keys()
+    assert names == dino.load_backbone(done["alone"][0]).state_dict().keys()
+    assert (run / "report.html").read_text().count("<img") == (done["alone"][0] / "report.html").read_text().count(
+        "<img"
+    )
+
+
+def test_fp16_is_refused(runs, tmp_path):
+    before = "import torch; torch.cuda.is_available = lambda: True"
+    refused = runs.run(*SHARDED, "train.precision=fp16", f"run.dir={tmp_path / 'run'}", before=before)
+    assert "train.shard cannot watch fp16 gradients for overflow" in error_of(refused)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_launch_files_are_accelerates(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    settings = load_config_from_file(str(file))
+    assert settings.mixed_precision == "bf16"
+    assert settings.num_processes == {"one_gpu": 1, "eight_gpus": 8, "nodes": 64}[file.stem]
+    assert settings.use_cpu is False
