@@ -25,7 +25,7 @@ from dino.evaluation import omniglot
 from dino.evaluation.features import cached, content_digest, extract
 from dino.evaluation.pictures import bars, confusion_matrix
 from dino.evaluation.readout import converged_logistic, logistic
-from dino.models import Backbone, ResNet, VisionTransformer
+from dino.models import Backbone, ResNet, random_like
 from dino.training.reporting import write_report
 from dino.training.run_directory import RunDirectory
 
@@ -139,18 +139,6 @@ def architecture(backbone: Backbone) -> str:
     """A short name of what the network is."""
     spec = backbone.spec
     return spec.arch if isinstance(backbone, ResNet) else f"ViT {spec.embed_dim}×{spec.depth}/{spec.patch_size}"
-
-
-def random_like(backbone: Backbone) -> Backbone:
-    """The same architecture as it was before training."""
-    training = backbone.description.get("training", {"seed": 0, "initialisation": "published"})
-    torch.manual_seed(training["seed"])
-    if isinstance(backbone, ResNet):
-        blank: Backbone = ResNet(backbone.spec)
-    else:
-        blank = VisionTransformer(backbone.spec, initialisation=training["initialisation"])
-    blank.preprocess, blank.description = backbone.preprocess, backbone.description
-    return blank.eval()
 
 
 def earlier_results(out: Path, data: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dino.models.head import DINOHead
 from dino.models.preprocess import Preprocess
 from dino.models.resnet import ResNet, ResNetSpec
 from dino.models.vit import SIZES, VisionTransformer, ViTSpec
-from dino.models.weights import Backbone, load_backbone, save_backbone
+from dino.models.weights import Backbone, load_backbone, random_like, save_backbone
 
 __all__ = [
     "SIZES",
@@ -16,5 +16,6 @@ __all__ = [
     "ViTSpec",
     "VisionTransformer",
     "load_backbone",
+    "random_like",
     "save_backbone",
 ]

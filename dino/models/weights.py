@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -191,6 +192,18 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
         raise UserError(f"{source} does not fit the model, {'; '.join(problems)}")
     module.load_state_dict(tensors)
     logger.info("%s: %d of %d tensors matched", source, len(wanted), len(wanted))
+
+
+def random_like(backbone: Backbone) -> Backbone:
+    """The same architecture as it was before training."""
+    training = backbone.description.get("training", {"seed": 0, "initialisation": "published"})
+    torch.manual_seed(training["seed"])
+    if isinstance(backbone, ResNet):
+        blank: Backbone = ResNet(backbone.spec)
+    else:
+        blank = VisionTransformer(backbone.spec, initialisation=training["initialisation"])
+    blank.preprocess, blank.description = backbone.preprocess, backbone.description
+    return blank.eval()
 
 
 def _build(description: dict[str, Any]) -> Backbone:
