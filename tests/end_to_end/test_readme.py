@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+OMNIGLOT = "configs/omniglot_cpu.yaml"
 SMALL = [setting for setting in TINY if not setting.startswith("data.kind")]
 
 
@@ -49,7 +50,7 @@ def places(tmp_path_factory) -> dict[str, str]:
         "runs/embeddings.parquet": str(folder / "embeddings.parquet"),
         "runs/exported": str(folder / "exported"),
         "images_background.zip": str(archive),
-        "runs/mine": str(folder / "mine"),
+        **{f"runs/{name}": str(folder / name) for name in ("mine", "dinov2", "continued", "student")},
         "runs/omniglot": str(folder / "omniglot"),
     }
 
@@ -61,8 +62,8 @@ def run(runs: Runs, command: str, places: dict[str, str]) -> str:
     elif words[0] == "python":
         words = [sys.executable, *words[1:]]
     if "train/pretrain.py" in words and "--help" not in words:
-        words += [*SMALL, "train.epochs=1", f"run.dir={places['runs/omniglot']}"] if "--config" in words else SMALL
-        words += ["train.steps=2"] if "train.epochs=100" in words else []
+        words += SMALL
+        words += ["train.epochs=1", f"run.dir={places['runs/omniglot']}"] if OMNIGLOT in words else ["train.steps=2"]
     for name, place in places.items():
         words = [re.sub(rf"(?<![\w/]){re.escape(name)}(?![\w/])", place, word) for word in words]
     done = subprocess.run(
@@ -79,15 +80,16 @@ def run(runs: Runs, command: str, places: dict[str, str]) -> str:
 
 
 def test_commands_are_found():
-    assert sum("train/pretrain.py" in command for command in COMMANDS) == 3
+    assert sum("train/pretrain.py" in command for command in COMMANDS) == 6
     assert sum("eval/" in command for command in COMMANDS) == 6
 
 
 def test_pretraining_and_use(runs, places):
     for command in COMMANDS:
-        if "train/pretrain.py" in command and "--config" not in command:
+        if "train/pretrain.py" in command and OMNIGLOT not in command:
             run(runs, command, places)
-    assert (Path(places["runs/mine"]) / "backbone.safetensors").exists()
+    for name in ("mine", "dinov2", "continued", "student"):
+        assert (Path(places[f"runs/{name}"]) / "backbone.safetensors").exists()
     code = next(block for language, block in BLOCKS if language == "python")
     found: dict = {}
     exec(code.replace("runs/mine", places["runs/mine"]), found)
