@@ -12,7 +12,7 @@ nearest centroids lie further apart than any centroid has moved since is not com
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,10 +52,10 @@ class Clustering(NamedTuple):
     iterations: int
 
 
-def share(points: int, process: int, processes: int) -> range:
-    """The points that a process holds: whole blocks, as many as the others, give or take one."""
+def share(points: int, rank: int, processes: int) -> range:
+    """The points that process `rank` holds: whole blocks, as many as the others, give or take one."""
     blocks = -(-points // BLOCK)
-    first, last = (blocks * rank // processes * BLOCK for rank in (process, process + 1))
+    first, last = (blocks * place // processes * BLOCK for place in (rank, rank + 1))
     return range(min(first, points), min(last, points))
 
 
@@ -73,14 +73,14 @@ class Points:
 
     def __init__(self, rows: Tensor | np.ndarray, device: torch.device | str = "cpu", spherical: bool = False):
         self.rows, self.device, self.spherical = rows, torch.device(device), spherical
-        counts = _gathered(torch.tensor([len(rows)], device=self.device))
-        rank = dist.get_rank() if is_distributed() else 0
+        counts = gathered_rows(torch.tensor([len(rows)], device=self.device))
+        rank, _ = process()
         self.first, self.total = int(counts[:rank].sum()), int(counts.sum())
         self.mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=self.device)
         largest = torch.zeros((), device=self.device)
         for _, block in self._blocks():
             largest = torch.maximum(largest, block.abs().max())
-        if not bool(_reduced(largest, dist.ReduceOp.MAX if is_distributed() else None).isfinite()):
+        if not bool(_reduced(largest, dist.ReduceOp.MAX).isfinite()):
             raise UserError("some embeddings are NaN or infinite: embed with other weights or train.precision=fp32")
         self.scale = 2.0 ** (EXACT - math.ceil(math.log2(max(self.total * float(largest) * 2, 2**-60))))
         for _, block in self._blocks():
@@ -134,7 +134,7 @@ class _Centroids:
             self.wide = torch.cat([centroids.to(precision), torch.stack(columns, dim=1)], dim=1)
 
     def nearest(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest centroid of each point (n,), and how much farther the second is (n,), less what rounding may do."""
+        """The nearest centroid of each point, and how much farther the second is, less what rounding may do: (n,)."""
         if self.precision == torch.float32:
             scores = torch.addmm(self.bias, block, self.centroids.T)
         else:
@@ -180,7 +180,7 @@ def kmeans(
     labels = torch.full((len(points),), -1, device=points.device)
     gaps = torch.full((len(points),), -math.inf, device=points.device)
     sums = torch.zeros(clusters, centroids.shape[1], dtype=torch.float64, device=points.device)
-    rank = dist.get_rank() if is_distributed() else 0
+    rank, _ = process()
     taken = begin
     with tqdm(total=iterations, initial=begin, desc=title, unit="iteration", leave=False, disable=rank > 0) as bar:
         for taken in range(begin + 1, iterations + 1):
@@ -279,7 +279,7 @@ def _farthest(points: Points, centroids: Tensor, labels: Tensor, count: int) -> 
     some = slice(0, min(count, len(distances)))
     found = torch.full((count, 2), -1.0, dtype=torch.float64, device=points.device)
     found[some, 0], found[some, 1] = best.values[some], (best.indices[some] + points.first).double()
-    of_all = _gathered(found)
+    of_all = gathered_rows(found)
     order = of_all[of_all[:, 1].argsort()]
     order = order[order[:, 0].argsort(descending=True, stable=True)][:count]
     return points.at(order[order[:, 0] > 0, 1].long())
@@ -309,20 +309,29 @@ def _two_best(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(best), torch.from_numpy(labels), torch.from_numpy(values.max(axis=1))
 
 
-def _reduced(tensor: Tensor, how: dist.ReduceOp | None = None) -> Tensor:
+def _reduced(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
     """Summed (or as `how` says) over all processes, in place."""
     if is_distributed():
-        dist.all_reduce(tensor, op=how or dist.ReduceOp.SUM)
+        dist.all_reduce(tensor, op=how)
     return tensor
 
 
-def _gathered(tensor: Tensor) -> Tensor:
-    """(n, …) of each process, one after the other; all have as many."""
+def process() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def gathered_rows(tensor: Tensor) -> Tensor:
+    """(n, …) of each process, one after the other; every process must call this, n may differ."""
     if not is_distributed():
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
-    return torch.cat(parts)
+    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+    longest = max(int(count) for count in counts)
+    padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 def _earlier(progress: Path | None, device: torch.device) -> tuple[int, Tensor | None]:

@@ -24,13 +24,15 @@ import dino
 
 pytestmark = pytest.mark.slow
 
-STEPS, BOUNDARY = 16, 8
+STEPS, FROZEN, BOUNDARY = 16, 4, 8
 PATCHES = ("objective.ibot_weight=1",)
 FIRST = (*PATCHES, "objective.ibot_head=separate", "objective.ibot_prototypes=48", "train.steps=6")
 PHASED = (
     *PATCHES,
     f"train.steps={STEPS}",
     "train.checkpoint_every=4",
+    "train.keep_checkpoints=4",
+    f"optim.freeze_backbone_steps={FROZEN}",
     "train.phases=[{begin: 0.5, global_size: 12, local_size: 8}]",
     "data.cache=none",
     "optim.lr=0.003",
@@ -124,11 +126,14 @@ class TestContinued:
             assert len(set(values)) == STEPS
 
     def test_begins_with_the_weights_and_leaves_them(self, first, done):
-        """The backbone stands still for a tenth of the run, while new heads learn."""
+        """At first the backbone stands still, while new heads learn."""
         run = of(done, "one")
         start, end = (load_file(folder / "backbone.safetensors") for folder in (first, run))
+        for network in ("student", "teacher"):
+            frozen = load_file(checkpoint(run, FROZEN) / f"{network}.safetensors")
+            assert [name for name in start if not torch.equal(frozen[f"backbone.{name}"], start[name])] == []
         assert start.keys() == end.keys()
-        assert [name for name in start if torch.equal(start[name], end[name]) and name != "mask_token"] == []
+        assert [name for name in start if torch.equal(start[name], end[name])] == []
         assert dino.load_backbone(run).preprocess.image_size == 12
 
     def test_interrupted_before_and_in_a_phase_it_ends_bit_identical(self, runs, first, done, tmp_path):
@@ -164,6 +169,7 @@ class TestContinued:
         assert checkpoints(run) == []
         runs.finish(*command, before=WITHOUT_REPORT)
         assert backbone(run) == backbone(of(done, "random"))
+        assert steps_logged(run) == list(range(STEPS + 1))
 
     def test_begun_elsewhere_from_a_checkpoint_it_ends_bit_identical(self, done, elsewhere):
         assert backbone(elsewhere) == backbone(of(done, "random"))

@@ -1,0 +1,88 @@
+"""Duplicates: images of equal pixels, and near copies, of which one is kept (Oquab et al. 2023, appendix A).
+
+Features bring forward candidates; near ones are confirmed at image level, as different images of one thing may lie as
+close in feature space as copies do.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+SIDE = 32  # pixels of a thumbnail
+SHIFT = 3  # pixels by which thumbnails may be apart
+
+
+def thumbnail(image: Tensor) -> Tensor:
+    """(C, H, W) uint8 to (32, 32) uint8, the mean of the channels: what copies are confirmed by."""
+    grey = image.float().mean(dim=0, keepdim=True)[None]
+    small = F.interpolate(grey, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+    return small[0, 0].round().clamp(0, 255).to(torch.uint8)
+
+
+def likeness(first: Tensor, second: Tensor) -> Tensor:
+    """Greatest correlation of two thumbnails over shifts of up to 3 pixels.
+
+    Args:
+        first, second: (n, 32, 32) uint8.
+
+    Returns:
+        (n,) in [−1, 1]; 1 where both are of one grey, 0 where only one is.
+    """
+    inner = slice(SHIFT, SIDE - SHIFT)
+    window = _standard(first[:, inner, inner].float())
+    best = torch.full((len(first),), -1.0)
+    for down in range(2 * SHIFT + 1):
+        for right in range(2 * SHIFT + 1):
+            size = SIDE - 2 * SHIFT
+            moved = _standard(second[:, down : down + size, right : right + size].float())
+            best = torch.maximum(best, (window * moved).sum(dim=(1, 2)))
+    flat = [(pixels.flatten(1).float().std(dim=1) < 1) for pixels in (first, second)]
+    best[flat[0] ^ flat[1]] = 0
+    best[flat[0] & flat[1]] = 1
+    return best
+
+
+def _standard(pixels: Tensor) -> Tensor:
+    """(n, h, w) less its mean, of length 1."""
+    centred = pixels - pixels.mean(dim=(1, 2), keepdim=True)
+    return F.normalize(centred.flatten(1), dim=1).view_as(centred)
+
+
+def groups(count: int, pairs: np.ndarray) -> np.ndarray:
+    """(count,) the number of each image's connected component, of `pairs` (m, 2)."""
+    ones = np.ones(len(pairs), dtype=bool)
+    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return connected_components(graph, directed=False)[1]
+
+
+def originals(group: np.ndarray, pixels: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """(count,) which image of its group stands for each: the one of most pixels, of these the first by name."""
+    order = np.lexsort((names, -pixels, group))
+    firsts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    of_group = np.empty(group.max(initial=-1) + 1, dtype=np.int64)
+    of_group[group[order][firsts]] = order[firsts]
+    return of_group[group]
+
+
+def same_pixels(hashes: np.ndarray) -> np.ndarray:
+    """(m, 2) pairs that join images of equal hash; empty hashes are of images that could not be read."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    equal = (ordered[1:] == ordered[:-1]) & (ordered[1:] != "")
+    return np.stack([order[:-1][equal], order[1:][equal]], axis=1)
+
+
+def confirmed(pairs: np.ndarray, thumbnails: np.ndarray, least: float, chunk: int = 4096) -> np.ndarray:
+    """Of pairs (m, 2), those whose thumbnails (N, 32, 32) are alike enough."""
+    kept = [
+        part[
+            (
+                likeness(torch.from_numpy(thumbnails[part[:, 0]]), torch.from_numpy(thumbnails[part[:, 1]])) >= least
+            ).numpy()
+        ]
+        for part in np.array_split(pairs, max(1, -(-len(pairs) // chunk)))
+    ]
+    return np.concatenate(kept)
