@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 AUTO = "auto"
-KINDS = (AUTO, "folder", "zip", "omniglot", "omniglot_train", "digits")
+KINDS = (AUTO, "folder", "zip", "omniglot", "omniglot_train", "digits", "manifest")
 
 
 def setting(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
@@ -21,7 +21,7 @@ def setting(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
 
 @dataclass
 class DataConfig:
-    root: str = setting("", "folder of images (searched recursively), a .zip of one, or a data set's own file")
+    root: str = setting("", "folder of images (searched recursively), a .zip of one, or a manifest.parquet of curation")
     kind: str = setting(
         AUTO, "how root is read; auto: by what it is; omniglot_train: without the drawings kept for testing", KINDS
     )

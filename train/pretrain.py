@@ -42,9 +42,10 @@ def main() -> None:
     config.train.precision = launch.precision_of(accelerator)
     directory = RunDirectory(config.run.dir)
     earlier = directory.earlier_config(config.train.resume)
+    found = directory.starting_point(config.train.resume)
 
     # Weights to start from, data, and the settings that depend on them.
-    config, initial, reasons = follow_weights(config, earlier)
+    config, initial, reasons = follow_weights(config, earlier if found else None)
     config, guide, decided = follow_guide(config)
     reasons |= decided
     images = open_images(config.data.root, config.data.kind, config.data.channels)
@@ -72,7 +73,7 @@ def main() -> None:
     launch.seed_process(config.train.seed, accelerator.process_index)
     facts = {"images": fingerprint(images)}
     start = 0
-    if found := directory.starting_point(config.train.resume):
+    if found:
         state = checkpoints.load(found)
         faults.refuse_other_images(state["images"], facts["images"], found)
         start = state["step"]
@@ -95,7 +96,7 @@ def main() -> None:
     reporter = Reporter(directory, config, images, accelerator.is_main_process)
     taken, width = start, student.backbone.embed_dim
     with Metrics(accelerator, config, directory, width, start) as metrics, closing(metrics.timing(batches)) as timed:
-        if initial is not None:
+        if initial is not None and not start:
             metrics.begin(health.of_start(take_step, batches))
         for step, micro_batches in enumerate(timed, start):
             metrics.add(take_step(step, micro_batches))

@@ -1,6 +1,6 @@
-"""Where images come from: a folder, a zip archive of one, Omniglot, or scikit-learn's digits.
+"""Where images come from: a folder, a zip archive of one, Omniglot, scikit-learn's digits, or curation's manifest.
 
-A pool of images has `names`, `labels` (or None) and `read(index)`; nothing else is asked of it.
+A pool of images has `names`, `labels` and `weights` (or None) and `read(index)`; nothing else is asked of it.
 """
 
 import difflib
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dino.data.decode import EXTENSIONS, UnreadableImage, decode
+from dino.data.manifest import places_of, read_manifest
 from dino.data.omniglot import held_out, parse
 from dino.errors import UserError
 from dino.settings import KINDS
@@ -26,14 +27,16 @@ class Images(Protocol):
     """A pool of images.
 
     `names` holds one name per image, the same in every process and on every start; `labels` a class name per image, or
-    None where the pool has none; every image that `read` gives has `channels` channels; `kind` is what data.kind calls
-    the pool.
+    None where the pool has none; `weights` (N,) in proportion to which images are drawn, None: equally; every image
+    that `read` gives has `channels` channels; `kind` is what data.kind calls the pool.
     """
 
     @property
     def names(self) -> Sequence[str]: ...
     @property
     def labels(self) -> Sequence[str] | None: ...
+    @property
+    def weights(self) -> np.ndarray | None: ...
     @property
     def channels(self) -> int: ...
     @property
@@ -47,7 +50,7 @@ class Images(Protocol):
 class FolderImages:
     """All image files below a folder, sorted by path; the first folder level is the label, if there are several."""
 
-    kind = "folder"
+    kind, weights = "folder", None
 
     def __init__(self, root: Path, channels: int = 3):
         self.root, self.channels = root, channels
@@ -67,7 +70,7 @@ class FolderImages:
 class ZipImages:
     """The image files in a zip archive, read in place; nothing is extracted, so no entry can name a path outside."""
 
-    kind = "zip"
+    kind, weights = "zip", None
 
     def __init__(self, path: Path, channels: int = 3):
         self.path, self.channels = path, channels
@@ -109,10 +112,11 @@ class Part:
     Args:
         kind: what data.kind calls the part.
         indices: of the images in the whole pool.
+        weights: of these images.
     """
 
-    def __init__(self, whole: Images, kind: str, indices: Sequence[int]):
-        self.whole, self.kind, self.indices = whole, kind, list(indices)
+    def __init__(self, whole: Images, kind: str, indices: Sequence[int], weights: np.ndarray | None = None):
+        self.whole, self.kind, self.indices, self.weights = whole, kind, list(indices), weights
         self.channels = whole.channels
         self.names = [whole.names[index] for index in self.indices]
         self.labels = None if whole.labels is None else [whole.labels[index] for index in self.indices]
@@ -125,7 +129,7 @@ class Part:
 class Digits:
     """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), 8×8 grey pixels with light ink."""
 
-    channels, kind = 1, "digits"
+    channels, kind, weights = 1, "digits", None
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -143,8 +147,8 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
     """Open a pool of images.
 
     Args:
-        root: a folder, or a zip archive; ignored for `digits`.
-        kind: `folder`, `zip`, `omniglot`, `omniglot_train`, `digits`, or `auto`.
+        root: a folder, a zip archive, or a manifest; ignored for `digits`.
+        kind: `folder`, `zip`, `omniglot`, `omniglot_train`, `digits`, `manifest`, or `auto`.
         channels: of the images given back; `auto`: 1 for Omniglot and digits, else 3.
 
     Raises:
@@ -163,6 +167,10 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
     path = Path(root).expanduser()
     if not path.exists():
         raise UserError(f"data.root={root} does not exist")
+    if kind == "manifest" or (kind == "auto" and path.suffix == ".parquet"):
+        manifest = read_manifest(path)
+        pool = open_images(manifest.root, manifest.kind, channels)
+        return Part(pool, "manifest", places_of(manifest, pool, path), manifest.weights)
     if kind == "zip" and path.is_dir():
         raise UserError(f"data.kind=zip, but data.root={root} is a folder: use data.kind=folder, or leave it auto")
     if kind == "folder" and not path.is_dir():
@@ -183,10 +191,12 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
 
 
 def fingerprint(images: Images) -> str:
-    """A short digest of the images' names and order: a resumed run must see the same pool."""
+    """A short digest of the images' names, order and weights: a resumed run must see the same pool."""
     digest = hashlib.sha256()
     for name in images.names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    if images.weights is not None:
+        digest.update(images.weights.tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -4,35 +4,57 @@ from collections.abc import Iterator
 
 import numpy as np
 
+REPEAT = 1 << 32  # what the epoch of an image's further visits within one epoch is raised by, for views of their own
+
 
 class EpochStream:
-    """All epochs, each a fresh permutation of all images, cut into global batches without regard to epoch ends.
+    """All epochs, each N visits in a fresh order, cut into global batches without regard to epoch ends.
 
-    Every image is visited exactly once an epoch. A process takes a contiguous share of each global batch, so the
-    batches of a run do not depend on the number of processes, no process keeps to a shard of the data, and the state
-    of the sampler is the step.
+    Without weights every image is visited exactly once an epoch; with them as often as its weight says, rounded up or
+    down by systematic sampling. A process takes a contiguous share of each global batch, so the batches of a run do not
+    depend on the number of processes, no process keeps to a shard of the data, and the state of the sampler is the step
+    (and the weights).
 
     Args:
         images: size of the pool, N.
         batch_size: global batch, B.
-        seed: seed of the permutations.
+        seed: seed of the orders.
+        weights: (N,) in proportion to which images are visited; None: equal.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int):
+    def __init__(self, images: int, batch_size: int, seed: int, weights: np.ndarray | None = None):
         self.images, self.batch_size, self.seed = images, batch_size, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.reweigh(weights)
+
+    def reweigh(self, weights: np.ndarray | None) -> None:
+        """Visit images by other weights from now on."""
+        self.weights = weights
+        self._epoch, self._visits = -1, np.empty((0, 2), dtype=np.int64)
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """The global batch of optimizer step `step` (from 0), as (epoch, image index)."""
+        """The global batch of optimizer step `step` (from 0), as (epoch, image index); see `REPEAT`."""
         first = step * self.batch_size
         return [self._at(position) for position in range(first, first + self.batch_size)]
 
     def _at(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.images)
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
-        return epoch, int(self._order[offset])
+            self._epoch, self._visits = epoch, self._of_epoch(epoch)
+        image, visit = self._visits[offset].tolist()
+        return epoch + visit * REPEAT, image
+
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        """(N, 2): image, and which of its visits within the epoch this is, from 0."""
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(self.images)
+        if self.weights is None:
+            return np.stack([order, np.zeros_like(order)], axis=1)
+        heights = np.cumsum(self.weights[order], dtype=np.float64)
+        ticks = (np.arange(self.images) + generator.random()) * (heights[-1] / self.images)
+        drawn = order[np.searchsorted(heights, ticks, side="right").clip(max=self.images - 1)]
+        starts = np.flatnonzero(np.diff(drawn, prepend=-1))
+        visits = np.arange(self.images) - np.repeat(starts, np.diff(starts, append=self.images))
+        return np.stack([drawn, visits], axis=1)[generator.permutation(self.images)]
 
 
 class MicroBatches:

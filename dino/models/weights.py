@@ -99,11 +99,22 @@ def load_heads(weights: str | Path) -> dict[str, Tensor]:
     return layouts.read(found, network).heads
 
 
+def directory_of(weights: str | Path) -> Path | None:
+    """The directory, of a run or of Hugging Face's, that weights are named by; None: they are named otherwise."""
+    name, _ = _split(weights)
+    path = Path(name).expanduser()
+    return path if name not in RELEASED and path.is_dir() else None
+
+
+def _split(weights: str | Path) -> tuple[str, str]:
+    """The name, and which network is meant."""
+    name, _, network = str(weights).rpartition("@")
+    return (name, network) if network in ("teacher", "student") else (str(weights), "teacher")
+
+
 def _locate(weights: str | Path) -> tuple[Path, str, Released | None]:
     """The file of some weights, which network of it is meant, and its entry in the table of releases."""
-    name, _, network = str(weights).rpartition("@")
-    if network not in ("teacher", "student"):
-        name, network = str(weights), "teacher"
+    name, network = _split(weights)
     if entry := RELEASED.get(name):
         return fetch(entry.url, cache_directory() / entry.url.rsplit("/", 1)[1], entry.sha256), network, entry
     if (found := _find(name)) is None:

@@ -6,6 +6,7 @@ with it where there are any: in a run's checkpoint, or a full checkpoint of DINO
 their own tokens of randomly chosen images become the prototypes.
 """
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -22,7 +23,7 @@ from dino.config import Config
 from dino.data import Images, UnreadableImage
 from dino.errors import UserError
 from dino.models import Backbone, DINOHead, ResNet, load_backbone
-from dino.models.weights import load_heads, load_strictly
+from dino.models.weights import directory_of, load_heads, load_strictly
 from dino.training.checkpoint import whole_checkpoints
 from dino.training.initial import follow
 from dino.training.network import Network, build_networks
@@ -60,7 +61,7 @@ class Guide:
 
     def __init__(self, name: str):
         self.name, self.backbone = name, load_backbone(name)
-        self.head, self.patch_head = _heads_of_run(Path(name)) or _heads_of_file(name, self.backbone)
+        self.head, self.patch_head = _heads_of_run(directory_of(name)) or _heads_of_file(name, self.backbone)
 
     def settings(self, config: Config) -> dict[str, object]:
         """The settings that it decides.
@@ -83,9 +84,14 @@ class Guide:
                 values["objective.ibot_head"] = "separate"
             if self.patch_head is not None:
                 values["objective.ibot_prototypes"] = self.patch_head.prototypes
+            elif self.head is not None and objective.ibot_head == "separate":
+                values["objective.ibot_prototypes"] = self.head.prototypes  # its one head scores patches too
         patch = getattr(backbone, "patch_size", 1)
-        if config.views.global_size % patch:
-            raise UserError(f"views.global_size={config.views.global_size} is not divisible by {self.name}'s {patch}")
+        sizes = {"views.global_size": config.views.global_size}
+        sizes |= {f"train.phases[{i}].global_size": phase.global_size for i, phase in enumerate(config.train.phases)}
+        for key, size in sizes.items():
+            if size % patch:
+                raise UserError(f"{key}={size} is not divisible by {self.name}'s {patch}")
         return values
 
     def network(self, config: Config, images: Images) -> Network:
@@ -105,25 +111,31 @@ class Guide:
         """Class tokens of as many images, drawn by the run's seed, and one patch token after another of the same."""
         preprocess = replace(self.backbone.preprocess, image_size=config.views.global_size, resize=None)
         generator = np.random.default_rng((config.train.seed, classes))
-        order = np.resize(generator.permutation(len(images.names)), max(classes, patches))
-        tokens, of_patches = [], []
-        for chosen in tqdm(
-            np.array_split(order, -(-len(order) // BATCH)), desc="prototypes", unit="batch", leave=False
-        ):
+        order, needed = generator.permutation(len(images.names)), max(classes, patches)
+        visits = itertools.cycle(order.tolist())  # over all once more, where there are fewer images than prototypes
+        tokens: list[Tensor] = []
+        of_patches: list[Tensor] = []
+        bar = tqdm(total=needed, desc="prototypes", unit="image", leave=False)
+        asked = 0
+        while bar.n < needed and (tokens or asked < len(order)):
+            chosen = list(itertools.islice(visits, min(BATCH, needed - bar.n)))
+            asked += len(chosen)
             pixels = []
             for index in chosen:
                 try:
                     pixels.append(preprocess(images.read(int(index))))
                 except UnreadableImage:
                     continue
+            bar.update(len(pixels))
             if pixels:
                 found = self.backbone.forward_features(torch.stack(pixels))
                 tokens.append(found["x_norm_clstoken"])
                 place = torch.from_numpy(generator.integers(found["x_norm_patchtokens"].shape[1], size=len(pixels)))
                 of_patches.append(found["x_norm_patchtokens"][torch.arange(len(pixels)), place])
-        drawn = torch.cat(tokens) if tokens else torch.empty(0)
-        if len(drawn) < classes or len(drawn) < patches:
-            raise UserError(f"only {len(drawn)} of {len(order)} images can be read: too few for as many prototypes")
+        bar.close()
+        if not tokens:
+            raise UserError(f"none of {len(order)} images can be read: there is nothing to make prototypes of")
+        drawn = torch.cat(tokens)
         return (
             TokenPrototypes(drawn[:classes]),
             TokenPrototypes(torch.cat(of_patches)[:patches]) if patches else None,
@@ -143,12 +155,11 @@ def follow_guide(config: Config) -> tuple[Config, Guide | None, dict[str, str]]:
     return followed, guide, reasons
 
 
-def _heads_of_run(run: Path) -> tuple[DINOHead, DINOHead | None] | None:
-    checkpoints = whole_checkpoints(run / "checkpoints")
-    if not (run / "config.yaml").is_file() or not checkpoints:
+def _heads_of_run(run: Path | None) -> tuple[DINOHead, DINOHead | None] | None:
+    if run is None or not (run / "config.yaml").is_file() or not whole_checkpoints(run / "checkpoints"):
         return None
     _, teacher = build_networks(configuration.load(run / "config.yaml"))
-    file = checkpoints[-1] / "teacher.safetensors"
+    file = whole_checkpoints(run / "checkpoints")[-1] / "teacher.safetensors"
     load_strictly(teacher, load_file(file), str(file))
     return cast(tuple[DINOHead, DINOHead | None], (teacher.head, teacher.patch_head))
 

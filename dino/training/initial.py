@@ -33,7 +33,7 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
     """Let `model.init` decide the architecture.
 
     Args:
-        earlier: of the run that is resumed: it knows the architecture, and the weights are in its checkpoint.
+        earlier: of the run that goes on from a checkpoint: it knows the architecture, and the checkpoint the weights.
 
     Returns:
         The config, the weights to start from (None: random ones, or those of a checkpoint), and the reason of each

@@ -60,7 +60,7 @@ class Batches:
     ):
         self.config, self.images, self.directory = config, images, directory
         self.start, self.stop = start, stop
-        self.stream = EpochStream(len(images.names), config.train.batch_size, config.train.seed)
+        self.stream = EpochStream(len(images.names), config.train.batch_size, config.train.seed, images.weights)
         self.process, self.processes, self.device = (
             accelerator.process_index,
             accelerator.num_processes,

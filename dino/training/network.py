@@ -94,7 +94,7 @@ def vit_spec(config: Config) -> ViTSpec:
         ffn=model.ffn,  # type: ignore[arg-type]  # checked by config.check
         layer_scale=model.layer_scale,
         registers=model.registers,
-        mask_token=config.objective.ibot_weight > 0,
+        mask_token=config.objective.ibot_weight > 0 and config.objective.distill is None,
         position_interpolation=model.position_interpolation,  # type: ignore[arg-type]
     )
 

@@ -103,7 +103,7 @@ class RunDirectory:
                     shutil.rmtree(later)
             _replace(self.config, configuration.dump(config))
             if self.metrics.exists():
-                lines = [line for line in self.read_metrics() if line["step"] <= step]
+                lines = [line for line in self.read_metrics() if line["step"] <= step > 0]
                 _replace(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}") from error

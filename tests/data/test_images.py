@@ -272,6 +272,8 @@ class TestFingerprint:
 
     def test_names_do_not_run_into_each_other(self):
         class Names:
+            weights = None
+
             def __init__(self, *names: str):
                 self.names = names
 

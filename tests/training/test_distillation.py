@@ -184,9 +184,6 @@ class TestHeads:
         guide = Guide(name if left == "run" else f"{name}/{left}")
         assert (guide.head, guide.patch_head) == (None, None)
 
-    @pytest.mark.xfail(
-        strict=True, raises=AssertionError, reason="_heads_of_run does not read the names that load_backbone reads"
-    )
     @pytest.mark.parametrize("name", ["~/run", "~/run@teacher"])
     def test_come_with_the_backbone_however_a_run_is_named(self, name, run, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -280,9 +277,6 @@ class TestTokens:
         for name in ("head.prototypes", "patch_head.prototypes", "head.mean", "patch_head.mean"):
             assert not torch.equal(found[0][name], found[2][name])
 
-    @pytest.mark.xfail(
-        strict=True, raises=UserError, reason="an image that cannot be read is not replaced by another: the run ends"
-    )
     @pytest.mark.parametrize("unreadable", [range(3), range(20, 28)])
     def test_pass_over_images_that_cannot_be_read(self, unreadable, guide, tiny):
         images = Pictures(12 + len(unreadable) + 8, unreadable)
@@ -294,10 +288,14 @@ class TestTokens:
         assert len(set(image.tolist())) == 12
         assert not set(image.tolist()) & set(unreadable)
 
-    @pytest.mark.parametrize("readable", [0, 5])
-    def test_need_images(self, readable, guide, tiny):
-        with pytest.raises(UserError, match=r"images can be read: too few for as many prototypes"):
-            guide.network(self.settings(tiny), Pictures(40, range(readable, 40)))
+    def test_need_images(self, guide, tiny):
+        with pytest.raises(UserError, match="none of 40 images can be read"):
+            guide.network(self.settings(tiny), Pictures(40, range(40)))
+
+    def test_of_few_images_are_of_each_several_times(self, guide, tiny):
+        prototypes = guide.network(self.settings(tiny), Pictures(40, range(5, 40))).head.prototypes
+        assert len(prototypes) == 12
+        assert len(prototypes.round(decimals=4).unique(dim=0)) == 5
 
     def test_see_images_of_any_size_as_global_crops(self, guide, tiny):
         images = Pictures(12)
@@ -398,9 +396,6 @@ class TestSettings:
         config.views.global_size, config.views.local_size = 20, 6  # of local crops the guide sees nothing
         assert follow_guide(config)[1] is not None
 
-    @pytest.mark.xfail(
-        strict=True, reason="only views.global_size is compared: the run breaks off where a phase begins"
-    )
     def test_crops_of_phases_must_fit_the_guides_patches_too(self, tmp_path):
         name = str(write_own(tmp_path / "run", random_backbone(ViTSpec(24, 2, 3, 4, 12))))
         config = with_settings(objective__distill=name, views__global_size=16, model__patch_size=2)
@@ -408,11 +403,6 @@ class TestSettings:
         with pytest.raises(UserError, match=r"train\.phases\[0\]\.global_size=18"):
             follow_guide(config)
 
-    @pytest.mark.xfail(
-        strict=True,
-        raises=NOT_REFUSED,
-        reason="the scores of the guide's one head do not fit the targets of 20 prototypes",
-    )
     def test_patches_need_as_many_prototypes_as_the_guides_only_head(self, run):
         name, _ = run()
         config = with_settings(objective__distill=name, objective__ibot_weight=1, model__patch_size=4)
@@ -533,17 +523,13 @@ def test_targets_are_the_guides_probabilities(accelerator, tiny, run):
 
 
 def test_no_patch_is_hidden_from_the_student(accelerator, tiny, run):
-    """What stands for hidden patches takes no part; without a guide it does."""
+    """It has nothing to put in a patch's place; without a guide it has."""
     name, _ = run(PATCHES)
     config, guide, _ = follow_guide(tiny(DINOV2 | {"objective.distill": name}))
-    batch = packed(views_of_batch(config, 0))
-    finite = []
-    for network in (guide.network(config, Pictures(8)), None):
-        trainer = trainer_of(accelerator, config, guide=network)
-        nn.init.constant_(trainer.student.backbone.mask_token, torch.nan)
-        finite.append({name: bool(value.isfinite()) for name, value in trainer.step(0, batch).items()})
-    assert set(finite[0].values()) == {True}
-    assert not finite[1]["loss/ibot"]
+    trainer = trainer_of(accelerator, config, guide=guide.network(config, Pictures(8)))
+    assert trainer.student.backbone.mask_token is None
+    assert trainer.step(0, packed(views_of_batch(config, 0)))["loss/ibot"].isfinite()
+    assert trainer_of(accelerator, tiny(DINOV2)).student.backbone.mask_token is not None
 
 
 ONE_TEMPERATURE = {
@@ -563,7 +549,8 @@ def test_none_does_better_than_the_guide_itself(accelerator, tiny, run):
 
     def step(noise: float) -> dict[str, float]:
         trainer = trainer_of(accelerator, config, guide=guide.network(config, Pictures(8)))
-        trainer.student.load_state_dict(teacher.state_dict())
+        state = {name: tensor for name, tensor in teacher.state_dict().items() if "mask_token" not in name}
+        trainer.student.load_state_dict(state)
         with torch.no_grad():
             for parameter in trainer.student.parameters():
                 parameter.add_(noise * torch.randn_like(parameter))

@@ -1,0 +1,102 @@
+"""manifest.parquet: what curation decided on each image of a pool, and the pool that training draws by it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dino.errors import UserError
+
+if TYPE_CHECKING:
+    from dino.data.images import Images
+
+METADATA_KEY = b"dino"
+
+
+class Manifest(NamedTuple):
+    """The part of a manifest that training needs.
+
+    Attributes:
+        root, kind: of the pool, as data.root and data.kind.
+        names: (M,) of the images that are kept.
+        weights: (M,) above 0.
+    """
+
+    root: str
+    kind: str
+    names: list[str]
+    weights: np.ndarray
+
+
+def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) -> None:
+    """One row an image, written aside and renamed.
+
+    Args:
+        columns: `path`, `kept`, `weight` and whatever else is known.
+        root, kind: of the pool; kept relative to the manifest where the pool lies below or beside it.
+    """
+    place = Path(root).expanduser().resolve() if root else None
+    try:
+        written = place.relative_to(path.resolve().parent).as_posix() if place else ""
+    except ValueError:
+        written = str(place)
+    facts = json.dumps({"root": written, "kind": kind}, sort_keys=True).encode()
+    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: facts})
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(table, partial)
+    partial.replace(path)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The images that are kept, with their weights.
+
+    Raises:
+        UserError: no manifest, or weights that cannot be drawn by.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from error
+    if missing := {"path", "kept", "weight"} - set(table.column_names):
+        raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
+    try:
+        facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        root, kind = str(facts["root"]), str(facts["kind"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} does not say where its images are: write it by train/curate.py") from error
+    kept = table.filter(table["kept"].fill_null(False)) if pa.types.is_boolean(table["kept"].type) else table
+    names = kept["path"].to_pylist()
+    weights = kept["weight"].to_numpy().astype(np.float64)
+    wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
+    if len(wrong):
+        raise UserError(
+            f"{path}: the weight of {len(wrong):,} kept image(s) is {weights[wrong[0]]}, for example of "
+            f"{names[wrong[0]]}: weights are numbers from 0 on"
+        )
+    drawn = np.flatnonzero(weights > 0)
+    if not len(drawn):
+        raise UserError(f"{path} keeps no image with a weight above 0")
+    if root and not Path(root).is_absolute():
+        root = str(path.resolve().parent / root)
+    return Manifest(root, kind, [names[index] for index in drawn], weights[drawn])
+
+
+def places_of(manifest: Manifest, pool: "Images", path: Path) -> list[int]:
+    """Where the manifest's images are in the pool; a name that is not one of the pool's can reach no file.
+
+    Raises:
+        UserError: some are not there, or twice in the manifest.
+    """
+    places = {name.encode("utf-8", "backslashreplace").decode(): index for index, name in enumerate(pool.names)}
+    missing = [name for name in manifest.names if name not in places]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing):,} of {len(manifest.names):,} images are not in {manifest.root or manifest.kind}, "
+            f"for example {missing[0]}: put them back, or curate what is there now"
+        )
+    if len(set(manifest.names)) < len(manifest.names):
+        raise UserError(f"{path} names some images twice")
+    return [places[name] for name in manifest.names]
