@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,31 +17,35 @@ from dino.errors import UserError
 from dino.models.vit import SIZES
 from dino.settings import AUTO, Config
 
+Tree = TypeVar("Tree")
 
-def leaves(config: Config | type[Config] = Config) -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every setting as (`group.key`, its dataclass field), in the order of this file."""
-    for group in dataclasses.fields(config):
-        for field in dataclasses.fields(cast(Any, group.type)):
+
+def leaves(schema: Any = Config) -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every setting of a tree as (`group.key`, its dataclass field), in the order of its file."""
+    for group in dataclasses.fields(schema):
+        if not dataclasses.is_dataclass(group.type):
+            yield group.name, group
+            continue
+        for field in dataclasses.fields(group.type):
             yield f"{group.name}.{field.name}", field
 
 
-def get(config: Config, key: str) -> Any:
+def get(config: Any, key: str) -> Any:
     """The value of `group.key`."""
-    group, name = key.split(".")
-    return getattr(getattr(config, group), name)
+    return functools.reduce(getattr, key.split("."), config)
 
 
-def assign(config: Config, key: str, value: Any) -> None:
+def assign(config: Any, key: str, value: Any) -> None:
     """Set `group.key`."""
-    group, name = key.split(".")
-    setattr(getattr(config, group), name, value)
+    *groups, name = key.split(".")
+    setattr(functools.reduce(getattr, groups, config), name, value)
 
 
-def describe() -> str:
+def describe(schema: Any = Config) -> str:
     """The table of keys that `--help` prints: key, type, default, meaning."""
-    blank = Config()
+    blank = schema()
     lines = []
-    for key, field in leaves():
+    for key, field in leaves(schema):
         value = get(blank, key)
         kind = " | ".join(field.metadata["choices"]) or _type_name(field)
         lines.append(
@@ -50,14 +55,24 @@ def describe() -> str:
 
 
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `key=value` overrides.
+    """A run's settings: defaults, then the YAML file, then `key=value` overrides.
 
     Raises:
-        UserError: unreadable YAML, unknown key (with the nearest valid one), wrong type, impossible value; all of
-            them are listed at once.
+        UserError: see `read`; or an impossible value.
     """
-    fields = dict(leaves())
-    given = dict(_read_yaml(path)) if path else {}
+    loaded = read(Config, path, overrides)
+    check(loaded)
+    return loaded
+
+
+def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable[str] = ()) -> Tree:
+    """Settings of any tree of dataclasses; whether the values can work is not looked at.
+
+    Raises:
+        UserError: unreadable YAML, unknown key (with the nearest valid one), or wrong type; all are listed at once.
+    """
+    fields = dict(leaves(schema))
+    given = dict(_read_yaml(path, schema)) if path else {}
     for argument in overrides:
         key, separator, text = argument.partition("=")
         if not separator:
@@ -65,7 +80,7 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
         given[key.strip()] = _parse(text, fields.get(key.strip()))
 
     errors = []
-    config = OmegaConf.structured(Config)
+    config = OmegaConf.structured(schema)
     for key, value in given.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.3)
@@ -76,13 +91,11 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
             OmegaConf.select(config, key, throw_on_missing=True)  # ${…} and ??? mean something to OmegaConf
         except OmegaConfBaseException:
             errors.append(f"{key} must be {_type_name(fields[key])}, got {value!r}")
-    _refuse(errors)
-    loaded = cast(Config, OmegaConf.to_object(config))
-    check(loaded)
-    return loaded
+    refuse(errors)
+    return cast(Tree, OmegaConf.to_object(config))
 
 
-def dump(config: Config) -> str:
+def dump(config: Any) -> str:
     """`config` as YAML that `load` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -95,7 +108,7 @@ def check(config: Config, weights_known: bool = False) -> None:
     """
     views, model, train = config.views, config.model, config.train
     errors = [
-        *_check_choices(config),
+        *check_choices(config),
         *_check_sizes(config, weights_known or config.model.init is None),
     ]  # text that is not auto is told there
 
@@ -166,10 +179,11 @@ def check(config: Config, weights_known: bool = False) -> None:
         f"train.batch_size={train.batch_size} cannot be divided into train.accumulation={train.accumulation} equal "
         "micro-batches: change one of them",
     )
-    _refuse(errors)
+    refuse(errors)
 
 
-def _refuse(errors: list[str]) -> None:
+def refuse(errors: list[str]) -> None:
+    """Raise a `UserError` that lists what is wrong, if anything is."""
     if len(errors) == 1:
         raise UserError(errors[0])
     if errors:
@@ -215,8 +229,9 @@ def _check_masks(config: Config) -> Iterator[str]:
         yield f"objective.ibot_weight needs patches, which model.arch={model.arch} has not: use a ViT, or 0"
 
 
-def _check_choices(config: Config) -> Iterator[str]:
-    for key, field in leaves():
+def check_choices(config: Any) -> Iterator[str]:
+    """What is wrong with values that must be one of some names."""
+    for key, field in leaves(type(config)):
         value, choices = get(config, key), field.metadata["choices"]
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
@@ -238,7 +253,7 @@ def _type_name(field: dataclasses.Field) -> str:
     return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}.get(name, name)
 
 
-def _read_yaml(path: str | Path) -> Iterator[tuple[str, Any]]:
+def _read_yaml(path: str | Path, schema: Any) -> Iterator[tuple[str, Any]]:
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -247,7 +262,7 @@ def _read_yaml(path: str | Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return
-    groups = {field.name for field in dataclasses.fields(Config)}
+    groups = {field.name for field in dataclasses.fields(schema)}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold groups of settings ({', '.join(sorted(groups))}), not {type(tree).__name__}")
     for group, settings in tree.items():
