@@ -75,14 +75,10 @@ def same_pixels(hashes: np.ndarray) -> np.ndarray:
     return np.stack([order[:-1][equal], order[1:][equal]], axis=1)
 
 
-def confirmed(pairs: np.ndarray, thumbnails: np.ndarray, least: float, chunk: int = 4096) -> np.ndarray:
-    """Of pairs (m, 2), those whose thumbnails (N, 32, 32) are alike enough."""
-    kept = [
-        part[
-            (
-                likeness(torch.from_numpy(thumbnails[part[:, 0]]), torch.from_numpy(thumbnails[part[:, 1]])) >= least
-            ).numpy()
-        ]
+def confirmed(pairs: np.ndarray, first: np.ndarray, second: np.ndarray, least: float, chunk: int = 4096) -> np.ndarray:
+    """(m,) bool: whether the thumbnails of pairs (m, 2), places among `first` and `second`, are alike enough."""
+    alike = [
+        likeness(torch.from_numpy(first[part[:, 0]]), torch.from_numpy(second[part[:, 1]])).numpy() >= least
         for part in np.array_split(pairs, max(1, -(-len(pairs) // chunk)))
     ]
-    return np.concatenate(kept)
+    return np.concatenate(alike)

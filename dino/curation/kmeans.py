@@ -98,7 +98,7 @@ class Points:
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.rows), BLOCK):
             place = slice(start, min(start + BLOCK, len(self.rows)))
-            block = torch.as_tensor(self.rows[place]).to(self.device, torch.float32)
+            block = as_floats(self.rows[place]).to(self.device)
             yield place, F.normalize(block, dim=1) if self.spherical else block
 
     def integers(self, block: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Points:
         mine = (rows >= self.first) & (rows < self.first + len(self))
         if mine.any():
             chosen = self.rows[(rows[mine] - self.first).cpu().numpy()]
-            block = torch.as_tensor(chosen).to(self.device, torch.float32)
+            block = as_floats(chosen).to(self.device)
             found[mine.to(self.device)] = (F.normalize(block, dim=1) if self.spherical else block) - self.mean.float()
         return _reduced(found)
 
@@ -182,7 +182,9 @@ def kmeans(
     sums = torch.zeros(clusters, centroids.shape[1], dtype=torch.float64, device=points.device)
     rank, _ = process()
     taken = begin
-    with tqdm(total=iterations, initial=begin, desc=title, unit="iteration", leave=False, disable=rank > 0) as bar:
+    with tqdm(
+        total=iterations, initial=begin, desc=title, unit="iteration", leave=False, disable=rank > 0 or not iterations
+    ) as bar:
         for taken in range(begin + 1, iterations + 1):
             changed = _assign(points, _Centroids(centroids, precision), labels, gaps, sums)
             bar.set_postfix_str(f"{changed / points.total:.2%} changed", refresh=False)
@@ -291,6 +293,11 @@ def _distances(points: Points, centroids: Tensor, labels: Tensor) -> Tensor:
     for place, block in points:
         found[place] = (block - centroids[labels[place]]).square().sum(dim=1)
     return found
+
+
+def as_floats(rows: Tensor | np.ndarray) -> Tensor:
+    """As an fp32 tensor; what a memory map shows is copied."""
+    return rows.float() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, dtype=np.float32))
 
 
 def _two_best(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from dino.curation.kmeans import as_floats
 from dino.errors import UserError
 
 CHUNK = 4096  # queries, and 16 times as many keys, at a time
@@ -58,7 +59,7 @@ def nearest(
 
 
 def _unit(rows: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
-    return F.normalize(torch.as_tensor(rows).to(device, torch.float32), dim=1)
+    return F.normalize(as_floats(rows).to(device), dim=1)
 
 
 def _by_faiss(

@@ -156,6 +156,33 @@ def neighbours_sheet(queries: Sequence[Tensor], neighbours: Sequence[Sequence[Te
     return _grid_png(tiles, columns=2 + len(neighbours[0]))
 
 
+def mosaic(rows: Sequence[Sequence[Tensor]], side: int = 72) -> bytes:
+    """Rows of images (C, H, W) uint8, each whole; shorter rows end in blanks."""
+    columns = max(map(len, rows))
+    blank = torch.full((3, side, side), 0.85)
+    tiles = [
+        tile for row in rows for tile in [*(_framed(image, side) for image in row), *[blank] * (columns - len(row))]
+    ]
+    return _grid_png(tiles, columns)
+
+
+def shares(before: np.ndarray, after: np.ndarray, title: str) -> bytes:
+    """Shares of all clusters (k,) before and after, the largest before first."""
+    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    order = np.argsort(-before, kind="stable")
+    place = np.arange(len(order))
+    axes.fill_between(place, before[order], step="mid", color=INK, alpha=0.25, linewidth=0, label="before")
+    axes.plot(place, after[order], color=TEACHER, linewidth=1.2, drawstyle="steps-mid", label="after")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("clusters, the largest first")
+    axes.set_ylabel("share of the images")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0)
+    return png(figure)
+
+
 def bars(charts: dict[str, Sequence[tuple[str, float, float]]], title: str, lines: dict[str, float]) -> bytes:
     """Horizontal bars with spread, a panel for each chart; published or chance levels as dashed lines.
 

@@ -1,0 +1,289 @@
+"""A pool's way from images to a manifest: embed, de-duplicate, cluster, rebalance; each stage is kept on disk."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from dino.curation import rebalance
+from dino.curation.duplicates import confirmed, groups, originals, same_pixels
+from dino.curation.embed import Embedded, embed
+from dino.curation.hierarchy import hierarchical_kmeans
+from dino.curation.kmeans import Points, gathered_rows, share
+from dino.curation.neighbours import nearest
+from dino.curation.settings import CurateConfig
+from dino.curation.stage import Stage
+from dino.data import Images, fingerprint, open_images
+from dino.errors import UserError
+from dino.evaluation.features import weights_digest
+from dino.models import Backbone
+
+MOST_CLUSTERS = 10_000  # that `auto` chooses
+
+
+class Copies(NamedTuple):
+    """What is a copy of what.
+
+    Attributes:
+        original: (N,) the image that stands for each: itself, or the one kept of its copies; −1: unreadable.
+        near: (m, 2) pairs of near copies, confirmed; and their cosines (m,).
+        cosines: of these.
+        candidates: how many pairs the features brought forward.
+        matches: (N,) the test set that an image, or one of its copies, matches; empty: none.
+    """
+
+    original: np.ndarray
+    near: np.ndarray
+    cosines: np.ndarray
+    candidates: int
+    matches: np.ndarray
+
+
+class Clusters(NamedTuple):
+    """Clusters of the images that are left.
+
+    Attributes:
+        levels: (N,) cluster of each image at the first level (−1: none), then (k,) of each cluster one level up.
+        distances: (N,) squared, to the first level's centroid; NaN: none.
+        centroids: (k, D) of the first level.
+    """
+
+    levels: list[np.ndarray]
+    distances: np.ndarray
+    centroids: np.ndarray
+
+
+class Curation:
+    """One curation: its pool, weights, stages and what they give.
+
+    Args:
+        directory: RUN.
+    """
+
+    def __init__(
+        self, config: CurateConfig, images: Images, backbone: Backbone, directory: Path, accelerator: Accelerator
+    ):
+        self.config, self.images, self.backbone = config, images, backbone
+        self.directory, self.accelerator = directory, accelerator
+        self.weights = weights_digest(backbone)
+
+    def run(self) -> dict[str, Any]:
+        """All stages; the manifest's columns. Every process must call this."""
+        self.embedded = self.embed(self.images, "embeddings")
+        if not self.embedded.readable.any():
+            raise UserError(f"none of {len(self.images.names):,} images can be read: {self.embedded.reasons[0]}")
+        self.copies = self.find_copies()
+        self.left = np.flatnonzero(
+            (self.copies.original == np.arange(len(self.images.names))) & (self.copies.matches == "")
+        )
+        if not len(self.left):
+            raise UserError("no image is left: all match one of duplicates.against")
+        self.clusters = self.cluster()
+        self.drawn = self.draw()
+        return self.columns()
+
+    def embed(self, images: Images, name: str) -> Embedded:
+        """Class tokens of a pool, in RUN/`name`."""
+        embed_, cpus = self.config.embed, os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(16, cpus // local - 1) if embed_.workers == "auto" else int(embed_.workers)
+        stage = Stage(self.directory / name, self._embedded(images), self.accelerator)
+        return embed(stage, self.backbone, images, embed_.batch_size, workers, self.accelerator)
+
+    def find_copies(self) -> Copies:
+        """Equal pixels, near copies, and matches with test sets."""
+        settings, embedded = self.config.duplicates, self.embedded
+        stage = self._stage("duplicates", settings)
+        others = [(root, self._other(root, f"against-{number}")) for number, root in enumerate(settings.against)]
+        if stage.begin():
+            near, cosines, candidates = self._near(embedded, embedded, itself=True)
+            group = groups(len(embedded.hashes), np.concatenate([same_pixels(embedded.hashes), near]))
+            pixels = embedded.sizes.prod(axis=1)
+            original = originals(group, pixels, np.array(self.images.names))
+            original[~embedded.readable] = -1
+            matches = np.zeros(len(group), dtype=np.int64)
+            for number, (_, other) in enumerate(others, 1):
+                found, _, _ = self._near(other, embedded, itself=False)
+                equal = np.isin(embedded.hashes, other.hashes[other.readable])
+                hit = np.unique(np.concatenate([group[found[:, 1]], group[equal & embedded.readable]]))
+                matches[np.isin(group, hit) & (matches == 0)] = number
+            if self.accelerator.is_main_process:
+                facts: dict[str, Any] = {"original": original, "near": near, "cosines": cosines, "matches": matches}
+                np.savez(stage.folder / "copies.npz", candidates=candidates, **facts)
+            stage.finish()
+        found = np.load(stage.folder / "copies.npz", allow_pickle=False)
+        names = np.array(["", *settings.against])
+        return Copies(
+            found["original"], found["near"], found["cosines"], int(found["candidates"]), names[found["matches"]]
+        )
+
+    def cluster(self) -> Clusters:
+        """k-means of what is left, level upon level."""
+        settings, left = self.config.clusters, self.left
+        counts = settings.counts or default_counts(len(left))
+        stage = self._stage("clusters", settings, self.config.duplicates, self.config.run.seed)
+        if stage.begin():
+            mine = share(len(left), self.accelerator.process_index, self.accelerator.num_processes)
+            points = Points(
+                self.embedded.tokens[left[mine.start : mine.stop]], self.accelerator.device, settings.spherical
+            )
+            levels = hierarchical_kmeans(
+                points,
+                counts,
+                settings.resamplings,
+                settings.sample,
+                settings.iterations,
+                self.config.run.seed,
+                getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[settings.precision]),
+                stage.folder,
+            )
+            labels, distances = (gathered_rows(part).cpu().numpy() for part in (levels[0].labels, levels[0].distances))
+            if self.accelerator.is_main_process:
+                above: dict[str, Any] = {
+                    f"level{number}": level.labels.cpu().numpy() for number, level in enumerate(levels[1:], 2)
+                }
+                centroids = levels[0].centroids.cpu().numpy()
+                np.savez(
+                    stage.folder / "clusters.npz", labels=labels, distances=distances, centroids=centroids, **above
+                )
+            stage.finish()
+        found = np.load(stage.folder / "clusters.npz", allow_pickle=False)
+        labels, distances = np.full(len(self.images.names), -1), np.full(len(self.images.names), np.nan, np.float32)
+        labels[left], distances[left] = found["labels"], found["distances"]
+        return Clusters(
+            [labels, *(found[f"level{n}"] for n in range(2, len(counts) + 1))], distances, found["centroids"]
+        )
+
+    def draw(self) -> np.ndarray:
+        """(N,) how often each image is to be drawn."""
+        settings, labels = self.config.rebalance, self.clusters.levels[0]
+        budget = len(self.left) if settings.budget == "auto" else int(settings.budget)
+        clusters = len(self.clusters.centroids)
+        if settings.method == "retrieval":
+            return self._retrieved().astype(np.float64)
+        if settings.method == "hierarchical":
+            weights = rebalance.hierarchical(self.clusters.levels, budget, settings.repeats)
+        else:
+            smoothing = settings.smoothing if settings.method == "flat" else 1.0
+            weights = rebalance.flat(labels, clusters, smoothing) * budget / len(labels)
+            weights = np.minimum(weights, settings.repeats)
+        if settings.output == "subset":
+            return rebalance.subset(weights, labels, None, self.config.run.seed).astype(np.float64)
+        return weights
+
+    def columns(self) -> dict[str, Any]:
+        """The manifest's: one row an image of the pool, none missing."""
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in self.images.names]
+        original, embedded = self.copies.original, self.embedded
+        above = self.clusters.levels[0]
+        of_level = [above]
+        for parents in self.clusters.levels[1:]:
+            above = np.where(above >= 0, parents[above], -1)
+            of_level.append(above)
+        return {
+            "path": names,
+            **({"label": list(self.images.labels)} if self.images.labels is not None else {}),
+            "height": embedded.sizes[:, 0],
+            "width": embedded.sizes[:, 1],
+            "hash": embedded.hashes.tolist(),
+            "duplicate_of": [
+                names[other] if other not in (-1, index) else None for index, other in enumerate(original.tolist())
+            ],
+            "dropped": self.reasons(),
+            **{f"cluster_{number}": labels for number, labels in enumerate(of_level, 1)},
+            "distance": self.clusters.distances,
+            "kept": self.drawn > 0,
+            "weight": self.drawn,
+        }
+
+    def reasons(self) -> list[str]:
+        """Why an image is not drawn, empty where it is."""
+        reasons = []
+        for index, (other, match, drawn) in enumerate(
+            zip(self.copies.original, self.copies.matches, self.drawn, strict=True)
+        ):
+            if other < 0:
+                reasons.append(f"unreadable: {self.embedded.reasons[index]}")
+            elif match:
+                reasons.append(f"matches {match}")
+            elif other != index:
+                reasons.append("duplicate")
+            else:
+                reasons.append("" if drawn > 0 else "not chosen")
+        return reasons
+
+    def _near(self, asking: Embedded, asked: Embedded, itself: bool) -> tuple[np.ndarray, np.ndarray, int]:
+        """Confirmed pairs (m, 2), by place in each, their cosines, and how many candidates there were."""
+        settings = self.config.duplicates
+        if not settings.near:
+            return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.float32), 0
+        rows = share(len(asking.hashes), self.accelerator.process_index, self.accelerator.num_processes)
+        found = nearest(
+            asking.tokens[rows.start : rows.stop],
+            asked.tokens,
+            settings.neighbours,
+            rows.start if itself else None,
+            self.accelerator.device,
+        )
+        places, cosines = (part.numpy() for part in found)
+        where = np.nonzero((cosines >= settings.near) & (places >= 0))
+        pairs = np.stack([where[0] + rows.start, places[where]], axis=1)
+        known = asking.readable[pairs[:, 0]] & asked.readable[pairs[:, 1]]
+        pairs, values = pairs[known], cosines[where][known]
+        if settings.likeness:
+            kept = confirmed(pairs, asking.thumbnails, asked.thumbnails, settings.likeness)
+        else:
+            kept = np.ones(len(pairs), dtype=bool)
+        device = self.accelerator.device
+        of_all = (
+            gathered_rows(torch.from_numpy(np.column_stack([pairs, values, kept]).astype(np.float64)).to(device))
+            .cpu()
+            .numpy()
+        )
+        candidates, of_all = len(of_all), of_all[of_all[:, 3] > 0]
+        pairs = of_all[:, :2].astype(np.int64)
+        if itself:
+            pairs.sort(axis=1)
+            pairs, first = np.unique(pairs, axis=0, return_index=True)
+            return pairs, of_all[first, 2].astype(np.float32), candidates
+        return pairs, of_all[:, 2].astype(np.float32), candidates
+
+    def _retrieved(self) -> np.ndarray:
+        """(N,) bool: what is near to the seed images, of what is left."""
+        settings = self.config.rebalance
+        seeds = self._other(str(settings.seeds), "seeds")
+        tokens = seeds.tokens[seeds.readable]
+        if settings.retrieve == "samples":
+            pool = self.embedded.tokens[self.left]
+            places, _ = nearest(tokens, pool, settings.neighbours, None, self.accelerator.device)
+            chosen = np.zeros(len(self.images.names), dtype=bool)
+            chosen[self.left[rebalance.by_samples(places.numpy(), len(self.left))]] = True
+            return chosen
+        closest, _ = nearest(tokens, self.clusters.centroids, 1, None, self.accelerator.device)
+        return rebalance.by_clusters(
+            self.clusters.levels[0], closest[:, 0].numpy(), settings.least, settings.most, self.config.run.seed
+        )
+
+    def _other(self, root: str, name: str) -> Embedded:
+        """Another pool than the one that is curated."""
+        return self.embed(open_images(root, "auto", self.images.channels), name)
+
+    def _embedded(self, images: Images) -> dict[str, Any]:
+        return {"weights": self.weights, "images": fingerprint(images), "preprocess": repr(self.backbone.preprocess)}
+
+    def _stage(self, name: str, *settings: Any) -> Stage:
+        values = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in settings]  # type: ignore[arg-type]
+        return Stage(self.directory / name, {"pool": self._embedded(self.images), "settings": values}, self.accelerator)
+
+
+def default_counts(images: int) -> Sequence[int]:
+    """20 images a cluster, and above them twice the root of as many; at most 10,000."""
+    first = min(MOST_CLUSTERS, max(1, images // 20))
+    second = round(2 * math.sqrt(first))
+    return [first, second] if 1 < second < first else [first]

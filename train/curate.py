@@ -1,0 +1,67 @@
+"""Curate a pool of images: embed, de-duplicate, cluster, rebalance; what is left is trained on with data.kind=manifest.
+
+    accelerate launch train/curate.py data.root=path/to/images weights=dinov2_vits14 run.dir=runs/curated
+    accelerate launch train/pretrain.py data.root=runs/curated/manifest.parquet run.dir=runs/mine
+
+The run leaves RUN/manifest.parquet, a row for each image with what became of it and why, and report.html. Started again
+by the same command, it goes on where it stopped; after a change of settings, with the first stage that they touch.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from dino import cli, load_backbone
+from dino import config as configuration
+from dino.curation import report, settings
+from dino.curation.pipeline import Curation
+from dino.data import open_images
+from dino.data.manifest import write_manifest
+from dino.errors import UserError
+
+
+def main() -> None:
+    arguments = parse()
+    config = configuration.read(settings.CurateConfig, arguments.config, arguments.settings)
+    settings.check(config)
+    accelerator = cli.accelerator()
+    backbone = load_backbone(config.weights).to(accelerator.device)
+    images = open_images(config.data.root, config.data.kind, backbone.spec.in_chans)
+    directory = Path(config.run.dir)
+    if directory.exists() and any(directory.iterdir()) and not (directory / "config.yaml").exists():
+        raise UserError(f"run.dir={directory} is not empty and holds no curation: name another directory")
+    if accelerator.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(configuration.dump(config))
+    accelerator.wait_for_everyone()
+
+    curation = Curation(config, images, backbone, directory, accelerator)
+    columns = curation.run()
+    if accelerator.is_main_process:
+        write_manifest(directory / "manifest.parquet", columns, config.data.root, images.kind)
+        report.write(curation, columns)
+        reasons = np.array([reason.split(" ")[0].rstrip(":") for reason in columns["dropped"]])
+        print(f"{len(images.names):,} images: {int(np.sum(columns['kept'])):,} kept", end="")
+        for reason, count in zip(*np.unique(reasons[reasons != ""], return_counts=True), strict=True):
+            print(f", {count:,} {reason}", end="")
+        print(f"\n{directory / 'manifest.parquet'} and {directory / 'report.html'}")
+    accelerator.end_training()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings, in YAML as groups and keys or as key=value:\n"
+        + configuration.describe(settings.CurateConfig),
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, for example configs/curate.yaml")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings that take precedence over the file's"
+    )
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
