@@ -25,6 +25,7 @@ from dino.training.loader import Batches
 from dino.training.metrics import Metrics
 from dino.training.network import Normalise, build_networks
 from dino.training.optimizer import build_optimizer
+from dino.training.refresh import Draws
 from dino.training.reporting import Reporter
 from dino.training.run_directory import RunDirectory
 from dino.training.schedules import schedules
@@ -63,6 +64,9 @@ def main() -> None:
     normalise = Normalise(config.views.mean, config.views.std).to(accelerator.device)
     optimizer = build_optimizer(student, config.optim)
     modules = {"student": student, "teacher": teacher, "targets": targets}
+    draws = Draws(config, images, accelerator)
+    if config.data.rebalance_every:
+        modules["draws"] = draws
     frozen = None if guide is None else guide.network(config, images).to(accelerator.device)
     checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, optimizer, config.train.keep_checkpoints)
     wrapped, prepared = launch.prepare(accelerator, student, optimizer)
@@ -91,6 +95,8 @@ def main() -> None:
 
     # The run.
     batches = Batches(config, images, accelerator, start, steps, directory)
+    if config.data.rebalance_every and start:
+        batches.stream.reweigh(draws.weights.numpy())
     stop = Stop.NO
     health = Health(accelerator, config, images.labels, start)
     reporter = Reporter(directory, config, images, accelerator.is_main_process)
@@ -102,6 +108,9 @@ def main() -> None:
             metrics.add(take_step(step, micro_batches))
             health.observe(take_step.teacher_output, batches.indices(step))
             taken = step + 1
+            if draws.is_due(taken):
+                metrics.note(draws.renew(teacher, taken))
+                batches.stream.reweigh(draws.weights.numpy())
             logs = taken % config.monitor.log_every == 0 or taken == steps
             saves = taken % int(config.train.checkpoint_every) == 0 or taken == steps
             stop = interrupt.asked(batches.too_many_unreadable, together=logs)

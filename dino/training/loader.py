@@ -79,10 +79,14 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[list[Tensor]]]:
         """For each step, its micro-batches, each a list of crops by size."""
+        every = self.config.data.rebalance_every
         for stretch in stretches(self.config):
             start, stop = max(self.start, stretch.start), min(self.stop, stretch.stop)
-            if start < stop:
-                yield from self._stretch(self._positions(start, stop), view_spec(stretch.views))
+            while start < stop:
+                # Not beyond where the draws may change: workers are ahead of the steps.
+                end = min(stop, (start // every + 1) * every) if every else stop
+                yield from self._stretch(self._positions(start, end), view_spec(stretch.views))
+                start = end
 
     def first(self, steps: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
         """The first few of them with their steps, without taking them from the run."""

@@ -37,6 +37,7 @@ class Metrics:
         self.verdict = Verdict(self.measured[-1].get("health/verdict", "") if self.measured else "")
         self.images_per_step = config.train.batch_size
         self.sums: dict[str, Tensor] = {}
+        self.noted: dict[str, float] = {}
         self.count, self.waited, self.since = 0, 0.0, time.perf_counter()
         self.bar = tqdm(
             total=int(config.train.steps),
@@ -62,6 +63,10 @@ class Metrics:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.count += 1
         self.bar.update()
+
+    def note(self, values: dict[str, float]) -> None:
+        """Take what the host knows; it is written with the next line."""
+        self.noted |= values
 
     def begin(self, indicators: dict[str, float]) -> None:
         """Write what the run begins with, weights that are trained already, as step 0."""
@@ -95,13 +100,14 @@ class Metrics:
             **averages,
             **rates,
             **indicators,
+            **self.noted,
             "time/images_per_second": round(self.count * self.images_per_step / elapsed, 2),
             "time/data_wait": round(self.waited / elapsed, 4),
         }
         if indicators:
             line["time/health"] = round((now - began) / elapsed, 4)
             self._judge(line)
-        self.sums, self.count, self.waited, self.since = {}, 0, 0.0, now
+        self.sums, self.noted, self.count, self.waited, self.since = {}, {}, 0, 0.0, now
         if self.accelerator.is_main_process:
             with self.directory.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")

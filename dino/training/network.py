@@ -1,6 +1,7 @@
 """Student and teacher as a config describes them: a backbone with a head for class tokens, and one for patches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -72,6 +73,18 @@ class Normalise(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) uint8 to fp32."""
         return pixels.float() * self.scale - self.shift
+
+
+@contextmanager
+def as_used(backbone: Backbone) -> Iterator[None]:
+    """A teacher as others will use it: its BatchNorm takes in no statistics, and no size is compiled for."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        backbone.train(was_training)
 
 
 def build_backbone(config: Config, drop_path: float = 0.0) -> VisionTransformer | ResNet:

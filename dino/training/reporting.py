@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -18,6 +17,7 @@ from dino.data import Images, UnreadableImage, open_images
 from dino.evaluation import pictures, report
 from dino.models import Backbone, Preprocess, VisionTransformer, load_backbone
 from dino.training.loader import view_spec
+from dino.training.network import as_used
 from dino.training.run_directory import RunDirectory
 from dino.training.summary import objective_name
 from dino.training.verdict import healthy_ranges, judge
@@ -81,7 +81,7 @@ class Reporter:
             return {}
         began = time.monotonic()
         config, metrics = self.config, self.directory.read_metrics()
-        with _in_eval_mode(backbone):
+        with as_used(backbone):
             preprocess = Preprocess(config.views.global_size, config.views.mean or (), config.views.std or ())
             looks = _looks(config, self.images, backbone, preprocess)
         sections: list[report.Picture | report.Table] = []
@@ -113,18 +113,6 @@ def write_report(directory: RunDirectory) -> None:
     config = configuration.load(directory.config)
     images = open_images(config.data.root, config.data.kind, int(config.data.channels))
     Reporter(directory, config, images).write(load_backbone(directory.path), "ended", alive=False)
-
-
-@contextmanager
-def _in_eval_mode(backbone: Backbone) -> Iterator[None]:
-    """A teacher with BatchNorm must not take the pictures into its statistics, nor be compiled for their sizes."""
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        backbone.train(was_training)
 
 
 def _facts(config: Config, images: Images, metrics: list[dict]) -> dict[str, str]:

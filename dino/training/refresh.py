@@ -1,0 +1,79 @@
+"""Rebalancing while training (`data.rebalance_every`): the draws follow clusters of the teacher's own features.
+
+Every so many steps a sample of the images is embedded by the teacher as it is then and clustered; images of small
+clusters are drawn more often from there on, those of large ones less. Images outside the sample keep their weight.
+"""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dino.config import Config
+from dino.curation.kmeans import Points, kmeans, share
+from dino.curation.rebalance import flat
+from dino.data import Images
+from dino.errors import UserError
+from dino.evaluation.features import extract
+from dino.models import Preprocess
+from dino.training.network import Network, as_used
+from dino.training.sharding import whole_backbone
+
+SHARE = 3  # one image is embedded for so many that are trained on, which costs about a twelfth of training on it
+MEMBERS = 50  # images of the sample a cluster
+MOST_CLUSTERS = 1000
+SMOOTHING = 0.5  # clusters are drawn by the root of their size
+MOST = 10.0  # the greatest weight, where 1 is the mean
+
+
+class Draws(nn.Module):
+    """How often images are drawn; part of a checkpoint.
+
+    Args:
+        images: the pool; a manifest's weights are what they begin with.
+    """
+
+    def __init__(self, config: Config, images: Images, accelerator: Accelerator):
+        super().__init__()
+        self.config, self.images, self.accelerator = config, images, accelerator
+        count, every = len(images.names), config.data.rebalance_every
+        given = np.ones(count) if images.weights is None else images.weights / images.weights.mean()
+        self.weights: Tensor
+        self.register_buffer("weights", torch.from_numpy(given.astype(np.float64)))
+        self.sample = min(count, every * config.train.batch_size // SHARE)
+        if every and self.sample < 2 * MEMBERS:
+            raise UserError(
+                f"data.rebalance_every={every} leaves {self.sample} images to be clustered, too few: rebalance less "
+                f"often, or use at least {2 * MEMBERS} images"
+            )
+
+    def is_due(self, taken: int) -> bool:
+        """Whether to rebalance after this many steps."""
+        every = self.config.data.rebalance_every
+        return every > 0 and taken % every == 0
+
+    def renew(self, teacher: Network, taken: int) -> dict[str, float]:
+        """Embed, cluster, weigh; every process must call this. Returns what to log."""
+        generator = np.random.default_rng((self.config.train.seed, taken))
+        chosen = np.sort(generator.choice(len(self.images.names), self.sample, replace=False))
+        views = self.config.views
+        preprocess = Preprocess(views.global_size, views.mean or (), views.std or ())
+        backbone = whole_backbone(teacher, self.accelerator)
+        with as_used(backbone):
+            found = extract(
+                backbone, self.images, chosen, preprocess, title="rebalancing", accelerator=self.accelerator
+            )
+        rows = share(len(found.rows), self.accelerator.process_index, self.accelerator.num_processes)
+        tokens = torch.from_numpy(found.class_tokens)
+        points = Points(tokens[rows.start : rows.stop], self.accelerator.device, spherical=True)
+        clusters = min(MOST_CLUSTERS, max(2, len(tokens) // MEMBERS))
+        centroids = kmeans(points, clusters, 20, taken).centroids
+        labels = (nn.functional.normalize(tokens, dim=1) @ centroids.cpu().T).argmax(dim=1).numpy()
+        weights = np.minimum(flat(labels, clusters, SMOOTHING), MOST)
+        self.weights[chosen[found.rows]] = torch.from_numpy(weights / weights.mean()).to(self.weights)
+        sizes = np.bincount(labels, minlength=clusters)
+        shares = sizes[sizes > 0] / sizes.sum()
+        return {
+            "data/effective_clusters": float(np.exp(-(shares * np.log(shares)).sum())),
+            "data/largest_weight": float(self.weights.max()),
+        }
