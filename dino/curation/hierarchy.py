@@ -4,6 +4,7 @@ k-means puts most centroids where most points are. Clustering the centroids, and
 points of each cluster, evens that out, so that frequent and rare concepts get clusters alike.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +52,10 @@ def hierarchical_kmeans(
     Raises:
         UserError: levels that do not get smaller, or more clusters than points.
     """
-    if any(later >= earlier for earlier, later in zip([points.total, *clusters], clusters, strict=False)):
-        raise UserError(f"clusters must get fewer from level to level, below {points.total:,} points: {list(clusters)}")
+    if clusters[0] > points.total or any(above >= below for below, above in itertools.pairwise(clusters)):
+        raise UserError(
+            f"clusters must get fewer from level to level, from {points.total:,} points on: {list(clusters)}"
+        )
     levels: list[Level] = []
     below = points
     for number, count in enumerate(clusters, 1):

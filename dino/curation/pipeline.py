@@ -197,7 +197,7 @@ class Curation:
             ],
             "dropped": self.reasons(),
             **{f"cluster_{number}": labels for number, labels in enumerate(of_level, 1)},
-            "distance": self.clusters.distances,
+            "distance": [None if math.isnan(value) else value for value in self.clusters.distances.tolist()],
             "kept": self.drawn > 0,
             "weight": self.drawn,
         }

@@ -56,9 +56,8 @@ def hierarchical(levels: list[np.ndarray], budget: float, repeats: float = 1.0) 
     """
     of_image = levels[0]
     sizes = [np.bincount(of_image[of_image >= 0], minlength=len(levels[1]) if levels[1:] else 0)]
-    for above, next_ in zip(levels[1:], [*levels[2:], None], strict=True):
-        count = len(next_) if next_ is not None else int(above.max(initial=-1)) + 1
-        sizes.append(np.bincount(above, weights=sizes[-1], minlength=count))
+    for number, above in enumerate(levels[1:], 2):
+        sizes.append(np.bincount(above, weights=sizes[-1], minlength=len(levels[number]) if levels[number:] else 0))
     shares = water_filling(sizes[-1] * repeats, budget)
     for above, below in zip(reversed(levels[1:]), reversed(sizes[:-1]), strict=True):
         lower = np.zeros(len(below))

@@ -1,6 +1,7 @@
 """k-means against scikit-learn's, plain definitions written here, and itself on several processes."""
 
 import functools
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -42,7 +43,7 @@ def far_away(points: Tensor, clusters: int, empty: int) -> Tensor:
 DATA = {
     "normal": drawn(600, 16),
     "mixture": mixture(500, 8, of=9),
-    "one dimension": drawn(300, 1),
+    "one dimension": torch.randperm(300, generator=torch.Generator().manual_seed(0))[:, None] - 150 + drawn(300, 1) / 9,
     "wide": mixture(200, 300, of=12),
     "offset": mixture(600, 16, of=9) + 1000,
     "offset by directions": mixture(600, 16, of=9) + 3e3 * drawn(1, 16, seed=5),
@@ -92,9 +93,8 @@ def assert_describes(found: Clustering, points: Tensor, spherical: bool = False)
     if spherical:
         rows = rows / rows.norm(dim=1, keepdim=True)
         torch.testing.assert_close(centroids.norm(dim=1), torch.ones(len(centroids)).double(), rtol=1e-6, atol=0)
-        squares = 2 - 2 * rows @ centroids.T
-    else:
-        squares = (rows[:, None] - centroids).square().sum(dim=2)
+        centroids = centroids / centroids.norm(dim=1, keepdim=True)
+    squares = (rows[:, None] - centroids).square().sum(dim=2)  # of unit length: 2 − 2·cosine
     spread = (rows - rows.mean(dim=0)).square().sum(dim=1).mean()
     own = squares.gather(1, found.labels[:, None])[:, 0]
     # Centroids are returned in fp32: where there is an offset, they are rounded more coarsely than they were found.
@@ -109,8 +109,7 @@ def assert_describes(found: Clustering, points: Tensor, spherical: bool = False)
 
 
 class TestAgainstScikitLearn:
-    @pytest.mark.parametrize("iterations", [1, 4, 100])
-    @pytest.mark.parametrize("clusters", [1, 2, 25])
+    @pytest.mark.parametrize(("clusters", "iterations"), [(1, 100), (2, 100), (25, 1), (25, 4), (25, 100)])
     @pytest.mark.parametrize("name", DATA)
     def test_same_labels_iterations_and_centroids(self, name, clusters, iterations):
         from sklearn.cluster import KMeans  # here: the processes below need not import it
@@ -125,7 +124,10 @@ class TestAgainstScikitLearn:
         assert found.objective == pytest.approx(peer.inertia_ / len(points), rel=1e-5)
         spread, largest = float(points.std()), float(points.abs().max())
         torch.testing.assert_close(
-            found.centroids.double(), torch.from_numpy(peer.cluster_centers_), rtol=0, atol=1e-6 * spread + 1e-7 * largest
+            found.centroids.double(),
+            torch.from_numpy(peer.cluster_centers_),
+            rtol=0,
+            atol=1e-6 * spread + 1e-7 * largest,
         )
         assert_describes(found, points)
 
@@ -165,7 +167,7 @@ def test_lengths_do_not_matter_to_directions():
 
 
 @pytest.mark.parametrize("spherical", [False, True])
-@pytest.mark.parametrize("name", ["normal", "mixture", "wide", "offset", "offset by directions"])
+@pytest.mark.parametrize("name", ["normal", "mixture", "wide", "offset"])
 def test_bf16_is_all_but_as_good(name, spherical):
     """And what it returns is the nearest in fp32 none the less."""
     points = Points(DATA[name], spherical=spherical)
@@ -184,8 +186,8 @@ def test_objective_never_increases(name, spherical, empty):
     initial = far_away(DATA[name], 15, empty)
     if spherical:
         initial = torch.nn.functional.normalize(initial)
-    objectives = [kmeans(points, 15, iterations, initial=initial).objective for iterations in range(30)]
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(objectives, objectives[1:], strict=False))
+    objectives = [kmeans(points, 15, iterations, initial=initial).objective for iterations in (*range(8), 10, 30)]
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(objectives))
     if name != "one dimension" or not spherical:  # two directions only: there is nothing to gain
         assert objectives[-1] < 0.99 * objectives[0]
 
@@ -217,7 +219,7 @@ class TestBounds:
         assert some < sum(compared)  # else the bounds were never put to use
 
     def test_most_points_of_a_mixture_are_not_compared_again(self, monkeypatch):
-        points, compared = mixture(640, 4, of=5) + 20 * torch.arange(5).repeat(128)[:, None], []
+        points, compared = mixture(640, 4, of=5) * torch.tensor([1.0, 1.0, 1.0, 9.0]), []
         nearest = kmeans_module._Centroids.nearest
         monkeypatch.setattr(
             kmeans_module._Centroids, "nearest", lambda self, block: compared.append(len(block)) or nearest(self, block)
@@ -246,7 +248,7 @@ class TestEmptyClusters:
         points = DATA["mixture"]
         initial = torch.nn.functional.normalize(points[:10])
         initial[4:] = initial[3] * torch.linspace(2, 9, 6)[:, None]  # off the sphere, so farther than what is on it
-        labels, centroids, taken = plain(points, initial, 1, spherical=True)
+        labels, centroids, _ = plain(points, initial, 1, spherical=True)
         found = kmeans(Points(points, spherical=True), 10, 1, initial=initial)
         assert found.labels.tolist() == labels.tolist()
         torch.testing.assert_close(found.centroids.double(), torch.from_numpy(centroids), rtol=0, atol=1e-6)
@@ -262,7 +264,7 @@ class TestEmptyClusters:
 
     def test_order_of_empty_clusters_is_that_of_distance(self):
         """The first empty cluster gets the farthest point; points on their centroid are not used."""
-        points = torch.tensor([[0.0], [0.0], [5.0], [-4.0], [-1.0]])  # their mean is 0
+        points = torch.tensor([[0.0], [0.0], [5.0], [-4.0], [-1.0], [0.0]])  # their mean is 0
         initial = torch.tensor([[90.0], [0.0], [80.0], [70.0], [60.0], [100.0]])
         found = kmeans(Points(points), 6, 1, initial=initial)
         assert found.centroids[:, 0].tolist() == [5, 0, -4, -1, 60, 100]
@@ -360,8 +362,8 @@ class TestMemoryMaps:
         )
         assert_same(found, expected)
 
-    @pytest.mark.xfail(strict=True, raises=UserWarning, reason="torch.as_tensor warns of what may not be written")
     def test_maps_that_may_only_be_read(self, tmp_path):
+        """torch warns of what it may not write, which here is an error."""
         rows = self.mapped(tmp_path, "r")
         always = torch.is_warn_always_enabled()
         torch.set_warn_always(True)  # not only the first time in this process
@@ -390,7 +392,7 @@ class TestProgress:
         whole = kmeans(points, **settings)
         last_change = whole.iterations - 1 if whole.iterations < settings["iterations"] else whole.iterations
         assert last_change >= 5
-        for stop in range(1, last_change):
+        for stop in {1, 2, last_change // 2, last_change - 1}:
             file = tmp_path / f"{stop}.safetensors"
             kmeans(points, **{**settings, "iterations": stop}, progress=file)
             assert_same(kmeans(points, **settings, progress=file), whole)
@@ -453,7 +455,7 @@ class TestSeeds:
 
     @pytest.mark.parametrize("spherical", [False, True])
     def test_are_drawn_by_squared_distance(self, spherical):
-        """Chi-square of 4,000 draws of three centroids of five points, in order, against D² probabilities."""
+        """Chi-square of 2,000 draws of three centroids of five points, in order, against D² probabilities."""
         from scipy.stats import chisquare
 
         points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 2.0], [4.0, 3.0], [0.5, -3.0]])
@@ -466,12 +468,12 @@ class TestSeeds:
                 then = np.minimum(squares[first], squares[second])
                 if first != second:
                     expected[first, second] = squares[first, second] / squares[first].sum() * then / then.sum() / 5
-        for seed in range(4000):
+        for seed in range(2000):
             chosen = seeds(held, 3, seed) + held.mean.float()
             observed[tuple(torch.cdist(chosen, rows).argmin(dim=1).tolist())] += 1
         assert observed[expected == 0].sum() == 0
         assert expected.sum() == pytest.approx(1)
-        assert chisquare(observed[expected > 0], 4000 * expected[expected > 0]).pvalue > 1e-3
+        assert chisquare(observed[expected > 0], 2000 * expected[expected > 0]).pvalue > 1e-3
 
     def test_groups_far_apart_all_get_one(self):
         points = drawn(400, 3) + 1e4 * drawn(20, 3, seed=8).repeat(20, 1)

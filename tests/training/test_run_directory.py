@@ -85,9 +85,15 @@ class TestOtherConfig:
     MAY = (
         *("train.steps", "train.time_limit", "train.checkpoint_every", "data.workers", "data.cache"),
         *("tracking.project", "tracking.name", "tracking.backends", "monitor.log_every", "monitor.health_every"),
-        *("train.epochs", "train.keep_checkpoints", "train.resume", "train.cpu_threads",
-    "train.shard",
-    "train.checkpoint_blocks", "run.dir"),
+        *(
+            "train.epochs",
+            "train.keep_checkpoints",
+            "train.resume",
+            "train.cpu_threads",
+            "train.shard",
+            "train.checkpoint_blocks",
+            "run.dir",
+        ),
     )
 
     @pytest.mark.parametrize("key", [key for key, _ in leaves()])

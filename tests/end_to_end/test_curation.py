@@ -1,0 +1,280 @@
+"""Curation from images to a manifest, on to pre-training and back; killed, resumed, shared, changed, and fed badly."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from launching import LAUNCHERS, LONGEST, REPOSITORY, TINY, error_of, metrics
+from PIL import Image
+from sklearn.datasets import load_digits
+
+pytestmark = pytest.mark.slow
+
+CURATE = REPOSITORY / "train" / "curate.py"
+SMALL = (
+    "clusters.counts=[12,3]",
+    "clusters.iterations=10",
+    "clusters.resamplings=1",
+    "clusters.precision=fp32",
+    "duplicates.likeness=0.995",
+)
+FOLDERS = [setting for setting in TINY if not setting.startswith("data.kind")]
+EXITS = """
+import os
+from dino.curation import stage
+finish, left = stage.Stage.finish, [{stages}]
+def killed(self):
+    left[0] -= 1
+    if left[0] < 0:
+        os._exit(9)
+    finish(self)
+stage.Stage.finish = killed
+"""
+THEN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """120 digits of 48 pixels, uneven in number, with planted copies and a file that is no image."""
+    root = tmp_path_factory.mktemp("pool")
+    digits = load_digits()
+    counts = dict.fromkeys(range(10), 0)
+    for pixels, label in zip(digits.images, digits.target, strict=True):
+        if counts[label] >= (40 if label < 2 else 5):
+            continue
+        counts[label] += 1
+        (root / str(label)).mkdir(exist_ok=True)
+        picture = Image.fromarray((pixels * 255 / 16).astype(np.uint8)).resize((48, 48), Image.Resampling.BICUBIC)
+        picture.save(root / str(label) / f"{counts[label]:02d}.png")
+    shutil.copy(root / "0" / "01.png", root / "9" / "equal.png")
+    with Image.open(root / "1" / "02.png") as picture:
+        picture.save(root / "8" / "encoded.jpg", quality=85)
+    (root / "7" / "text.png").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(runs, pool, tmp_path_factory):
+    """A run on the pool as it is."""
+    run = tmp_path_factory.mktemp("weights") / "run"
+    runs.finish(*SETTINGS, f"data.root={pool}", f"run.dir={run}", settings=FOLDERS)
+    return run
+
+
+SETTINGS = (
+    "train.steps=3",
+    "views.global_size=16",
+    "views.local_size=8",
+    "data.max_unreadable=0.1",
+    "train.batch_size=16",
+)
+
+
+def curate(runs, *arguments, launcher: str = "python", before: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, *LAUNCHERS[launcher], str(CURATE), *SMALL, *map(str, arguments)]
+    if before:
+        command = [sys.executable, "-c", f"{before}\n{THEN}", *command[1:]]
+    return subprocess.run(
+        command,
+        env=runs.environment(OMP_NUM_THREADS="1"),
+        cwd=REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+    )
+
+
+def finished(*arguments, **options) -> subprocess.CompletedProcess:
+    done = curate(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(run) -> dict[str, dict]:
+    return {row["path"]: row for row in pq.read_table(run / "manifest.parquet").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def curated(runs, pool, weights, tmp_path_factory):
+    """A finished curation."""
+    run = tmp_path_factory.mktemp("curated") / "run"
+    return run, finished(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={run}")
+
+
+def test_every_image_has_a_row_that_says_what_became_of_it(curated, pool):
+    run, done = curated
+    found = rows(run)
+    assert len(found) == sum(path.suffix in (".png", ".jpg") for path in pool.rglob("*"))
+    assert found["9/equal.png"]["duplicate_of"] == "0/01.png"
+    assert found["9/equal.png"]["hash"] == found["0/01.png"]["hash"]
+    assert {found["8/encoded.jpg"]["duplicate_of"], found["1/02.png"]["duplicate_of"]} & {"8/encoded.jpg", "1/02.png"}
+    assert found["7/text.png"]["dropped"].startswith("unreadable: ")
+    for row in found.values():
+        assert row["kept"] == (row["weight"] > 0) == (row["dropped"] == "")
+        assert (row["cluster_1"] >= 0) == (row["cluster_2"] >= 0) == (row["dropped"] in ("", "not chosen"))
+        assert row["label"] == row["path"].split("/")[0]
+    kept = [row for row in found.values() if row["kept"]]
+    assert sum(row["weight"] for row in kept) == pytest.approx(len(kept))
+    assert f"{len(found):,} images: {len(kept):,} kept" in done.stdout
+
+
+def test_clusters_of_the_top_level_are_drawn_evenly(curated):
+    found = [row for row in rows(curated[0]).values() if row["kept"]]
+    shares = np.bincount([row["cluster_2"] for row in found], weights=[row["weight"] for row in found])
+    assert shares.max() == pytest.approx(len(found) / 3, rel=1e-6)
+    assert max(row["weight"] for row in found) <= 10 + 1e-9
+
+
+def test_the_page_shows_it(curated):
+    page = (curated[0] / "report.html").read_text()
+    for title in (
+        "What became of the images",
+        "Effective numbers",
+        "Shares of the 12 clusters",
+        "The largest clusters",
+        "Near copies",
+    ):
+        assert title in page
+    assert page.count("<img") >= 5
+
+
+@pytest.mark.parametrize("stages", [0, 1, 2])
+def test_killed_at_the_end_of_any_stage_it_ends_alike(runs, curated, pool, weights, tmp_path, stages):
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    killed = curate(runs, *arguments, before=EXITS.format(stages=stages))
+    assert killed.returncode == 9, killed.stderr
+    assert not (tmp_path / "run" / "manifest.parquet").exists()
+    finished(runs, *arguments)
+    assert rows(tmp_path / "run") == rows(curated[0])
+
+
+def test_two_processes_give_the_manifest_of_one(runs, curated, pool, weights, tmp_path):
+    done = finished(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}", launcher="torchrun")
+    assert done.stdout.count("images:") == 1
+    found, wanted = rows(tmp_path / "run"), rows(curated[0])
+    for name, row in wanted.items():
+        assert {key: value for key, value in found[name].items() if key != "distance"} == {
+            key: value for key, value in row.items() if key != "distance"
+        }
+
+
+def test_a_changed_setting_begins_with_the_first_stage_that_it_touches(runs, curated, pool, weights, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(curated[0], run)
+    embedded, copies = run / "embeddings" / "tokens.npy", run / "duplicates" / "copies.npz"
+    before = embedded.stat().st_mtime_ns, copies.stat().st_mtime_ns
+    finished(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={run}", "clusters.counts=[6]")
+    assert (embedded.stat().st_mtime_ns, copies.stat().st_mtime_ns) == before
+    assert {row["cluster_1"] for row in rows(run).values()} == set(range(-1, 6))
+    assert "cluster_2" not in next(iter(rows(run).values()))
+    done = finished(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={run}", "duplicates.near=0")
+    assert copies.stat().st_mtime_ns != before[1]
+    assert embedded.stat().st_mtime_ns == before[0]
+    assert "1 duplicate" in done.stdout
+
+
+def test_pretrain_on_the_manifest_then_curate_with_that(runs, curated, tmp_path):
+    manifest, run = curated[0] / "manifest.parquet", tmp_path / "second"
+    trained = runs.finish(*SETTINGS, f"data.root={manifest}", f"run.dir={run}", settings=FOLDERS)
+    kept = sum(row["kept"] for row in rows(curated[0]).values())
+    assert f"{kept} (manifest, 3 channels)" in trained.stdout
+    assert len(metrics(run)) == 3
+    finished(runs, f"data.root={manifest}", f"weights={run}", f"run.dir={tmp_path / 'again'}")
+    again = rows(tmp_path / "again")
+    assert len(again) == kept
+    runs.finish(
+        *SETTINGS,
+        f"data.root={tmp_path / 'again' / 'manifest.parquet'}",
+        f"run.dir={tmp_path / 'third'}",
+        settings=FOLDERS,
+    )
+
+
+def test_a_subset_instead_of_weights(runs, pool, weights, tmp_path):
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    finished(runs, *arguments, "rebalance.output=subset", "rebalance.budget=30", "rebalance.repeats=1")
+    found = [row for row in rows(tmp_path / "run").values() if row["kept"]]
+    assert len(found) == 30
+    assert {row["weight"] for row in found} == {1.0}
+    assert sum(row["dropped"] == "not chosen" for row in rows(tmp_path / "run").values()) > 30
+
+
+@pytest.mark.parametrize("retrieve", ["samples", "clusters"])
+def test_retrieval_and_test_sets(runs, pool, weights, tmp_path, retrieve):
+    """Seeds are the zeros; of the ones, one is in a test set."""
+    (tmp_path / "seeds").mkdir()
+    for number in range(1, 6):
+        shutil.copy(pool / "0" / f"{number:02d}.png", tmp_path / "seeds")
+    (tmp_path / "test").mkdir()
+    shutil.copy(pool / "1" / "05.png", tmp_path / "test" / "picture.png")
+    finished(
+        runs,
+        f"data.root={pool}",
+        f"weights={weights}",
+        f"run.dir={tmp_path / 'run'}",
+        "rebalance.method=retrieval",
+        f"rebalance.seeds={tmp_path / 'seeds'}",
+        f"rebalance.retrieve={retrieve}",
+        "rebalance.least=1",
+        "rebalance.neighbours=1",
+        f"duplicates.against=[{tmp_path / 'test'}]",
+    )
+    found = rows(tmp_path / "run")
+    assert found["1/05.png"]["dropped"] == f"matches {tmp_path / 'test'}"
+    kept = {name for name, row in found.items() if row["kept"]}
+    seeds = {found[f"0/{number:02d}.png"]["duplicate_of"] or f"0/{number:02d}.png" for number in range(1, 6)}
+    assert kept == seeds if retrieve == "samples" else seeds <= kept
+    assert len(kept) < len(found) / 2 or retrieve == "clusters"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["clusters.counts=[5000]"], "clusters must get fewer from level to level"),
+        (["clusters.counts=[12,12]"], "clusters must get fewer from level to level"),
+        (["weights="], "no weights to embed with"),
+        (["weights=nowhere"], "no weights at 'nowhere'"),
+        (["clusters.cuonts=[3]"], "did you mean 'clusters.counts'?"),
+        (["rebalance.method=retrieval"], "needs images in rebalance.seeds"),
+        (["duplicates.near=2"], "duplicates.near must lie between 0 and 1"),
+        (["duplicates.against=[nowhere]"], "data.root=nowhere does not exist"),
+    ],
+)
+def test_refused_with_a_message_that_names_the_fix(runs, pool, weights, tmp_path, settings, said):
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    assert said in error_of(curate(runs, *arguments, *settings))
+
+
+def test_images_that_are_all_alike(runs, weights, tmp_path):
+    (tmp_path / "pool").mkdir()
+    for number in range(30):
+        Image.new("RGB", (20, 20), (200, 10, 10)).save(tmp_path / "pool" / f"{number}.png")
+    arguments = (f"data.root={tmp_path / 'pool'}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    assert "from 1 points on: [12, 3]" in error_of(curate(runs, *arguments))
+    finished(runs, *arguments, "clusters.counts=[]")
+    assert sum(row["kept"] for row in rows(tmp_path / "run").values()) == 1
+
+
+def test_another_folder_is_left_alone(runs, pool, weights, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    refused = curate(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path}")
+    assert "is not empty and holds no curation" in error_of(refused)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_parts_are_not_embedded_twice(runs, pool, weights, tmp_path):
+    """A part that a killed run has left is taken as it is."""
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    finished(runs, *arguments)
+    part = tmp_path / "run" / "embeddings" / "parts" / "000000.json"
+    facts = json.loads(part.read_text())
+    facts[0][0] = "f" * 32
+    part.write_text(json.dumps(facts))
+    (tmp_path / "run" / "embeddings" / "done.json").unlink()
+    finished(runs, *arguments)
+    assert "f" * 32 in {row["hash"] for row in rows(tmp_path / "run").values()}
