@@ -4,8 +4,8 @@
     python benchmarks/kmeans.py --points 1000000 --clusters 10000 --only bf16      # on a GPU, if there is one
 
 Points are drawn from a mixture of directions of uneven weight, as embeddings are. The ways are taken in turn, with as
-many iterations; the fastest of several rounds counts. Prints seconds for all iterations, the ratio to the first way, and
-the objective, the mean squared distance. faiss must be installed (faiss-cpu), or left out by --only.
+many iterations; the fastest of several rounds counts. Prints seconds for all iterations, the ratio to the first way,
+and the objective, the mean squared distance. faiss must be installed (faiss-cpu), or left out by --only.
 """
 
 import argparse

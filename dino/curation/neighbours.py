@@ -78,7 +78,7 @@ def _by_faiss(
     index.train(_unit(keys[np.sort(sample)], "cpu").numpy())
     for start in range(0, len(keys), 16 * CHUNK):
         index.add(_unit(keys[start : start + 16 * CHUNK], "cpu").numpy())
-    index.nprobe = 64
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", 64)
     places, cosines = [], []
     for start in range(0, len(queries), CHUNK):
         block = _unit(queries[start : start + CHUNK], "cpu")

@@ -60,7 +60,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor, spherical: bool) -> tupl
 @pytest.mark.parametrize("resamplings", [0, 2])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spherical", [False, True])
-@pytest.mark.parametrize("clusters", [[7], [299, 1], [60, 20, 5], [100, 40, 10, 3]])
+@pytest.mark.parametrize("clusters", [[7], [300, 1], [60, 20, 5], [100, 40, 10, 3]])
 def test_each_level_has_the_nearest_of_the_next(clusters, spherical, precision, resamplings):
     points = drawn(300, 6) + 5
     levels = hierarchical_kmeans(Points(points, spherical=spherical), clusters, resamplings, 4, 20, 0, precision)
@@ -91,7 +91,7 @@ def test_without_resampling_centroids_are_the_means_of_what_is_below(spherical):
 
 class TestResampling:
     def test_spreads_centroids_evenly_over_the_support(self):
-        """Squares of equal area deserve equal numbers of clusters (Vo et al. 2024, §3); k-means gives frequent ones more."""
+        """Squares of equal area deserve equally many clusters (Vo et al. 2024, §3); k-means gives frequent ones more."""
         before, after = [], []
         for seed in range(4):
             points = Points(concepts(seed))
@@ -198,7 +198,7 @@ class TestNearestMembers:
         assert nearest_members(Points(torch.zeros(5, 1)), found, 2).tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("clusters", [[10, 10], [5, 8], [60, 20, 20], [100], [101, 5], [60, 20, 0], [0]])
+@pytest.mark.parametrize("clusters", [[10, 10], [5, 8], [60, 20, 20], [101], [101, 5], [60, 20, 0], [0]])
 def test_levels_that_do_not_get_fewer_are_refused(clusters):
     with pytest.raises(UserError, match="cluster"):
         hierarchical_kmeans(Points(drawn(100, 3)), clusters)
