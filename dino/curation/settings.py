@@ -23,7 +23,7 @@ class Embed:
 class Duplicates:
     near: float = setting(0.9, "cosine from which two images may be copies; 0: only images of equal pixels are")
     neighbours: int = setting(16, "nearest images of each that are looked at")
-    likeness: float = setting(0.9, "least correlation of their thumbnails; 0: features alone decide")
+    likeness: float = setting(0.95, "least correlation of their thumbnails; 0: features alone decide")
     against: list[str] = setting([], "test sets: images that match one of theirs are dropped, with all their copies")
 
 

@@ -91,7 +91,7 @@ def test_without_resampling_centroids_are_the_means_of_what_is_below(spherical):
 
 class TestResampling:
     def test_spreads_centroids_evenly_over_the_support(self):
-        """Squares of equal area deserve equally many clusters (Vo et al. 2024, §3); k-means gives frequent ones more."""
+        """Squares of equal area deserve equally many clusters (Vo et al. 2024); k-means gives frequent ones more."""
         before, after = [], []
         for seed in range(4):
             points = Points(concepts(seed))

@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,96 +121,57 @@ def test_chunks_change_nothing(monkeypatch):
         assert_equal(nearest(asked, offered, 7), (whole[0].tolist(), whole[1].numpy()))
 
 
-class TestManyKeys:
-    """More than are compared one by one; of which that is 10 here."""
+def test_without_faiss_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
+    monkeypatch.setattr(neighbours, "EXACT_UP_TO", 10)
+    with pytest.raises(UserError, match=r"^11 images .* pip install faiss-cpu"):
+        nearest(drawn(2, 3), drawn(11, 3), 1)
+    assert_equal(nearest(drawn(2, 3), drawn(10, 3), 1), brute(drawn(2, 3), drawn(10, 3), 1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="needs faiss, which is optional")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its bindings
+class TestFaiss:
+    """As many lists are searched as there are: what remains is fp16's rounding."""
 
     @pytest.fixture(autouse=True)
     def few_are_many(self, monkeypatch):
         monkeypatch.setattr(neighbours, "EXACT_UP_TO", 10)
-        monkeypatch.setattr(neighbours, "CHUNK", 3)
+        monkeypatch.setattr(neighbours, "CHUNK", 9)  # 144 keys
 
-    def test_without_faiss_the_message_says_how_to_get_it(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
-        with pytest.raises(UserError, match=r"^11 images .* pip install faiss-cpu"):
-            nearest(drawn(2, 3), drawn(11, 3), 1)
-        assert_equal(nearest(drawn(2, 3), drawn(10, 3), 1), brute(drawn(2, 3), drawn(10, 3), 1))
+    def assert_all_but_equal(self, found: tuple[torch.Tensor, torch.Tensor], expected: tuple) -> None:
+        np.testing.assert_allclose(found[1].numpy(), expected[1], rtol=0, atol=2e-3)
+        hits = [len(set(one) & set(other)) for one, other in zip(found[0].tolist(), expected[0], strict=True)]
+        assert sum(hits) > 0.98 * expected[1].size
+        assert (found[0].dtype, found[1].dtype) == (torch.int64, torch.float32)
 
-    @pytest.mark.parametrize("itself", [None, 0, 44, 100])
-    def test_with_an_index_that_misses_nothing(self, itself, stand_in):
-        """What is done with the index's answers."""
-        offered = drawn(131, 6)
-        asked = offered[itself or 0 :][:10]
-        assert_equal(nearest(asked, offered, 5, itself), brute(asked, offered, 5, itself))
+    @pytest.mark.parametrize("itself", [None, 0, 40, 860])
+    def test_all_but_equal_to_brute_force(self, itself):
+        offered = drawn(900, 16)
+        asked = offered[itself or 0 :][:40] * 7
+        found = nearest(asked, offered, 5, itself)
+        self.assert_all_but_equal(found, brute(asked, offered, 5, itself))
+        own = found[0] == ((itself or 0) + torch.arange(40))[:, None]
+        assert own.any(dim=1).all() if itself is None else not own.any()
 
-    def test_a_query_that_the_index_does_not_find(self, stand_in):
-        """An approximate index may answer without the query itself: the best of what it says remain."""
-        offered = drawn(50, 6)
-        stand_in.misses = 7
-        found = nearest(offered[7:8], offered, 5, 7)
-        assert_equal(found, brute(offered[7:8], offered, 5, 7))
+    def test_own_place_that_is_not_found(self):
+        """An approximate search may miss the query itself; here the keys have its opposite. None is lost by that."""
+        offered = drawn(300, 16)
+        found = nearest(-offered[50:90], offered, 5, 50)
+        self.assert_all_but_equal(found, brute(-offered[50:90], offered, 5, 50))
+        assert (found[0] >= 0).all()
 
     @pytest.mark.parametrize("itself", [None, 0])
-    def test_fewer_than_asked_for(self, itself, stand_in):
+    def test_fewer_than_asked_for(self, itself):
         offered = drawn(12, 6)
         places, _ = nearest(offered[:4], offered, 15, itself)
-        assert places.tolist() == brute(offered[:4], offered, 15, itself)[0]
+        expected = brute(offered[:4], offered, 15, itself)[0]
+        assert [sorted(row) for row in places.tolist()] == [sorted(row) for row in expected]
+        assert (places[:, 12:] == -1).all()
 
     @pytest.mark.xfail(strict=True, reason="faiss's least number is passed on for −∞ where there are fewer keys")
-    def test_fewer_than_asked_for_have_no_cosine(self, stand_in):
+    @pytest.mark.parametrize("itself", [None, 0])
+    def test_fewer_than_asked_for_have_no_cosine(self, itself):
         offered = drawn(12, 6)
-        assert (nearest(offered[:4], offered, 15)[1][:, 12:] == -torch.inf).all()
-
-    @pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="needs faiss, which is optional")
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its bindings
-    @pytest.mark.parametrize("itself", [None, 40])
-    def test_with_faiss(self, itself):
-        """As many lists are searched as there are: what remains is fp16's rounding."""
-        offered = drawn(900, 16)
-        asked = offered[40:140]
-        places, cosines = nearest(asked, offered, 5, itself)
-        expected, values = brute(asked, offered, 5, itself)
-        np.testing.assert_allclose(cosines.numpy(), values, rtol=0, atol=2e-3)
-        hits = [len(set(one) & set(other)) for one, other in zip(places.tolist(), expected, strict=True)]
-        assert sum(hits) > 0.98 * 5 * len(asked)
-
-
-class Index:
-    """What faiss's index of inner products does, exactly: the best first; −1 and the least number where there are no more."""
-
-    def __init__(self, width: int):
-        self.keys, self.misses, self.trained, self.nprobe = np.empty((0, width), np.float32), None, 0, 1
-
-    def train(self, keys: np.ndarray) -> None:
-        self.trained = len(keys)
-
-    def add(self, keys: np.ndarray) -> None:
-        assert self.trained
-        assert keys.dtype == np.float32
-        self.keys = np.concatenate([self.keys, keys])
-
-    def search(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        assert queries.dtype == np.float32
-        scores = queries @ self.keys.T
-        if self.misses is not None:
-            scores[:, self.misses] = -2
-        order = np.argsort(-scores, axis=1)[:, :count]
-        values = np.take_along_axis(scores, order, axis=1)
-        more = ((0, 0), (0, count - order.shape[1]))
-        return np.pad(values, more, constant_values=np.finfo(np.float32).min), np.pad(order, more, constant_values=-1)
-
-
-@pytest.fixture
-def stand_in(monkeypatch) -> SimpleNamespace:
-    """In faiss's place; `misses`: a key that it does not find."""
-    options = SimpleNamespace(misses=None)
-
-    def factory(width: int, description: str, metric: str) -> Index:
-        assert description.startswith("IVF")
-        assert metric == "inner product"
-        index = Index(width)
-        index.misses = options.misses
-        return index
-
-    faiss = SimpleNamespace(index_factory=factory, METRIC_INNER_PRODUCT="inner product")
-    monkeypatch.setitem(sys.modules, "faiss", faiss)
-    return options
+        places, cosines = nearest(offered[:4], offered, 15, itself)
+        assert (cosines[places == -1] == -torch.inf).all()
