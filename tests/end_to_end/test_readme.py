@@ -50,7 +50,9 @@ def places(tmp_path_factory) -> dict[str, str]:
         "runs/embeddings.parquet": str(folder / "embeddings.parquet"),
         "runs/exported": str(folder / "exported"),
         "images_background.zip": str(archive),
-        **{f"runs/{name}": str(folder / name) for name in ("mine", "dinov2", "continued", "student")},
+        **{f"runs/{name}": str(folder / name) for name in ("mine", "dinov2", "continued", "student", "balanced")},
+        "runs/curated": str(folder / "curated"),
+        "runs/curated/manifest.parquet": str(folder / "curated" / "manifest.parquet"),
         "runs/omniglot": str(folder / "omniglot"),
     }
 
@@ -80,15 +82,16 @@ def run(runs: Runs, command: str, places: dict[str, str]) -> str:
 
 
 def test_commands_are_found():
-    assert sum("train/pretrain.py" in command for command in COMMANDS) == 6
+    assert sum("train/pretrain.py" in command for command in COMMANDS) == 7
+    assert sum("train/curate.py" in command for command in COMMANDS) == 1
     assert sum("eval/" in command for command in COMMANDS) == 6
 
 
 def test_pretraining_and_use(runs, places):
     for command in COMMANDS:
-        if "train/pretrain.py" in command and OMNIGLOT not in command:
+        if "train/" in command and OMNIGLOT not in command:
             run(runs, command, places)
-    for name in ("mine", "dinov2", "continued", "student"):
+    for name in ("mine", "dinov2", "continued", "student", "balanced"):
         assert (Path(places[f"runs/{name}"]) / "backbone.safetensors").exists()
     code = next(block for language, block in BLOCKS if language == "python")
     found: dict = {}
