@@ -170,7 +170,7 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
     if kind == "manifest" or (kind == "auto" and path.suffix == ".parquet"):
         manifest = read_manifest(path)
         pool = open_images(manifest.root, manifest.kind, channels)
-        return Part(pool, "manifest", places_of(manifest, pool, path), manifest.weights)
+        return Part(pool, "manifest", places_of(manifest, pool.names, path), manifest.weights)
     if kind == "zip" and path.is_dir():
         raise UserError(f"data.kind=zip, but data.root={root} is a folder: use data.kind=folder, or leave it auto")
     if kind == "folder" and not path.is_dir():

@@ -1,17 +1,15 @@
 """manifest.parquet: what curation decided on each image of a pool, and the pool that training draws by it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dino.errors import UserError
-
-if TYPE_CHECKING:
-    from dino.data.images import Images
 
 METADATA_KEY = b"dino"
 
@@ -84,13 +82,13 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(root, kind, [names[index] for index in drawn], weights[drawn])
 
 
-def places_of(manifest: Manifest, pool: "Images", path: Path) -> list[int]:
+def places_of(manifest: Manifest, names: Sequence[str], path: Path) -> list[int]:
     """Where the manifest's images are in the pool; a name that is not one of the pool's can reach no file.
 
     Raises:
         UserError: some are not there, or twice in the manifest.
     """
-    places = {name.encode("utf-8", "backslashreplace").decode(): index for index, name in enumerate(pool.names)}
+    places = {name.encode("utf-8", "backslashreplace").decode(): index for index, name in enumerate(names)}
     missing = [name for name in manifest.names if name not in places]
     if missing:
         raise UserError(

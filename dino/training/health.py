@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dino.evaluation.indicators import (
     weighted_knn,
 )
 from dino.objectives.dino import is_distributed, mean_over_processes
+from dino.training.targets import TeacherOutput
 
 if TYPE_CHECKING:
     from dino.training.loader import Batches
@@ -27,20 +28,6 @@ if TYPE_CHECKING:
 QUEUE = 2048  # newest class tokens, of this process, that rank and neighbours are taken from
 QUERIES = 512  # of them, the newest, whose neighbours are asked for their class
 FEWEST = 64  # tokens, below which they say nothing
-
-
-class TeacherOutput(NamedTuple):
-    """What the teacher made of one optimizer step's global views, on this process.
-
-    Attributes:
-        tokens: (2, B, D) class tokens.
-        logits: (2, B, K) fp32.
-        targets: (2, B, K) fp32.
-    """
-
-    tokens: Tensor
-    logits: Tensor
-    targets: Tensor
 
 
 class Health:

@@ -12,13 +12,12 @@ from torch import Tensor
 from dino.config import Config
 from dino.models import DINOHead
 from dino.objectives import dino_loss, ibot_loss, koleo_loss
-from dino.training.health import TeacherOutput
 from dino.training.initial import freeze
 from dino.training.network import Network, Normalise
 from dino.training.optimizer import clip_gradients, set_rates, step_unless
 from dino.training.schedules import Schedules
 from dino.training.sharding import is_sharded
-from dino.training.targets import Targets
+from dino.training.targets import Targets, TeacherOutput
 from dino.training.teacher import update_teacher
 from dino.views.masks import MaskDraw, Masks
 

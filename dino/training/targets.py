@@ -1,9 +1,25 @@
 """What turns the teacher's scores into targets, as `objective.centering` says: of class tokens, and of patches."""
 
-from torch import nn
+from typing import NamedTuple
+
+from torch import Tensor, nn
 
 from dino.config import Config
 from dino.objectives import Centre, SinkhornKnopp
+
+
+class TeacherOutput(NamedTuple):
+    """What the teacher made of one optimizer step's global views, on this process.
+
+    Attributes:
+        tokens: (2, B, D) class tokens.
+        logits: (2, B, K) fp32.
+        targets: (2, B, K) fp32.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    targets: Tensor
 
 
 class Targets(nn.Module):
