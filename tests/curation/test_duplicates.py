@@ -154,7 +154,7 @@ class TestLikeness:
         expected = np.array([greatest_correlation(one, other) for one, other in zip(*pixels, strict=True)])
         found = likeness(*torch.from_numpy(pixels)).numpy()
         assert (found >= expected - 1e-5).all()
-        assert (found <= expected + 0.02).all()
+        assert (found <= expected + 0.05).all()
         assert 0.5 < found.min() < found.max() < 0.9
 
     @pytest.mark.parametrize("shift", range(11))
@@ -182,10 +182,12 @@ class TestLikeness:
         torch.testing.assert_close(likeness(first, second), torch.tensor([1.0, 0, 0, 1]), rtol=0, atol=1e-6)
 
     def test_all_but_one_grey(self):
-        """The noise of a JPEG of a blank page says nothing."""
+        """The noise of a JPEG of a blank page says nothing, not even where it is that of another picture."""
         generator = torch.Generator().manual_seed(0)
         noise = [(torch.rand(1, 32, 32, generator=generator) < 0.02).byte() + 254 for _ in range(2)]
         assert likeness(*noise).tolist() == [1]
+        ink = (noise[0] - 254) * 255
+        assert likeness(noise[0], ink).tolist() == likeness(ink, noise[0]).tolist() == [0]
 
     @pytest.mark.xfail(strict=True, reason="without a shift, too, only the middle 26 × 26 pixels are compared")
     def test_what_is_drawn_at_the_border_counts(self):

@@ -130,6 +130,7 @@ class TestWholeNumbers:
             ([2.999999999999, 1.000000000001], [3, 1], [3, 1]),
             ([0.6, 0.6, 0.8], [1, 1, 1], None),
             ([3.0, 0.0], [3, 0], [3, 0]),
+            ([2.5, 0.3], [2, 1], [2, 1]),  # the greater remainder has no room
         ],
     )
     def test_worked_by_hand(self, shares, capacities, expected):
