@@ -253,14 +253,14 @@ class TestEmptyClusters:
         assert found.labels.tolist() == labels.tolist()
         torch.testing.assert_close(found.centroids.double(), torch.from_numpy(centroids), rtol=0, atol=1e-6)
 
-    @pytest.mark.parametrize("block", [2, 64])
+    @pytest.mark.parametrize("block", [1, 2, 64])
     def test_first_of_equals(self, block, monkeypatch):
-        """Worked by hand: ±3 lie nine from 0, the farthest; the first three of these in order of place."""
+        """Worked by hand: four points lie nine from 0, the first three of which are taken, in their order."""
         monkeypatch.setattr(kmeans_module, "BLOCK", block)
-        points = torch.tensor([[1.0], [-3.0], [0.0], [3.0], [-1.0], [-3.0], [3.0]])  # their mean is 0
-        initial = torch.tensor([[0.0], [50.0], [60.0], [70.0]])
+        points = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0], [1.0, -1.0], [-3.0, 0.0], [0.0, -3.0], [-1.0, 1.0]])
+        initial = torch.tensor([[0.0, 0.0], [50.0, 0.0], [60.0, 0.0], [70.0, 0.0]])
         found = kmeans(Points(points), 4, 1, initial=initial)
-        assert found.centroids[:, 0].tolist() == [0, -3, 3, -3]
+        assert found.centroids.tolist() == [[0, 0], [3, 0], [0, 3], [-3, 0]]
 
     def test_order_of_empty_clusters_is_that_of_distance(self):
         """The first empty cluster gets the farthest point; points on their centroid are not used."""
@@ -492,6 +492,24 @@ def test_shares_are_whole_blocks(points, processes):
     assert max(blocks) - min(blocks) <= 1
 
 
+def corners() -> Tensor:
+    """Of a cube, all as far from 0, which is their mean, and most of them several times."""
+    signs = drawn(ROWS // 2, 8).sign()
+    return torch.cat([signs, -signs])[torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))]
+
+
+def tiny_and_huge(seed: int) -> Tensor:
+    """Values from 1e-4 to 1e3; their mean is 0."""
+    half = 1e3 * drawn(320, 32, seed)
+    half[::2] *= 1e-6
+    return torch.cat([half, -half])
+
+
+def all_but_cancelling(seed: int) -> Tensor:
+    """Values whose sum is a small part of theirs, so that the order of an inexact one shows."""
+    return tiny_and_huge(seed) + 1e-4 * drawn(640, 32, seed + 1)
+
+
 WORLDS = [3, 2, 1]
 ROWS = 700  # 11 blocks, the last of which is not full
 COMMON = {
@@ -503,7 +521,8 @@ COMMON = {
     "limited": {"iterations": 3},
     "another seed": {"seed": 1},
     "empty clusters": {"initial": far_away(mixture(ROWS, 8, of=9), 15, 9)},
-    "equals": {"data": drawn(ROWS // 7, 3).repeat(7, 1), "initial": far_away(drawn(ROWS // 7, 3), 15, 9)},
+    "equals": {"data": corners(), "initial": far_away(torch.zeros(15, 8), 15, 14), "iterations": 1},
+    "copies": {"data": drawn(ROWS // 7, 3).repeat(7, 1), "initial": far_away(drawn(ROWS // 7, 3), 15, 9)},
     "few points": {"data": drawn(70, 8)},  # two blocks: of three processes one has none
     "going on": {"progress": True},
 }
@@ -538,19 +557,16 @@ def work(rank: int, processes: int, folder: Path) -> dict:
             found[case] = "not seen"
         except UserError:
             found[case] = "refused"
+    initial = torch.tensor([[0.0], [1e4]]).expand(2, 32)
     found["objectives"] = [
-        kmeans(held(tiny_and_huge(seed), rank, processes), 2, 0, initial=torch.tensor([[0.0], [1e4]]).expand(2, 32))
-        for seed in range(10)
+        kmeans(held(tiny_and_huge(seed), rank, processes), 2, 0, initial=initial).objective for seed in range(10)
     ]
-    found["objectives"] = [one.objective for one in found["objectives"]]
+    found["means"] = [held(all_but_cancelling(seed), rank, processes).mean for seed in range(5)]
+    found["centroids"] = [
+        kmeans(held(all_but_cancelling(seed), rank, processes), 5, 1, initial=50 * drawn(5, 32)).centroids
+        for seed in range(5)
+    ]
     return found
-
-
-def tiny_and_huge(seed: int) -> Tensor:
-    """Squared distances to 0 from 1e-5 to 1e8; the mean is 0."""
-    half = 1e3 * drawn(320, 32, seed)
-    half[::2] *= 1e-6
-    return torch.cat([half, -half])
 
 
 @pytest.fixture(scope="module")
@@ -588,8 +604,21 @@ class TestProcesses:
         alone = Clustering(*found[1][0][case])
         assert_describes(alone, data, spherical)
         if "initial" in settings:
-            labels, _, taken = plain(data, settings["initial"], settings["iterations"])
+            labels, centroids, taken = plain(data, settings["initial"], settings["iterations"])
             assert (alone.labels.tolist(), alone.iterations) == (labels.tolist(), taken)
+            torch.testing.assert_close(alone.centroids.double(), torch.from_numpy(centroids), rtol=1e-6, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["means", "centroids"])
+    def test_sums_are_exact(self, name, found):
+        """Also of values that all but cancel: whatever is lost on the way would show."""
+        alone = found[1][0][name]
+        for other in (*found[2], *found[3]):
+            assert all(torch.equal(one, two) for one, two in zip(alone, other[name], strict=True))
+        if name == "means":
+            for seed, mean in enumerate(alone):
+                expected = [math.fsum(column) / 640 for column in all_but_cancelling(seed).T.tolist()]
+                torch.testing.assert_close(mean, torch.tensor(expected).double(), rtol=0, atol=1e-9)
+                assert mean.abs().max() < 1e-4
 
     @pytest.mark.parametrize("processes", WORLDS)
     def test_goes_on_with_another_number_of_processes(self, processes, found):
