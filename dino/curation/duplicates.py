@@ -31,16 +31,11 @@ def likeness(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         (n,) in [−1, 1]; 1 where both are of one grey, 0 where only one is.
     """
-    inner = slice(SHIFT, SIDE - SHIFT)
-    window = _standard(first[:, inner, inner].float())
-    size, shifts = SIDE - 2 * SHIFT, range(2 * SHIFT + 1)
+    if not len(first):
+        return torch.empty(0)
+    shifts = range(-SHIFT, SHIFT + 1)
     surface = torch.stack(
-        [
-            (window * _standard(second[:, down : down + size, right : right + size].float())).sum(dim=(1, 2))
-            for down in shifts
-            for right in shifts
-        ],
-        dim=1,
+        [_correlation(first, second, down, right) for down in shifts for right in shifts], dim=1
     ).view(-1, 1, len(shifts), len(shifts))
     # Thin strokes half a pixel apart correlate little; between whole shifts the correlation is smooth.
     finer = F.interpolate(surface, (16 * SHIFT + 1, 16 * SHIFT + 1), mode="bicubic", align_corners=True)
@@ -49,6 +44,17 @@ def likeness(first: Tensor, second: Tensor) -> Tensor:
     best[flat[0] ^ flat[1]] = 0
     best[flat[0] & flat[1]] = 1
     return best
+
+
+def _correlation(first: Tensor, second: Tensor, down: int, right: int) -> Tensor:
+    """(n,) of what the two have in common when the first is moved."""
+
+    def part(pixels: Tensor, rows: int, columns: int) -> Tensor:
+        return pixels[:, max(0, rows) : SIDE + min(0, rows), max(0, columns) : SIDE + min(0, columns)]
+
+    return (_standard(part(first, -down, -right).float()) * _standard(part(second, down, right).float())).sum(
+        dim=(1, 2)
+    )
 
 
 def _standard(pixels: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ def hierarchical_kmeans(
                 found = kmeans(below, *arguments)
                 continue
             rows = nearest_members(below, found, sample)
+            if len(rows) < count:  # equal points: clusters are empty
+                break
             some = below.at(rows) + below.mean.float()
             part = Points(some[_mine(len(some))], below.device, below.spherical)
             centroids = kmeans(part, *arguments).centroids

@@ -79,10 +79,10 @@ class Points:
         self.mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=self.device)
         largest = torch.zeros((), device=self.device)
         for _, block in self._blocks():
-            largest = torch.maximum(largest, block.abs().max())
+            largest = torch.maximum(largest, block.abs().max().nan_to_num(math.inf, math.inf))  # NaN has no maximum
         if not bool(_reduced(largest, dist.ReduceOp.MAX).isfinite()):
             raise UserError("some embeddings are NaN or infinite: embed with other weights or train.precision=fp32")
-        self.scale = 2.0 ** (EXACT - math.ceil(math.log2(max(self.total * float(largest) * 2, 2**-60))))
+        self.scale = exact_scale(self.total, 2 * float(largest))
         for _, block in self._blocks():
             self.mean += self.integers(block).sum(dim=0)
         self.mean = (_reduced(self.mean) / (self.total * self.scale)).float().double()
@@ -114,6 +114,11 @@ class Points:
             block = as_floats(chosen).to(self.device)
             found[mine.to(self.device)] = (F.normalize(block, dim=1) if self.spherical else block) - self.mean.float()
         return _reduced(found)
+
+
+def exact_scale(count: int, largest: float) -> float:
+    """The power of two by which numbers up to `largest` become integers whose sum, of `count`, fp64 holds exactly."""
+    return 2.0 ** (EXACT - math.ceil(math.log2(max(count * largest, 2**-60))))
 
 
 class _Centroids:
@@ -172,7 +177,7 @@ def kmeans(
     """
     if not 1 <= clusters <= points.total:
         raise UserError(f"{clusters:,} clusters of {points.total:,} points: there must be at least as many points")
-    begin, centroids = _earlier(progress, points.device)
+    begin, centroids, ended = _earlier(progress, points.device)
     if centroids is None:
         centroids = (
             seeds(points, clusters, seed) if initial is None else initial.to(points.device) - points.mean.float()
@@ -185,11 +190,12 @@ def kmeans(
     with tqdm(
         total=iterations, initial=begin, desc=title, unit="iteration", leave=False, disable=rank > 0 or not iterations
     ) as bar:
-        for taken in range(begin + 1, iterations + 1):
+        for taken in range(begin + 1, begin if ended else iterations + 1):
             changed = _assign(points, _Centroids(centroids, precision), labels, gaps, sums)
             bar.set_postfix_str(f"{changed / points.total:.2%} changed", refresh=False)
             bar.update()
             if not changed:
+                _keep(progress, taken, centroids, rank, ended=True)
                 break
             sizes = _reduced(torch.bincount(labels, minlength=clusters))
             before = centroids
@@ -201,14 +207,16 @@ def kmeans(
         gaps.fill_(-math.inf)
     _assign(points, _Centroids(centroids), labels, gaps, sums)
     distances = _distances(points, centroids, labels)
-    total = _reduced((distances.double() * points.scale).round().sum())
+    largest = distances.max() if len(distances) else torch.zeros((), device=points.device)
+    scale = exact_scale(points.total, float(_reduced(largest.clone(), dist.ReduceOp.MAX)))
+    total = _reduced((distances.double() * scale).round().sum())
     whole = centroids + points.mean.float()
     return Clustering(
         F.normalize(whole, dim=1) if points.spherical else whole,
         labels,
         distances,
         _reduced(torch.bincount(labels, minlength=clusters)),
-        float(total) / points.scale / points.total,
+        float(total) / scale / points.total,
         taken,
     )
 
@@ -268,15 +276,15 @@ def _means(points: Points, sums: Tensor, sizes: Tensor, before: Tensor, labels: 
     if points.spherical:
         means = F.normalize(means + points.mean.float(), dim=1) - points.mean.float()
     if empty := (sizes == 0).nonzero()[:, 0].tolist():
-        farthest = _farthest(points, before, labels, len(empty))
+        farthest = _farthest(points, before, labels, sizes, len(empty))
         means[empty] = before[empty]
         means[empty[: len(farthest)]] = farthest
     return means
 
 
-def _farthest(points: Points, centroids: Tensor, labels: Tensor, count: int) -> Tensor:
-    """The points, at most `count`, that lie farthest from their centroids, and not on them; the first of equals."""
-    distances = _distances(points, centroids, labels).double()
+def _farthest(points: Points, centroids: Tensor, labels: Tensor, sizes: Tensor, count: int) -> Tensor:
+    """The points, at most `count`, farthest from their centroids, not on them nor alone there; the first of equals."""
+    distances = _distances(points, centroids, labels).double().where(sizes[labels] > 1, 0.0)
     best = distances.sort(descending=True, stable=True)
     some = slice(0, min(count, len(distances)))
     found = torch.full((count, 2), -1.0, dtype=torch.float64, device=points.device)
@@ -341,16 +349,19 @@ def gathered_rows(tensor: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
-def _earlier(progress: Path | None, device: torch.device) -> tuple[int, Tensor | None]:
+def _earlier(progress: Path | None, device: torch.device) -> tuple[int, Tensor | None, bool]:
+    """Iterations taken, centroids, and whether no point changed any more."""
     if progress is None or not progress.exists():
-        return 0, None
+        return 0, None, False
     with safe_open(progress, framework="pt") as file:
-        return int(file.metadata()["iteration"]), file.get_tensor("centroids").to(device)
+        facts = file.metadata()
+        return int(facts["iteration"]), file.get_tensor("centroids").to(device), facts["ended"] == "True"
 
 
-def _keep(progress: Path | None, iteration: int, centroids: Tensor, rank: int) -> None:
+def _keep(progress: Path | None, iteration: int, centroids: Tensor, rank: int, ended: bool = False) -> None:
     if progress is None or rank:
         return
     partial = progress.with_name(f".{progress.name}.partial")
-    save_file({"centroids": centroids.cpu()}, partial, metadata={"iteration": str(iteration)})
+    facts = {"iteration": str(iteration), "ended": str(ended)}
+    save_file({"centroids": centroids.cpu()}, partial, metadata=facts)
     partial.replace(progress)

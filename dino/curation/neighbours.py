@@ -88,6 +88,7 @@ def _by_faiss(
             values = values.masked_fill(own, -torch.inf)
             values, order = values.sort(dim=1, descending=True, stable=True)
             values, indices = values[:, :count], indices.gather(1, order)[:, :count]
-        places.append(indices.masked_fill(values == -torch.inf, -1))
-        cosines.append(values)
+        none = (indices < 0) | (values == -torch.inf)
+        places.append(indices.masked_fill(none, -1))
+        cosines.append(values.masked_fill(none, -torch.inf))
     return torch.cat(places), torch.cat(cosines)

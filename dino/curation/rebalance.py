@@ -18,7 +18,9 @@ def water_filling(capacities: np.ndarray, budget: float) -> np.ndarray:
     ascending = np.sort(capacities)
     below = np.concatenate([[0.0], np.cumsum(ascending)])[:-1]
     cuts = (budget - below) / np.arange(len(ascending), 0, -1)  # the cut if all before are full
-    return np.minimum(capacities, cuts[np.argmax(cuts <= ascending)])
+    fits = cuts <= ascending
+    # By a rounding, the budget may be less than the sum and yet no cut fit.
+    return np.minimum(capacities, cuts[fits.argmax()]) if fits.any() else capacities.copy()
 
 
 def whole_numbers(shares: np.ndarray, capacities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -79,7 +81,7 @@ def subset(weights: np.ndarray, labels: np.ndarray, distances: np.ndarray | None
     clusters = int(labels.max(initial=-1)) + 1
     inside = labels >= 0
     sizes = np.bincount(labels[inside], minlength=clusters)
-    shares = np.bincount(labels[inside], weights=weights[inside], minlength=clusters)
+    shares = np.bincount(labels[inside], weights=weights[inside], minlength=clusters).astype(np.float64)
     most = np.ceil(np.divide(shares, sizes, out=np.zeros_like(shares), where=sizes > 0) - 1e-9)
     totals = whole_numbers(shares, sizes * most, generator)
     rank = generator.permutation(len(labels)) if distances is None else distances

@@ -152,9 +152,6 @@ class TestResampling:
             assert torch.equal(then[0], whole)
             assert torch.equal(then[2].centroids, again[2].centroids)
 
-    @pytest.mark.xfail(
-        strict=True, raises=UserError, reason="clusters left empty: fewer points are resampled than there are clusters"
-    )
     def test_fewer_distinct_points_than_clusters(self):
         """Whose sample has fewer points than there are clusters, though there were enough to begin with."""
         levels = hierarchical_kmeans(Points(drawn(10, 3).repeat(30, 1)), [50, 5], resamplings=1, sample=2)
