@@ -11,7 +11,7 @@ from dino.training.auto import Pool, resolve
 from dino.training.schedules import schedules
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(CONFIGS.glob("*.yaml"))
+RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "curate.yaml"})
 IMAGES = 1_281_167
 IMAGENET = Pool(images=IMAGES, channels=3, kind="folder", bytes=700_000_000_000)
 # reference: main_dino.py's defaults and the README's commands (meta-systems.md §2a).

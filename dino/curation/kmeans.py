@@ -82,7 +82,8 @@ class Points:
             largest = torch.maximum(largest, block.abs().max().nan_to_num(math.inf, math.inf))  # NaN has no maximum
         if not bool(_reduced(largest, dist.ReduceOp.MAX).isfinite()):
             raise UserError("some embeddings are NaN or infinite: embed with other weights or train.precision=fp32")
-        self.scale = exact_scale(self.total, 2 * float(largest))
+        self.largest = 2 * float(largest)
+        self.scale = exact_scale(self.total, self.largest)
         for _, block in self._blocks():
             self.mean += self.integers(block).sum(dim=0)
         self.mean = (_reduced(self.mean) / (self.total * self.scale)).float().double()
@@ -276,15 +277,16 @@ def _means(points: Points, sums: Tensor, sizes: Tensor, before: Tensor, labels: 
     if points.spherical:
         means = F.normalize(means + points.mean.float(), dim=1) - points.mean.float()
     if empty := (sizes == 0).nonzero()[:, 0].tolist():
-        farthest = _farthest(points, before, labels, sizes, len(empty))
+        farthest = _farthest(points, before, means, labels, len(empty))
         means[empty] = before[empty]
         means[empty[: len(farthest)]] = farthest
     return means
 
 
-def _farthest(points: Points, centroids: Tensor, labels: Tensor, sizes: Tensor, count: int) -> Tensor:
-    """The points, at most `count`, farthest from their centroids, not on them nor alone there; the first of equals."""
-    distances = _distances(points, centroids, labels).double().where(sizes[labels] > 1, 0.0)
+def _farthest(points: Points, before: Tensor, means: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The points, at most `count`, that lay farthest from their centroids and are not on them; the first of equals."""
+    placed = _distances(points, means, labels) <= 1e-13 * points.largest**2
+    distances = _distances(points, before, labels).double().masked_fill(placed, 0.0)
     best = distances.sort(descending=True, stable=True)
     some = slice(0, min(count, len(distances)))
     found = torch.full((count, 2), -1.0, dtype=torch.float64, device=points.device)

@@ -269,9 +269,10 @@ class TestEmptyClusters:
         found = kmeans(Points(points), 6, 1, initial=initial)
         assert found.centroids[:, 0].tolist() == [5, 0, -4, -1, 60, 100]
 
-    def test_none_is_left_where_there_are_points_enough(self):
+    @pytest.mark.parametrize("copies", [1, 2])
+    def test_none_is_left_where_there_are_points_enough(self, copies):
         """100 is alone with the second centroid, which moves on to it: the third would be of more use elsewhere."""
-        points = torch.tensor([[0.0], [0.5], [1.0], [-0.5], [100.0]])
+        points = torch.tensor([[0.0], [0.5], [1.0], [-0.5], *[[100.0]] * copies])
         found = kmeans(Points(points), 3, initial=torch.tensor([[0.0], [90.0], [1000.0]]))
         assert (found.sizes > 0).all()
 
