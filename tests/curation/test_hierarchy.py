@@ -96,7 +96,7 @@ class TestResampling:
         for seed in range(4):
             points = Points(concepts(seed))
             for resamplings, counts in ((0, before), (10, after)):
-                (level,) = hierarchical_kmeans(points, [60], resamplings, sample=5, seed=seed)
+                (level,) = hierarchical_kmeans(points, [60], resamplings, 5, 15, seed)
                 counts.append(per_concept(level.centroids))
                 assert counts[-1].sum() == 60
         assert all(counts[0] > 2 * counts[2:].max() for counts in before)
@@ -110,7 +110,7 @@ class TestResampling:
             np.mean(
                 [
                     unevenness(
-                        per_concept(hierarchical_kmeans(Points(concepts(seed)), [60], turns, 5, seed=seed)[0].centroids)
+                        per_concept(hierarchical_kmeans(Points(concepts(seed)), [60], turns, 5, 15, seed)[0].centroids)
                     )
                     for seed in range(3)
                 ]
@@ -123,7 +123,7 @@ class TestResampling:
         plain, resampled = (
             np.sum(
                 [
-                    per_concept(hierarchical_kmeans(Points(concepts(seed)), [60, 12], turns, 5, seed=seed)[1].centroids)
+                    per_concept(hierarchical_kmeans(Points(concepts(seed)), [60, 12], turns, 5, 15, seed)[1].centroids)
                     for seed in range(3)
                 ],
                 axis=0,
