@@ -5,14 +5,16 @@
 
 Trains the backbones of omniglot_cpu and caltech101_dinov2 from scratch, seed after seed and the objectives in turn, and
 reads out frozen class tokens: 1-NN, and plain logistic regression (Omniglot: the article's protocol; Caltech-101: 30 %
-of each class are the test). Results are kept in OUT/results.jsonl; the same command goes on where it stopped.
+of each class are the test). Results are kept in OUT/results.jsonl; the same command goes on where it stopped. On a CPU two
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,37 +52,45 @@ def main() -> None:
     ledger = arguments.out / "results.jsonl"
     done = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
     pools = {name: getattr(arguments, name) for name in RECIPES if getattr(arguments, name)}
-    todo = [
-        (pool, name, seed) for seed in range(arguments.seeds) for pool in pools for name in [*OBJECTIVES, "untrained"]
-    ]
+    rounds = [[(pool, name, seed) for seed in range(arguments.seeds) for pool in pools for name in OBJECTIVES]]
+    rounds += [[(pool, "untrained", seed) for seed in range(arguments.seeds) for pool in pools]]
     if arguments.ablation:
-        todo = [("omniglot", name, 0) for name in ABLATION]
-    for pool, name, seed in todo:
-        if any((line["set"], line["objective"], line["seed"]) == (pool, name, seed) for line in done):
-            continue
-        line = {"set": pool, "objective": name, "seed": seed, "steps": arguments.steps}
-        line |= run(arguments, pool, pools[pool], name, seed)
-        done.append(line)
-        with ledger.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{pool}, {name}, seed {seed}: 1-NN {line['knn']:.1%}, logistic {line['logistic']:.1%}", flush=True)
+        rounds = [[("omniglot", name, 0) for name in ABLATION]]
+    known = {(line["set"], line["objective"], line["seed"]) for line in done}
+    for todo in rounds:
+        with ThreadPoolExecutor(arguments.at_once) as side_by_side:
+            runs = [
+                side_by_side.submit(run, arguments, pool, pools[pool], name, seed)
+                for pool, name, seed in todo
+                if (pool, name, seed) not in known
+            ]
+            for finished in as_completed(runs):
+                line = finished.result()
+                done.append(line)
+                with ledger.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
     show(done)
 
 
-def run(arguments: argparse.Namespace, pool: str, data: str, name: str, seed: int) -> dict[str, float]:
-    """Train and read out; the untrained network is that of DINO's run."""
+def run(arguments: argparse.Namespace, pool: str, data: str, name: str, seed: int) -> dict[str, Any]:
+    """Train and read out: a line of the results. The untrained network is that of DINO's run."""
+    line = {"set": pool, "objective": name, "seed": seed, "steps": arguments.steps}
     if name == "untrained":
-        return {**READ[pool](random_like(load_backbone(arguments.out / f"{pool}_DINO_{seed}")), data), "minutes": 0.0}
+        untrained = random_like(load_backbone(arguments.out / f"{pool}_DINO_{seed}"))
+        return {**line, **READ[pool](untrained, data), "minutes": 0.0}
     folder = arguments.out / f"{pool}_{name.replace(' ', '_')}_{seed}"
     changes = dict((OBJECTIVES | ABLATION)[name])
     changes |= {"data.root": data, "train.seed": seed, "train.steps": arguments.steps, "run.dir": folder}
-    changes |= {"train.checkpoint_every": arguments.steps, "train.cpu_threads": torch.get_num_threads()}
+    threads = max(1, torch.get_num_threads() // arguments.at_once)
+    changes |= {"train.checkpoint_every": arguments.steps, "train.cpu_threads": threads}
     script, recipe = REPOSITORY / "train/pretrain.py", REPOSITORY / f"configs/{RECIPES[pool]}.yaml"
     settings = [f"{key}={value}" for key, value in changes.items()]
     began = time.perf_counter()
-    subprocess.run([sys.executable, str(script), "--config", str(recipe), *settings], check=True, capture_output=True)
+    command = [sys.executable, str(script), "--config", str(recipe), *settings]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     minutes = (time.perf_counter() - began) / 60
-    return {**READ[pool](load_backbone(folder), data), "minutes": round(minutes, 2)}
+    return {**line, **READ[pool](load_backbone(folder), data), "minutes": round(minutes, 2)}
 
 
 def read_omniglot(backbone: Backbone, data: str) -> dict[str, float]:
@@ -130,6 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side, which share the cores")
     parser.add_argument(
         "--ablation", action="store_true", help="instead: DINOv2 on Omniglot with one part changed, seed 0"
     )
