@@ -5,7 +5,8 @@
 
 Trains the backbones of omniglot_cpu and caltech101_dinov2 from scratch, seed after seed and the objectives in turn, and
 reads out frozen class tokens: 1-NN, and plain logistic regression (Omniglot: the article's protocol; Caltech-101: 30 %
-of each class are the test). Results are kept in OUT/results.jsonl; the same command goes on where it stopped. On a CPU two
+of each class are the test). Results are kept in OUT/results.jsonl; the same command goes on where it stopped.
+On a CPU two runs side by side, a core each, are done sooner than one after the other on both: --at-once 2.
 """
 
 import argparse
