@@ -13,6 +13,7 @@ from torch import Tensor
 
 SIDE = 32  # pixels of a thumbnail
 SHIFT = 3  # pixels by which thumbnails may be apart
+SAME_GREY = 4  # of 255, by which the greys of two blank images may differ
 
 
 def thumbnail(image: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def likeness(first: Tensor, second: Tensor) -> Tensor:
         first, second: (n, 32, 32) uint8.
 
     Returns:
-        (n,) in [−1, 1]; 1 where both are of one grey, 0 where only one is.
+        (n,) in [−1, 1]; 1 where both are of one and the same grey, 0 where only one is of one grey, or each of another.
     """
     if not len(first):
         return torch.empty(0)
@@ -40,9 +41,10 @@ def likeness(first: Tensor, second: Tensor) -> Tensor:
     # Thin strokes half a pixel apart correlate little; between whole shifts the correlation is smooth.
     finer = F.interpolate(surface, (16 * SHIFT + 1, 16 * SHIFT + 1), mode="bicubic", align_corners=True)
     best = finer.amax(dim=(1, 2, 3)).clamp(max=1)
-    flat = [(pixels.flatten(1).float().std(dim=1) < 1) for pixels in (first, second)]
-    best[flat[0] ^ flat[1]] = 0
-    best[flat[0] & flat[1]] = 1
+    spread, mean = zip(*(torch.std_mean(pixels.flatten(1).float(), dim=1) for pixels in (first, second)), strict=True)
+    flat = [deviation < 1 for deviation in spread]
+    best[flat[0] | flat[1]] = 0
+    best[flat[0] & flat[1] & ((mean[0] - mean[1]).abs() < SAME_GREY)] = 1
     return best
 
 

@@ -166,22 +166,22 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
         raise UserError("no images given: name a folder or a zip archive with data.root=…")
     path = Path(root).expanduser()
     if not path.exists():
-        raise UserError(f"data.root={root} does not exist")
+        raise UserError(f"{root} does not exist")
     if kind == "manifest" or (kind == "auto" and path.suffix == ".parquet"):
         manifest = read_manifest(path)
         pool = open_images(manifest.root, manifest.kind, channels)
         return Part(pool, "manifest", places_of(manifest, pool.names, path), manifest.weights)
     if kind == "zip" and path.is_dir():
-        raise UserError(f"data.kind=zip, but data.root={root} is a folder: use data.kind=folder, or leave it auto")
+        raise UserError(f"data.kind=zip, but {root} is a folder: use data.kind=folder, or leave it auto")
     if kind == "folder" and not path.is_dir():
-        raise UserError(f"data.kind=folder, but data.root={root} is a file: use data.kind=zip, or leave it auto")
+        raise UserError(f"data.kind=folder, but {root} is a file: use data.kind=zip, or leave it auto")
     if not path.is_dir() and not zipfile.is_zipfile(path):
-        raise UserError(f"data.root={root} is neither a folder nor a zip archive")
+        raise UserError(f"{root} is neither a folder nor a zip archive")
     is_omniglot = kind in ("omniglot", "omniglot_train")
     wanted = int(channels) if channels != "auto" else (1 if is_omniglot else 3)
     images = FolderImages(path, wanted) if path.is_dir() else ZipImages(path, wanted)
     if not images.names:
-        raise UserError(f"no image in data.root={root}: looked for {', '.join(EXTENSIONS)} at every depth")
+        raise UserError(f"no image in {root}: looked for {', '.join(EXTENSIONS)} at every depth")
     if is_omniglot:
         parse(images.names[0])
         images.kind = "omniglot"

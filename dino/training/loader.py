@@ -127,7 +127,7 @@ class Batches:
                 yield views.retouch(crops, batch.keys) if retouches else crops
         except UnreadableImage as error:
             reason = str(error).strip().rsplit("\n", 1)[-1].removeprefix("dino.data.decode.UnreadableImage: ")
-            raise UserError(f"data.root={self.config.data.root}: {reason}") from error
+            raise UserError(f"{self.config.data.root}: {reason}") from error
         except (ConnectionError, EOFError, FileNotFoundError) as error:  # its socket is gone before PyTorch noticed
             raise RuntimeError(
                 "a worker process died while it handed over a batch, usually because memory ran out: "

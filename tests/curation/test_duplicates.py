@@ -180,6 +180,7 @@ class TestLikeness:
         flat, picture = torch.full((1, 32, 32), 77, dtype=torch.uint8), thumbnails(photographs()[:1])
         first, second = torch.cat([flat, flat, picture, picture]), torch.cat([flat, picture, flat, picture])
         torch.testing.assert_close(likeness(first, second), torch.tensor([1.0, 0, 0, 1]), rtol=0, atol=1e-6)
+        assert likeness(flat, 255 - flat).tolist() == [0]
 
     def test_all_but_one_grey(self):
         """The noise of a JPEG of a blank page says nothing, not even where it is that of another picture."""

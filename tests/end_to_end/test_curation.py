@@ -237,7 +237,7 @@ def test_retrieval_and_test_sets(runs, pool, weights, tmp_path, retrieve):
     [
         (["clusters.counts=[5000]"], "clusters must get fewer from level to level"),
         (["clusters.cuonts=[3]"], "did you mean 'clusters.counts'?"),
-        (["duplicates.against=[nowhere]"], "data.root=nowhere does not exist"),
+        (["duplicates.against=[nowhere]"], "nowhere does not exist"),
     ],
 )
 def test_refused_with_a_message_that_names_the_fix(runs, pool, weights, tmp_path, settings, said):
