@@ -124,7 +124,7 @@ def check(config: Config, weights_known: bool = False) -> None:
         value = get(config, key)
         require(isinstance(value, str) or value >= 1, f"{key} must be auto or at least 1, got {value}")
     for key in ("data.workers", "monitor.health_every", "optim.warmup_steps", "optim.freeze_last_layer_steps",
-                "optim.freeze_backbone_steps",
+                "optim.freeze_backbone_steps", "data.rebalance_every",
                 "views.local_crops", "objective.teacher_temperature_warmup", "model.registers"):  # fmt: skip
         value = get(config, key)
         require(isinstance(value, str) or value >= 0, f"{key} must not be negative, got {value}")
@@ -153,7 +153,6 @@ def check(config: Config, weights_known: bool = False) -> None:
     if named := SIZES.get(model.arch):
         heads, width = model.num_heads or named.num_heads, model.embed_dim or named.embed_dim
         require(width % heads == 0, f"model.embed_dim={width} is not divisible by model.num_heads={heads}")
-    require(config.data.rebalance_every >= 0, "data.rebalance_every must not be negative")
     if train.shard:
         require(model.arch.startswith("vit"), f"train.shard cuts up transformer blocks, not model.arch={model.arch}")
         require(config.optim.name == "adamw", f"train.shard works with optim.name=adamw, not {config.optim.name}")

@@ -33,8 +33,9 @@ class DataConfig:
         (AUTO, "device", "none"),
     )
     workers: int | str = setting(AUTO, "processes per training process that decode and crop; auto: by CPU cores")
-    rebalance_every: int = setting(
-        0, "steps between two rebalancings of the draws by clusters of the teacher's own features; 0: never"
+    rebalance_every: int | str = setting(
+        0,
+        "steps between two rebalancings of the draws by clusters of the teacher's features; 0: never; auto: 1 epoch",
     )
     max_unreadable: float = setting(0.01, "share of images that may be unreadable before the run fails")
 

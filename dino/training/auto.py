@@ -160,6 +160,10 @@ def _checkpoint_every(config: Config, pool: Pool, _: int) -> tuple[int, str]:
     return max(1, min(1000, int(config.train.steps) // 10)), "10 a run, at most 1000 steps apart"
 
 
+def _rebalance_every(config: Config, pool: Pool, _: int) -> tuple[int, str]:
+    return max(1, round(pool.images / config.train.batch_size)), "1 epoch"
+
+
 def _health_every(config: Config, pool: Pool, _: int) -> tuple[int, str]:
     every = config.monitor.log_every
     return every * max(1, round(min(100, int(config.train.steps) / 100) / every)), "100 a run, at most 100 steps apart"
@@ -194,6 +198,7 @@ RULES: dict[str, Rule] = {  # in order: later rules read what earlier ones resol
     "train.steps": _steps,
     "train.checkpoint_every": _checkpoint_every,
     "train.cpu_threads": _cpu_threads,
+    "data.rebalance_every": _rebalance_every,
     "monitor.health_every": _health_every,
     "objective.prototypes": _prototypes,
     "objective.centering": _centering,

@@ -79,7 +79,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[list[Tensor]]]:
         """For each step, its micro-batches, each a list of crops by size."""
-        every = self.config.data.rebalance_every
+        every = int(self.config.data.rebalance_every)
         for stretch in stretches(self.config):
             start, stop = max(self.start, stretch.start), min(self.stop, stretch.stop)
             while start < stop:

@@ -1,7 +1,8 @@
 """Rebalancing while training (`data.rebalance_every`): the draws follow clusters of the teacher's own features.
 
-Every so many steps a sample of the images is embedded by the teacher as it is then and clustered; images of small
-clusters are drawn more often from there on, those of large ones less. Images outside the sample keep their weight.
+Every so many steps the next sample of the images, in a drawn order, is embedded by the teacher as it is then and
+clustered; its images of small clusters are drawn more often from there on, those of large ones less. Images outside the
+sample keep their weight until it is their turn.
 """
 
 import numpy as np
@@ -19,7 +20,8 @@ from dino.models import Preprocess
 from dino.training.network import Network, as_used
 from dino.training.sharding import whole_backbone
 
-SHARE = 3  # one image is embedded for so many that are trained on, which costs about a twelfth of training on it
+SHARE = 20  # images trained on for each that is embedded: 5 % of the time, even if decoding is all that takes any
+LEAST = 1000  # images of a sample, or all there are
 MEMBERS = 50  # images of the sample a cluster
 MOST_CLUSTERS = 1000
 SMOOTHING = 0.5  # clusters are drawn by the root of their size
@@ -36,26 +38,24 @@ class Draws(nn.Module):
     def __init__(self, config: Config, images: Images, accelerator: Accelerator):
         super().__init__()
         self.config, self.images, self.accelerator = config, images, accelerator
-        count, every = len(images.names), config.data.rebalance_every
+        count, every = len(images.names), int(config.data.rebalance_every)
         given = np.ones(count) if images.weights is None else images.weights / images.weights.mean()
         self.weights: Tensor
         self.register_buffer("weights", torch.from_numpy(given.astype(np.float64)))
-        self.sample = min(count, every * config.train.batch_size // SHARE)
-        if every and self.sample < 2 * MEMBERS:
+        self.sample = min(count, max(LEAST, every * config.train.batch_size // SHARE))
+        if every and count < 2 * MEMBERS:
             raise UserError(
-                f"data.rebalance_every={every} leaves {self.sample} images to be clustered, too few: rebalance less "
-                f"often, or use at least {2 * MEMBERS} images"
+                f"data.rebalance_every needs at least {2 * MEMBERS} images to cluster, got {count}: set it to 0"
             )
 
     def is_due(self, taken: int) -> bool:
         """Whether to rebalance after this many steps."""
-        every = self.config.data.rebalance_every
+        every = int(self.config.data.rebalance_every)
         return every > 0 and taken % every == 0
 
     def renew(self, teacher: Network, taken: int) -> dict[str, float]:
         """Embed, cluster, weigh; every process must call this. Returns what to log."""
-        generator = np.random.default_rng((self.config.train.seed, taken))
-        chosen = np.sort(generator.choice(len(self.images.names), self.sample, replace=False))
+        chosen = self.turn(taken)
         views = self.config.views
         preprocess = Preprocess(views.global_size, views.mean or (), views.std or ())
         backbone = whole_backbone(teacher, self.accelerator)
@@ -77,3 +77,9 @@ class Draws(nn.Module):
             "data/effective_clusters": float(np.exp(-(shares * np.log(shares)).sum())),
             "data/largest_weight": float(self.weights.max()),
         }
+
+    def turn(self, taken: int) -> np.ndarray:
+        """(S,) ascending: whose turn it is after so many steps; every image once before any comes again."""
+        count, rounds = len(self.images.names), taken // int(self.config.data.rebalance_every)
+        order = np.random.default_rng(self.config.train.seed).permutation(count)
+        return np.sort(order[(np.arange(self.sample) + (rounds - 1) * self.sample) % count])

@@ -93,6 +93,13 @@ class TestRange:
         ):
             assert 0 <= warmup <= config.train.steps // 10
 
+    def test_rebalancing_once_an_epoch_if_at_all(self):
+        assert (
+            resolve(with_settings(data__rebalance_every=AUTO, train__batch_size=128), OMNIGLOT)[0].data.rebalance_every
+            == 151
+        )
+        assert resolve(Config(), OMNIGLOT)[0].data.rebalance_every == 0
+
     def test_unusual_numbers_of_channels(self):
         config, _ = resolve(Config(), Pool(1000, 5, "folder"))
         assert (config.views.mean, config.views.std) == ([0.5] * 5, [0.5] * 5)
