@@ -7,23 +7,26 @@ Omniglot: three alphabets with all their characters' drawings by drawers 1 to 14
 character, and a near copy (shifted by a pixel or two, re-encoded) of every tenth. Caltech-101: its own long tail, 70 %
 of each class. A backbone is trained on the pool as it is, embeds it, and what its curation gives is trained on from
 scratch for as many steps: deduplicated, flat, hierarchical, and balanced by the labels (an oracle). All are read out on
-images that no pre-training saw, as many of each class. Results are kept in OUT/results.jsonl; the same command goes on
-where it stopped.
+images that no pre-training saw, as many of each class, by the mean of ten splits of them into halves. Results are kept
+in OUT/results.jsonl; the same command goes on where it stopped. --at-once 2: see objectives.py.
 """
 
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageChops
 
 from dino import cli, load_backbone
@@ -34,19 +37,20 @@ from dino.evaluation.features import extract
 from dino.evaluation.readout import knn, logistic
 
 REPOSITORY = Path(__file__).parents[1]
-LARGE, FEW, SEEN, COPIED = 3, 2, 14, 10
+LARGE, FEW, SEEN, COPIED, SPLITS = 3, 2, 14, 10, 10
 WAYS = {
     "deduplicated": ["rebalance.method=none"],
     "flat": ["rebalance.method=flat"],
     "hierarchical": ["rebalance.method=hierarchical"],
 }
 RECIPES = {"omniglot": "omniglot_cpu", "caltech": "caltech101_dinov2"}
+SHORT = ["objective.momentum=0.99", "objective.momentum_end=0.99"]  # best in short runs: configs/README.md
 
 
 def main() -> None:
     arguments = parse()
     name = "omniglot" if arguments.omniglot else "caltech"
-    out = arguments.out / name
+    out = arguments.out.resolve() / name
     if not (out / "built").exists():
         entries = omniglot(arguments.omniglot) if arguments.omniglot else caltech(arguments.caltech)
         for path, content in entries:
@@ -55,37 +59,44 @@ def main() -> None:
         (out / "built").touch()
     ledger = out / "results.jsonl"
     done = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
-    for seed in range(arguments.seeds):
-        for way in ("as it is", *WAYS, "by labels"):
-            if any((line["way"], line["seed"]) == (way, seed) for line in done):
-                continue
-            done.append(run(arguments, name, out, way, seed))
-            with ledger.open("a") as file:
-                file.write(json.dumps(done[-1]) + "\n")
-            print(json.dumps(done[-1]), flush=True)
+    known = {(line["way"], line["seed"]) for line in done}
+    by_labels(FolderImages(out / "pool"), out / "by_labels.parquet")
+    for ways in (["as it is"], [*WAYS, "by labels"]):  # the first embeds the pool for the others
+        with ThreadPoolExecutor(arguments.at_once) as side_by_side:
+            runs = [
+                side_by_side.submit(run, arguments, name, out, way, seed)
+                for seed in range(arguments.seeds)
+                for way in ways
+                if (way, seed) not in known
+            ]
+            for finished in as_completed(runs):
+                done.append(finished.result())
+                with ledger.open("a") as file:
+                    file.write(json.dumps(done[-1]) + "\n")
+                print(json.dumps(done[-1]), flush=True)
     for way in dict.fromkeys(line["way"] for line in done):
         of = [line for line in done if line["way"] == way]
-        cells = [f"{100 * np.mean([line[key] for line in of]):.1f} ± {100 * np.std([line[key] for line in of]):.1f} %"
-                 for key in ("knn", "logistic")]  # fmt: skip
+        values = [np.array([100 * line[key] for line in of]) for key in ("knn", "logistic")]
+        cells = [f"{one.mean():.1f}" + (f" ± {one.std(ddof=1):.1f} %" if len(of) > 1 else " %") for one in values]
         print(f"| {way} | {len(of)} | {' | '.join(cells)} |")
 
 
 def run(arguments: argparse.Namespace, name: str, out: Path, way: str, seed: int) -> dict[str, Any]:
     """Curate as `way` says, train, read out."""
     first = out / f"as_it_is_{seed}"
-    root, facts = out / "pool", {}
+    root, facts, threads = out / "pool", {}, max(1, torch.get_num_threads() // arguments.at_once)
     if way in WAYS:
         curated = out / f"{way}_curated_{seed}"
         settings = [f"data.root={root}", f"weights={first}", f"run.dir={curated}", f"run.seed={seed}", *WAYS[way]]
-        command("train/curate.py", *settings)
+        command(threads, "train/curate.py", *settings)
         root, facts = curated / "manifest.parquet", judge_copies(curated / "manifest.parquet")
     elif way == "by labels":
         root = out / "by_labels.parquet"
-        by_labels(FolderImages(out / "pool"), root)
     target = out / f"{way.replace(' ', '_')}_{seed}"
     kind = ["data.channels=1"] if name == "omniglot" else []
     began = time.perf_counter()
     command(
+        threads,
         "train/pretrain.py",
         "--config",
         f"configs/{RECIPES[name]}.yaml",
@@ -95,27 +106,35 @@ def run(arguments: argparse.Namespace, name: str, out: Path, way: str, seed: int
         f"train.steps={arguments.steps}",
         f"train.seed={seed}",
         f"train.checkpoint_every={arguments.steps}",
+        f"train.cpu_threads={threads}",
+        *SHORT,
         *kind,
     )
     minutes = (time.perf_counter() - began) / 60
     return {"way": way, "seed": seed, "minutes": round(minutes, 2), **facts, **read_out(target, out / "test")}
 
 
-def command(script: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, script, *arguments], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+def command(threads: int, script: str, *arguments: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run(
+        [sys.executable, script, *arguments], check=True, cwd=REPOSITORY, capture_output=True, env=environment
+    )
 
 
 def read_out(run: Path, test: Path) -> dict[str, float]:
-    """Half of each class of the test images learned from, the other half asked."""
+    """Half of each class of the test images learned from, the other half asked; the mean over splits."""
     backbone = load_backbone(run)
     images = FolderImages(test, backbone.spec.in_chans)
     tokens = extract(backbone, images, range(len(images.names)), backbone.preprocess).class_tokens
-    labels, learned = np.array(images.labels), np.zeros(len(images.names), dtype=bool)
-    for label in np.unique(labels):
-        members = np.random.default_rng(0).permutation(np.flatnonzero(labels == label))
-        learned[members[: len(members) // 2]] = True
-    four = (tokens[learned], labels[learned], tokens[~learned], labels[~learned])
-    return {"knn": float((knn(*four[:3], 1) == four[3]).mean()), "logistic": logistic(*four).accuracy}
+    labels, found = np.array(images.labels), []
+    for split in range(SPLITS):
+        generator, learned = np.random.default_rng(split), np.zeros(len(labels), dtype=bool)
+        for label in np.unique(labels):
+            members = generator.permutation(np.flatnonzero(labels == label))
+            learned[members[: len(members) // 2]] = True
+        four = (tokens[learned], labels[learned], tokens[~learned], labels[~learned])
+        found.append(((knn(*four[:3], 1) == four[3]).mean(), logistic(*four).accuracy))
+    return dict(zip(("knn", "logistic"), np.mean(found, axis=0).tolist(), strict=True))
 
 
 def judge_copies(manifest: Path) -> dict[str, float]:
@@ -198,6 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the pool and the runs")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side, which share the cores")
     return parser.parse_args()
 
 

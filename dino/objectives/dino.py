@@ -96,10 +96,10 @@ class SinkhornKnopp(nn.Module):
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Scale exp(logits / τ), in turn, to equal mass per prototype and to unit mass per sample.
 
-    The first round is worked in logarithms, each sum with its maximum subtracted, so no logit overflows and no prototype
-    or sample that is far behind the others underflows to a division by zero. From then on sums are safe as they are:
-    where prototypes had mass 1 and then samples (each had at most K), a prototype keeps at least 1/K; likewise a sample
-    1/N. The batch is that of all processes together.
+    The first round is worked in logarithms, each sum with its maximum subtracted, so no logit overflows and no
+    prototype or sample that is far behind the others underflows to a division by zero. From then on sums are safe as
+    they are: where prototypes had mass 1 and then samples (each had at most K), a prototype keeps at least 1/K;
+    likewise a sample 1/N. The batch is that of all processes together.
 
     Args:
         logits: (N, K), this process's samples.
