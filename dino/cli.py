@@ -34,7 +34,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}): {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted before the run had begun: nothing was written", file=sys.stderr)
+        print("interrupted: the same command goes on from what was saved, or else from the beginning", file=sys.stderr)
         sys.exit(130)
 
 

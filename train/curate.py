@@ -29,8 +29,7 @@ def main() -> None:
     backbone = load_backbone(config.weights).to(accelerator.device)
     images = open_images(config.data.root, config.data.kind, backbone.spec.in_chans)
     directory = Path(config.run.dir)
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.yaml").exists():
-        raise UserError(f"run.dir={directory} is not empty and holds no curation: name another directory")
+    refuse_other_directories(directory, config)
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(configuration.dump(config))
@@ -41,12 +40,32 @@ def main() -> None:
     if accelerator.is_main_process:
         write_manifest(directory / "manifest.parquet", columns, config.data.root, images.kind)
         report.write(curation, columns)
-        reasons = np.array([reason.split(" ")[0].rstrip(":") for reason in columns["dropped"]])
+        reasons = np.array([reason.split(":")[0] for reason in columns["dropped"]])
         print(f"{len(images.names):,} images: {int(np.sum(columns['kept'])):,} kept", end="")
         for reason, count in zip(*np.unique(reasons[reasons != ""], return_counts=True), strict=True):
             print(f", {count:,} {reason}", end="")
         print(f"\n{directory / 'manifest.parquet'} and {directory / 'report.html'}")
     accelerator.end_training()
+
+
+def refuse_other_directories(directory: Path, config: settings.CurateConfig) -> None:
+    """A run directory is empty or a curation's, and the pool lies elsewhere."""
+    pool, place = Path(config.data.root).expanduser().resolve(), directory.resolve()
+    if config.data.root and (place.is_relative_to(pool) or pool.parent == place):
+        raise UserError(
+            f"run.dir={directory} and data.root={config.data.root} lie in each other: name a run.dir elsewhere"
+        )
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"run.dir={directory} is a file: name a directory")
+    if any(directory.iterdir()):
+        try:
+            configuration.read(settings.CurateConfig, str(directory / "config.yaml"), [])
+        except UserError as error:
+            raise UserError(
+                f"run.dir={directory} is not empty and holds no curation: name another directory"
+            ) from error
 
 
 def parse() -> argparse.Namespace:

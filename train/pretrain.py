@@ -12,7 +12,7 @@ from contextlib import closing
 
 from dino import cli
 from dino import config as configuration
-from dino.data import estimated_bytes, fingerprint, open_images
+from dino.data import estimated_bytes, fingerprint, open_images, visits
 from dino.training import faults, launch
 from dino.training.artifacts import write_backbone
 from dino.training.auto import Pool, keep_resolved, resolve
@@ -50,7 +50,7 @@ def main() -> None:
     config, guide, decided = follow_guide(config)
     reasons |= decided
     images = open_images(config.data.root, config.data.kind, config.data.channels)
-    pool = Pool(len(images.names), images.channels, images.kind, estimated_bytes(images))
+    pool = Pool(visits(images), images.channels, images.kind, estimated_bytes(images))
     config, resolved = resolve(keep_resolved(config, earlier) if earlier else config, pool, launch.local_processes())
     reasons |= resolved
     if earlier:
@@ -95,8 +95,7 @@ def main() -> None:
 
     # The run.
     batches = Batches(config, images, accelerator, start, steps, directory)
-    if config.data.rebalance_every and start:
-        batches.stream.reweigh(draws.weights.numpy())
+    draws.steer(batches.stream, start)
     stop = Stop.NO
     health = Health(accelerator, config, images.labels, start)
     reporter = Reporter(directory, config, images, accelerator.is_main_process)
@@ -108,14 +107,14 @@ def main() -> None:
             metrics.add(take_step(step, micro_batches))
             health.observe(take_step.teacher_output, batches.indices(step))
             taken = step + 1
-            if draws.is_due(taken):
-                metrics.note(draws.renew(teacher, taken))
-                batches.stream.reweigh(draws.weights.numpy())
             logs = taken % config.monitor.log_every == 0 or taken == steps
             saves = taken % int(config.train.checkpoint_every) == 0 or taken == steps
             stop = interrupt.asked(batches.too_many_unreadable, together=logs)
-            if logs or saves or stop:
+            if logs or saves or stop or draws.are_due(taken):
                 faults.raise_if_broken(take_step, batches, directory)
+            if draws.are_due(taken):
+                metrics.note(draws.renew(teacher, taken))
+                draws.steer(batches.stream, taken)
             if logs:
                 epoch = taken * config.train.batch_size / pool.images
                 metrics.log(taken, epoch, plan.at(step), health)

@@ -1,8 +1,9 @@
 """A pool of images as embeddings in a memory-mapped file, written in parts that survive a kill."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,15 +51,15 @@ class Embedded(NamedTuple):
 class _Inputs(Dataset):
     """Images as the backbone takes them, with their thumbnail, hash and size; the reason where there is none."""
 
-    def __init__(self, images: Images, transform: Callable[[Tensor], Tensor], rows: range):
-        self.images, self.transform, self.rows = images, transform, rows
+    def __init__(self, images: Images, transform: Callable[[Tensor], Tensor]):
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.images.names)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, Tensor, str, tuple[int, int]] | str:
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, str, tuple[int, int]] | str:
         try:
-            image = self.images.read(self.rows[place])
+            image = self.images.read(row)
         except UnreadableImage as reason:
             return str(reason)
         digest = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()[:32]
@@ -83,18 +84,26 @@ def embed(
                     open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
             (folder / "parts").mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
-        parts = [part for part in range(-(-count // PART)) if not _facts(folder, part).exists()]
-        mine = parts[accelerator.process_index :: accelerator.num_processes]
+        mine = range(accelerator.process_index, -(-count // PART), accelerator.num_processes)
+        left = {
+            part: [range(first, min(first + batch_size, count, (part + 1) * PART))
+                   for first in range(part * PART, min(count, (part + 1) * PART), batch_size)]
+            for part in mine if not _facts(folder, part).exists()
+        }  # fmt: skip
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in files}
+        loader = DataLoader(
+            _Inputs(images, backbone.preprocess),
+            batch_sampler=[list(rows) for rows in itertools.chain.from_iterable(left.values())],
+            num_workers=workers,
+            collate_fn=list,
+        )
+        loaded = iter(loader)
         with tqdm(
-            total=len(mine), desc="embedding", unit=f" × {PART} images", disable=not accelerator.is_main_process
+            total=len(left), desc="embedding", unit=f" × {PART} images", disable=not accelerator.is_main_process
         ) as bar:
-            for part in mine:
-                rows = range(part * PART, min(count, (part + 1) * PART))
-                loader = DataLoader(
-                    _Inputs(images, backbone.preprocess, rows), batch_size, num_workers=workers, collate_fn=list
-                )
-                _embed_part(backbone, loader, rows, arrays, _facts(folder, part), accelerator)
+            for part, batches in left.items():
+                found = zip(batches, loaded, strict=False)
+                _embed_part(backbone, found, arrays, _facts(folder, part), accelerator)
                 bar.update()
         stage.finish()
     tokens, thumbnails = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in files)
@@ -110,15 +119,15 @@ def _facts(folder: Path, part: int) -> Path:
 
 def _embed_part(
     backbone: Backbone,
-    loader: DataLoader,
-    rows: range,
+    batches: Iterable[tuple[range, list]],
     arrays: dict[str, np.ndarray],
     file: Path,
     accelerator: Accelerator,
 ) -> None:
-    place, facts = rows.start, []
-    for batch in loader:
-        found = [(place + index, *item) for index, item in enumerate(batch) if not isinstance(item, str)]
+    """Embed a part's batches, each with its rows, and write down that it is done."""
+    facts = []
+    for rows, batch in batches:
+        found = [(row, *item) for row, item in zip(rows, batch, strict=True) if not isinstance(item, str)]
         if found:
             numbers, inputs, thumbnails, _, _ = zip(*found, strict=True)
             with accelerator.autocast():
@@ -131,7 +140,6 @@ def _embed_part(
             arrays["tokens"][list(numbers)] = tokens.half().numpy()
             arrays["thumbnails"][list(numbers)] = torch.stack(thumbnails).numpy()
         facts += [("", 0, 0, item) if isinstance(item, str) else (item[2], *item[3], "") for item in batch]
-        place += len(batch)
     for array in arrays.values():
         array.flush()  # type: ignore[attr-defined]  # of a memory map
     partial = file.with_name(f".{file.name}.partial")

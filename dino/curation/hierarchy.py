@@ -54,7 +54,8 @@ def hierarchical_kmeans(
     """
     if clusters[0] > points.total or any(above >= below for below, above in itertools.pairwise(clusters)):
         raise UserError(
-            f"clusters must get fewer from level to level, from {points.total:,} points on: {list(clusters)}"
+            f"clusters.counts={list(clusters)} of {points.total:,} points: each level must have fewer clusters than "
+            "the one below, and the first at most as many as there are points"
         )
     levels: list[Level] = []
     below = points

@@ -10,7 +10,7 @@ from dino.curation.kmeans import as_floats
 from dino.errors import UserError
 
 CHUNK = 4096  # queries, and 16 times as many keys, at a time
-EXACT_UP_TO = 2_000_000  # keys
+EXACT_UP_TO = 2_000_000**2  # comparisons
 
 
 def nearest(
@@ -34,7 +34,7 @@ def nearest(
     Raises:
         UserError: too many keys for an exact search, and no faiss.
     """
-    if len(keys) > EXACT_UP_TO:
+    if len(queries) * len(keys) > EXACT_UP_TO:
         return _by_faiss(queries, keys, count, itself)
     places = torch.full((len(queries), count), -1)
     cosines = torch.full((len(queries), count), -torch.inf)

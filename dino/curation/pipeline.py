@@ -15,11 +15,12 @@ from dino.curation import rebalance
 from dino.curation.duplicates import confirmed, groups, originals, same_pixels
 from dino.curation.embed import Embedded, embed
 from dino.curation.hierarchy import hierarchical_kmeans
-from dino.curation.kmeans import Points, gathered_rows, share
+from dino.curation.kmeans import Points, as_floats, gathered_rows, share
 from dino.curation.neighbours import nearest
 from dino.curation.settings import CurateConfig
 from dino.curation.stage import Stage
-from dino.data import Images, fingerprint, open_images
+from dino.data import Images, fingerprint, open_images, stamp
+from dino.data.manifest import printable
 from dino.errors import UserError
 from dino.evaluation.features import weights_digest
 from dino.models import Backbone
@@ -72,6 +73,7 @@ class Curation:
         self.config, self.images, self.backbone = config, images, backbone
         self.directory, self.accelerator = directory, accelerator
         self.weights = weights_digest(backbone)
+        self.key: list[Any] = []  # of all stages so far, on which the next depends
 
     def run(self) -> dict[str, Any]:
         """All stages; the manifest's columns. Every process must call this."""
@@ -90,17 +92,20 @@ class Curation:
 
     def embed(self, images: Images, name: str) -> Embedded:
         """Class tokens of a pool, in RUN/`name`."""
-        embed_, cpus = self.config.embed, os.cpu_count() or 1
+        settings, cores = self.config.embed, os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(16, cpus // local - 1) if embed_.workers == "auto" else int(embed_.workers)
-        stage = Stage(self.directory / name, self._embedded(images), self.accelerator)
-        return embed(stage, self.backbone, images, embed_.batch_size, workers, self.accelerator)
+        workers = max(0, min(16, cores // local - 1)) if settings.workers == "auto" else int(settings.workers)
+        content = [fingerprint(images), stamp(images), repr(self.backbone.preprocess)]
+        key = [self.weights, *content, str(self.accelerator.mixed_precision)]
+        self.key.append(key)
+        stage = Stage(self.directory / name, key, self.accelerator)
+        return embed(stage, self.backbone, images, settings.batch_size, workers, self.accelerator)
 
     def find_copies(self) -> Copies:
         """Equal pixels, near copies, and matches with test sets."""
         settings, embedded = self.config.duplicates, self.embedded
-        stage = self._stage("duplicates", settings)
         others = [(root, self._other(root, f"against-{number}")) for number, root in enumerate(settings.against)]
+        stage = self._stage("duplicates", settings)
         if stage.begin():
             near, cosines, candidates = self._near(embedded, embedded, itself=True)
             group = groups(len(embedded.hashes), np.concatenate([same_pixels(embedded.hashes), near]))
@@ -109,9 +114,9 @@ class Curation:
             original[~embedded.readable] = -1
             matches = np.zeros(len(group), dtype=np.int64)
             for number, (_, other) in enumerate(others, 1):
-                found, _, _ = self._near(other, embedded, itself=False)
+                found, _, _ = self._near(embedded, other, itself=False)
                 equal = np.isin(embedded.hashes, other.hashes[other.readable])
-                hit = np.unique(np.concatenate([group[found[:, 1]], group[equal & embedded.readable]]))
+                hit = np.unique(np.concatenate([group[found[:, 0]], group[equal & embedded.readable]]))
                 matches[np.isin(group, hit) & (matches == 0)] = number
             if self.accelerator.is_main_process:
                 facts: dict[str, Any] = {"original": original, "near": near, "cosines": cosines, "matches": matches}
@@ -127,7 +132,7 @@ class Curation:
         """k-means of what is left, level upon level."""
         settings, left = self.config.clusters, self.left
         counts = settings.counts or default_counts(len(left))
-        stage = self._stage("clusters", settings, self.config.duplicates, self.config.run.seed)
+        stage = self._stage("clusters", settings, self.config.run.seed)
         if stage.begin():
             mine = share(len(left), self.accelerator.process_index, self.accelerator.num_processes)
             points = Points(
@@ -140,7 +145,7 @@ class Curation:
                 settings.sample,
                 settings.iterations,
                 self.config.run.seed,
-                getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[settings.precision]),
+                {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision],
                 stage.folder,
             )
             labels, distances = (gathered_rows(part).cpu().numpy() for part in (levels[0].labels, levels[0].distances))
@@ -164,31 +169,28 @@ class Curation:
         """(N,) how often each image is to be drawn."""
         settings, labels = self.config.rebalance, self.clusters.levels[0]
         budget = len(self.left) if settings.budget == "auto" else int(settings.budget)
-        clusters = len(self.clusters.centroids)
         if settings.method == "retrieval":
             return self._retrieved().astype(np.float64)
         if settings.method == "hierarchical":
             weights = rebalance.hierarchical(self.clusters.levels, budget, settings.repeats)
         else:
             smoothing = settings.smoothing if settings.method == "flat" else 1.0
-            weights = rebalance.flat(labels, clusters, smoothing) * budget / len(labels)
-            weights = np.minimum(weights, settings.repeats)
+            clusters = len(self.clusters.centroids)
+            weights = rebalance.flat(labels, clusters, smoothing, budget, settings.repeats)
         if settings.output == "subset":
-            return rebalance.subset(weights, labels, None, self.config.run.seed).astype(np.float64)
+            return rebalance.subset(weights, labels, self.config.run.seed).astype(np.float64)
         return weights
 
     def columns(self) -> dict[str, Any]:
         """The manifest's: one row an image of the pool, none missing."""
-        names = [name.encode("utf-8", "backslashreplace").decode() for name in self.images.names]
+        names = [printable(name) for name in self.images.names]
         original, embedded = self.copies.original, self.embedded
-        above = self.clusters.levels[0]
-        of_level = [above]
+        of_level = self.clusters.levels[:1]
         for parents in self.clusters.levels[1:]:
-            above = np.where(above >= 0, parents[above], -1)
-            of_level.append(above)
+            of_level.append(np.where(of_level[-1] >= 0, parents[of_level[-1]], -1))
         return {
             "path": names,
-            **({"label": list(self.images.labels)} if self.images.labels is not None else {}),
+            **({"label": list(map(printable, self.images.labels))} if self.images.labels is not None else {}),
             "height": embedded.sizes[:, 0],
             "width": embedded.sizes[:, 1],
             "hash": embedded.hashes.tolist(),
@@ -265,21 +267,37 @@ class Curation:
             chosen = np.zeros(len(self.images.names), dtype=bool)
             chosen[self.left[rebalance.by_samples(places.numpy(), len(self.left))]] = True
             return chosen
-        closest, _ = nearest(tokens, self.clusters.centroids, 1, None, self.accelerator.device)
-        return rebalance.by_clusters(
-            self.clusters.levels[0], closest[:, 0].numpy(), settings.least, settings.most, self.config.run.seed
+        centroids = torch.from_numpy(self.clusters.centroids)
+        if self.config.clusters.spherical:
+            closest = nearest(tokens, centroids, 1, None, self.accelerator.device)[0][:, 0]
+        else:
+            closest = torch.cat([torch.cdist(as_floats(block), centroids).argmin(dim=1)
+                                 for block in np.array_split(tokens, -(-len(tokens) // 4096))])  # fmt: skip
+        chosen = rebalance.by_clusters(
+            self.clusters.levels[0], closest.numpy(), settings.least, settings.most, self.config.run.seed
         )
+        if not chosen.any():
+            raise UserError(
+                f"no cluster has rebalance.least={settings.least} of the {len(tokens):,} seed images: lower it"
+            )
+        return chosen
 
     def _other(self, root: str, name: str) -> Embedded:
         """Another pool than the one that is curated."""
-        return self.embed(open_images(root, "auto", self.images.channels), name)
-
-    def _embedded(self, images: Images) -> dict[str, Any]:
-        return {"weights": self.weights, "images": fingerprint(images), "preprocess": repr(self.backbone.preprocess)}
+        found = self.embed(open_images(root, "auto", self.images.channels), name)
+        unreadable = int((~found.readable).sum())
+        if unreadable == len(found.readable):
+            raise UserError(f"{root}: none of its {unreadable:,} images can be read: {found.reasons[0]}")
+        if unreadable:
+            self.accelerator.print(
+                f"{root}: {unreadable:,} images cannot be read, for example: {found.reasons[~found.readable][0]}"
+            )
+        return found
 
     def _stage(self, name: str, *settings: Any) -> Stage:
-        values = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in settings]  # type: ignore[arg-type]
-        return Stage(self.directory / name, {"pool": self._embedded(self.images), "settings": values}, self.accelerator)
+        """A stage that depends on settings, and on all stages before."""
+        self.key += [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in settings]  # type: ignore[arg-type]
+        return Stage(self.directory / name, list(self.key), self.accelerator)
 
 
 def default_counts(images: int) -> Sequence[int]:

@@ -3,24 +3,27 @@
 import numpy as np
 
 
-def water_filling(capacities: np.ndarray, budget: float) -> np.ndarray:
-    """Equal shares of a budget, except for those that cannot take as much: min(c, cut), so that they add up.
+def water_filling(capacities: np.ndarray, budget: float, wanted: np.ndarray | None = None) -> np.ndarray:
+    """Shares of a budget in proportion to what is wanted, but none above its capacity: min(c, cut · w), adding up.
 
     Args:
         capacities: (k,) of each, not negative.
+        wanted: (k,) above 0; None: equal.
 
     Returns:
         (k,) fp64; all capacities where the budget exceeds their sum.
     """
     capacities = np.asarray(capacities, dtype=np.float64)
+    wanted = np.ones(len(capacities)) if wanted is None else wanted
     if budget >= capacities.sum():
         return capacities.copy()
-    ascending = np.sort(capacities)
-    below = np.concatenate([[0.0], np.cumsum(ascending)])[:-1]
-    cuts = (budget - below) / np.arange(len(ascending), 0, -1)  # the cut if all before are full
-    fits = cuts <= ascending
+    order = np.argsort(capacities / wanted, kind="stable")
+    full, rest = capacities[order], wanted[order]
+    below = np.cumsum(full) - full
+    cuts = (budget - below) / np.cumsum(rest[::-1])[::-1]  # the cut if all before are full
+    fits = cuts * rest <= full
     # By a rounding, the budget may be less than the sum and yet no cut fit.
-    return np.minimum(capacities, cuts[fits.argmax()]) if fits.any() else capacities.copy()
+    return np.minimum(capacities, cuts[fits.argmax()] * wanted) if fits.any() else capacities.copy()
 
 
 def whole_numbers(shares: np.ndarray, capacities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -34,18 +37,24 @@ def whole_numbers(shares: np.ndarray, capacities: np.ndarray, generator: np.rand
     return floors
 
 
-def flat(labels: np.ndarray, clusters: int, smoothing: float = 0.0) -> np.ndarray:
-    """Weights (N,) with mean 1: each cluster gets a share in proportion to size^smoothing.
+def flat(
+    labels: np.ndarray, clusters: int, smoothing: float = 0.0, budget: float | None = None, repeats: float = np.inf
+) -> np.ndarray:
+    """Weights (N,) that add up to the budget: each cluster gets a share in proportion to size^smoothing.
 
     Args:
         labels: (N,) cluster of each image, −1: none, weight 0.
         smoothing: 0: equal shares; 1: shares as they are.
+        budget: draws in all; None: N.
+        repeats: the most that one image may get; what a cluster cannot take, the others share.
     """
     sizes = np.bincount(labels[labels >= 0], minlength=clusters).astype(np.float64)
-    wanted = np.where(sizes > 0, np.maximum(sizes, 1) ** smoothing, 0)
-    each = np.divide(wanted / max(wanted.sum(), 1), sizes, out=np.zeros_like(sizes), where=sizes > 0)
-    weights = np.where(labels >= 0, each[labels], 0.0)
-    return weights * len(labels) / max(weights.sum(), 1e-300)
+    there = sizes > 0
+    each = np.zeros(clusters)
+    total = len(labels) if budget is None else budget
+    capacities = np.minimum(sizes[there] * repeats, total)
+    each[there] = water_filling(capacities, total, sizes[there] ** smoothing) / sizes[there]
+    return np.where(labels >= 0, each[labels], 0.0)
 
 
 def hierarchical(levels: list[np.ndarray], budget: float, repeats: float = 1.0) -> np.ndarray:
@@ -70,12 +79,11 @@ def hierarchical(levels: list[np.ndarray], budget: float, repeats: float = 1.0) 
     return np.where(of_image >= 0, each[of_image], 0.0)
 
 
-def subset(weights: np.ndarray, labels: np.ndarray, distances: np.ndarray | None, seed: int) -> np.ndarray:
-    """Whole numbers of draws (N,) for weights that are equal within each cluster.
+def subset(weights: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """Whole numbers of draws (N,) for weights that are equal within each cluster, in which who is taken is drawn.
 
     Args:
         labels: (N,) cluster of each image, −1: none.
-        distances: (N,) to the centroid: the nearest are taken first; None: at random.
     """
     generator = np.random.default_rng(seed)
     clusters = int(labels.max(initial=-1)) + 1
@@ -84,8 +92,7 @@ def subset(weights: np.ndarray, labels: np.ndarray, distances: np.ndarray | None
     shares = np.bincount(labels[inside], weights=weights[inside], minlength=clusters).astype(np.float64)
     most = np.ceil(np.divide(shares, sizes, out=np.zeros_like(shares), where=sizes > 0) - 1e-9)
     totals = whole_numbers(shares, sizes * most, generator)
-    rank = generator.permutation(len(labels)) if distances is None else distances
-    order = np.lexsort((rank, labels))
+    order = np.lexsort((generator.permutation(len(labels)), labels))
     order = order[labels[order] >= 0]
     starts = np.concatenate([[0], np.cumsum(sizes)])[:-1]
     place = np.arange(len(order)) - starts[labels[order]]

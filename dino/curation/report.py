@@ -111,12 +111,12 @@ def _pairs(curation: "Curation") -> list[report.Picture]:
         return []
     order = np.argsort(-cosines, kind="stable")
     chosen = order if len(order) <= 2 * PAIRS else np.concatenate([order[:PAIRS], order[-PAIRS:]])
-    pairs = [_read(curation, near[index]) for index in chosen]
+    pairs = [pair for index in chosen if len(pair := _read(curation, near[index])) == 2]
     rows = [[image for pair in pairs[place : place + 4] for image in pair] for place in range(0, len(pairs), 4)]
     caption = (
         f"{len(near):,} pairs, confirmed at image level of {curation.copies.candidates:,} candidates by features "
-        f"(each counted from both sides); two by two, from the most alike (cosine {cosines.max():.4f}) to the least "
-        f"({cosines.min():.4f})."
+        "(each counted from both sides); of each the larger is kept, or else the first by path. Two by two, from the "
+        f"most alike (cosine {cosines.max():.4f}) to the least ({cosines.min():.4f})."
     )
     return [report.Picture("Near copies", caption, pictures.mosaic(rows))]
 

@@ -48,8 +48,8 @@ class Rebalance:
     output: str = setting(
         "weights", "weights: how often images are drawn; subset: images, some repeatedly", ("weights", "subset")
     )
-    budget: int | str = setting(AUTO, "draws in all; auto: as many as there are images that are no duplicates")
-    repeats: float = setting(10.0, "the most that one image is drawn")
+    budget: int | str = setting(AUTO, "draws of an epoch; auto: as many as there are images that are no duplicates")
+    repeats: float = setting(10.0, "the most that one image is drawn in an epoch")
     smoothing: float = setting(0.0, "of flat: 0: equal shares, 1: shares as they are")
     seeds: str | None = setting(None, "of retrieval: folder or archive of images")
     retrieve: str = setting(
@@ -101,7 +101,10 @@ def check(config: CurateConfig) -> None:
         "rebalance.most": rebalance.most,
     }.items():
         require(value >= 1, f"{key} must be at least 1, got {value}")
-    require(clusters.resamplings >= 0, f"clusters.resamplings must not be negative, got {clusters.resamplings}")
+    for key, value in (("clusters.resamplings", clusters.resamplings), ("run.seed", config.run.seed)):
+        require(value >= 0, f"{key} must not be negative, got {value}")
+    workers = config.embed.workers
+    require(isinstance(workers, str) or workers >= 0, f"embed.workers must not be negative, got {workers}")
     require(all(count >= 1 for count in clusters.counts), f"clusters.counts must be above 0, got {clusters.counts}")
     require(rebalance.repeats > 0, f"rebalance.repeats must be above 0, got {rebalance.repeats}")
     require(0 <= rebalance.smoothing <= 1, f"rebalance.smoothing must lie in [0, 1], got {rebalance.smoothing}")

@@ -13,10 +13,10 @@ class Stage:
 
     Args:
         folder: RUN/…
-        key: JSON values; those of the stages before included.
+        key: JSON values of all that the stage depends on, the stages before included.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any], accelerator: Accelerator):
+    def __init__(self, folder: Path, key: list[Any], accelerator: Accelerator):
         self.folder, self.accelerator = folder, accelerator
         self.key = json.dumps(key, sort_keys=True)
 

@@ -27,8 +27,8 @@ class Images(Protocol):
     """A pool of images.
 
     `names` holds one name per image, the same in every process and on every start; `labels` a class name per image, or
-    None where the pool has none; `weights` (N,) in proportion to which images are drawn, None: equally; every image
-    that `read` gives has `channels` channels; `kind` is what data.kind calls the pool.
+    None where the pool has none; `weights` (N,) how often each image is drawn in an epoch, on average, None: once;
+    every image that `read` gives has `channels` channels; `kind` is what data.kind calls the pool.
     """
 
     @property
@@ -190,6 +190,11 @@ def open_images(root: str, kind: str = "auto", channels: int | str = "auto") -> 
     return images
 
 
+def visits(images: Images) -> int:
+    """Of images in an epoch."""
+    return len(images.names) if images.weights is None else max(1, round(float(images.weights.sum())))
+
+
 def fingerprint(images: Images) -> str:
     """A short digest of the images' names, order and weights: a resumed run must see the same pool."""
     digest = hashlib.sha256()
@@ -197,6 +202,25 @@ def fingerprint(images: Images) -> str:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
     if images.weights is not None:
         digest.update(images.weights.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stamp(images: Images) -> str:
+    """A digest of where a pool's files lie, how long they are and when they were written."""
+    digest = hashlib.sha256()
+    while isinstance(images, Part):
+        images = images.whole
+    files: list[Path] = []
+    if isinstance(images, FolderImages):
+        files = [images.root / name for name in images.names]
+    elif isinstance(images, ZipImages):
+        files = [images.path]
+    for file in files:
+        try:
+            facts = file.stat()
+            digest.update(repr((str(file.resolve()), facts.st_size, facts.st_mtime_ns)).encode("utf-8", "replace"))
+        except OSError:
+            digest.update(b"gone")
     return digest.hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ class Manifest(NamedTuple):
     Attributes:
         root, kind: of the pool, as data.root and data.kind.
         names: (M,) of the images that are kept.
-        weights: (M,) above 0.
+        weights: (M,) above 0: how often each is drawn in an epoch, on average.
     """
 
     root: str
@@ -29,19 +29,25 @@ class Manifest(NamedTuple):
     weights: np.ndarray
 
 
+def printable(name: str) -> str:
+    """As it stands in a manifest: bytes of a file name that are not UTF-8 are written as \\xff."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) -> None:
     """One row an image, written aside and renamed.
 
     Args:
         columns: `path`, `kept`, `weight` and whatever else is known.
-        root, kind: of the pool; kept relative to the manifest where the pool lies below or beside it.
+        root, kind: of the pool; kept relative to the manifest where the pool lies below it.
     """
     place = Path(root).expanduser().resolve() if root else None
     try:
         written = place.relative_to(path.resolve().parent).as_posix() if place else ""
     except ValueError:
         written = str(place)
-    facts = json.dumps({"root": written, "kind": kind}, sort_keys=True).encode()
+    draws = float(np.asarray(columns["weight"], dtype=np.float64)[np.asarray(columns["kept"], dtype=bool)].sum())
+    facts = json.dumps({"root": written, "kind": kind, "draws": draws}, sort_keys=True).encode()
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: facts})
     partial = path.with_name(f".{path.name}.partial")
     pq.write_table(table, partial)
@@ -50,6 +56,9 @@ def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) ->
 
 def read_manifest(path: Path) -> Manifest:
     """The images that are kept, with their weights.
+
+    An epoch has as many draws as the weights added up to when the manifest was written; one written elsewhere, which
+    does not say so, has one for each image that is kept.
 
     Raises:
         UserError: no manifest, or weights that cannot be drawn by.
@@ -62,12 +71,17 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
     try:
         facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
-        root, kind = str(facts["root"]), str(facts["kind"])
+        root, kind, draws = str(facts["root"]), str(facts["kind"]), float(facts.get("draws", 0))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} does not say where its images are: write it by train/curate.py") from error
-    kept = table.filter(table["kept"].fill_null(False)) if pa.types.is_boolean(table["kept"].type) else table
+    if not pa.types.is_boolean(table["kept"].type):
+        raise UserError(f"{path}: kept must be true or false, got {table['kept'].type}")
+    kept = table.filter(table["kept"].fill_null(False))
     names = kept["path"].to_pylist()
-    weights = kept["weight"].to_numpy().astype(np.float64)
+    try:
+        weights = kept["weight"].to_numpy().astype(np.float64)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: weights must be numbers, got {table['weight'].type}") from error
     wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
     if len(wrong):
         raise UserError(
@@ -79,7 +93,8 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path} keeps no image with a weight above 0")
     if root and not Path(root).is_absolute():
         root = str(path.resolve().parent / root)
-    return Manifest(root, kind, [names[index] for index in drawn], weights[drawn])
+    weights = weights[drawn]
+    return Manifest(root, kind, [names[index] for index in drawn], weights * ((draws or len(drawn)) / weights.sum()))
 
 
 def places_of(manifest: Manifest, names: Sequence[str], path: Path) -> list[int]:
@@ -88,7 +103,7 @@ def places_of(manifest: Manifest, names: Sequence[str], path: Path) -> list[int]
     Raises:
         UserError: some are not there, or twice in the manifest.
     """
-    places = {name.encode("utf-8", "backslashreplace").decode(): index for index, name in enumerate(names)}
+    places = {printable(name): index for index, name in enumerate(names)}
     missing = [name for name in manifest.names if name not in places]
     if missing:
         raise UserError(

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 REPEAT = 1 << 32  # what the epoch of an image's further visits within one epoch is raised by, for views of their own
+RENEWED = 1 << 10  # and visits by new weights within an epoch, as if so many visits had gone before
 
 
 class EpochStream:
-    """All epochs, each N visits in a fresh order, cut into global batches without regard to epoch ends.
+    """All epochs, each of as many visits in a fresh order, cut into global batches without regard to epoch ends.
 
     Without weights every image is visited exactly once an epoch; with them as often as its weight says, rounded up or
     down by systematic sampling. A process takes a contiguous share of each global batch, so the batches of a run do not
@@ -20,15 +21,22 @@ class EpochStream:
         batch_size: global batch, B.
         seed: seed of the orders.
         weights: (N,) in proportion to which images are visited; None: equal.
+        visits: of an epoch; None: N. Without weights it is N.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, weights: np.ndarray | None = None):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+    def __init__(
+        self, images: int, batch_size: int, seed: int, weights: np.ndarray | None = None, visits: int | None = None
+    ):
+        self.images, self.batch_size, self.seed, self.visits = images, batch_size, seed, visits or images
         self.reweigh(weights)
 
-    def reweigh(self, weights: np.ndarray | None) -> None:
-        """Visit images by other weights from now on."""
-        self.weights = weights
+    def reweigh(self, weights: np.ndarray | None, renewals: int = 0) -> None:
+        """Visit images by other weights from now on.
+
+        Args:
+            renewals: how many times this has been done, so that no view comes twice where it is done within an epoch.
+        """
+        self.weights, self.renewals = weights, renewals
         self._epoch, self._visits = -1, np.empty((0, 2), dtype=np.int64)
 
     def batch(self, step: int) -> list[tuple[int, int]]:
@@ -37,24 +45,25 @@ class EpochStream:
         return [self._at(position) for position in range(first, first + self.batch_size)]
 
     def _at(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.images)
+        epoch, offset = divmod(position, self.visits)
         if epoch != self._epoch:
             self._epoch, self._visits = epoch, self._of_epoch(epoch)
         image, visit = self._visits[offset].tolist()
         return epoch + visit * REPEAT, image
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
-        """(N, 2): image, and which of its visits within the epoch this is, from 0."""
+        """(visits, 2): image, and which of its visits within the epoch this is, from 0."""
         generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(self.images)
         if self.weights is None:
             return np.stack([order, np.zeros_like(order)], axis=1)
         heights = np.cumsum(self.weights[order], dtype=np.float64)
-        ticks = (np.arange(self.images) + generator.random()) * (heights[-1] / self.images)
+        ticks = (np.arange(self.visits) + generator.random()) * (heights[-1] / self.visits)
         drawn = order[np.searchsorted(heights, ticks, side="right").clip(max=self.images - 1)]
         starts = np.flatnonzero(np.diff(drawn, prepend=-1))
-        visits = np.arange(self.images) - np.repeat(starts, np.diff(starts, append=self.images))
-        return np.stack([drawn, visits], axis=1)[generator.permutation(self.images)]
+        visits = np.arange(self.visits) - np.repeat(starts, np.diff(starts, append=self.visits))
+        visits += self.renewals * RENEWED
+        return np.stack([drawn, visits], axis=1)[generator.permutation(self.visits)]
 
 
 class MicroBatches:

@@ -16,7 +16,7 @@ SMALL = 100_000  # images; below, what is published for ImageNet (1.28 M) hardly
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """What the rules ask of the data: how many images of how many channels, how read, and their bytes decoded."""
+    """What the rules ask of the data: images an epoch, of how many channels, how read, and all their bytes decoded."""
 
     images: int
     channels: int

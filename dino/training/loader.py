@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dino.config import Config
-from dino.data import EpochStream, Images, MicroBatches, ResidentImages, UnreadableImage
+from dino.data import EpochStream, Images, MicroBatches, ResidentImages, UnreadableImage, visits
 from dino.errors import UserError
 from dino.settings import ViewsConfig
 from dino.training.phases import stretches
@@ -60,7 +60,9 @@ class Batches:
     ):
         self.config, self.images, self.directory = config, images, directory
         self.start, self.stop = start, stop
-        self.stream = EpochStream(len(images.names), config.train.batch_size, config.train.seed, images.weights)
+        self.stream = EpochStream(
+            len(images.names), config.train.batch_size, config.train.seed, images.weights, visits(images)
+        )
         self.process, self.processes, self.device = (
             accelerator.process_index,
             accelerator.num_processes,

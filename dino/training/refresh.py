@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dino.config import Config
 from dino.curation.kmeans import Points, kmeans, share
 from dino.curation.rebalance import flat
-from dino.data import Images
+from dino.data import EpochStream, Images
 from dino.errors import UserError
 from dino.evaluation.features import extract
 from dino.models import Preprocess
@@ -39,26 +39,32 @@ class Draws(nn.Module):
         super().__init__()
         self.config, self.images, self.accelerator = config, images, accelerator
         count, every = len(images.names), int(config.data.rebalance_every)
-        given = np.ones(count) if images.weights is None else images.weights / images.weights.mean()
+        given = np.ones(count) if images.weights is None else images.weights.astype(np.float64)
         self.weights: Tensor
-        self.register_buffer("weights", torch.from_numpy(given.astype(np.float64)))
+        self.register_buffer("weights", torch.from_numpy(given))
         self.sample = min(count, max(LEAST, every * config.train.batch_size // SHARE))
         if every and count < 2 * MEMBERS:
             raise UserError(
                 f"data.rebalance_every needs at least {2 * MEMBERS} images to cluster, got {count}: set it to 0"
             )
 
-    def is_due(self, taken: int) -> bool:
+    def are_due(self, taken: int) -> bool:
         """Whether to rebalance after this many steps."""
         every = int(self.config.data.rebalance_every)
         return every > 0 and taken % every == 0
+
+    def steer(self, stream: EpochStream, taken: int) -> None:
+        """Let a stream draw by the weights, if they have been renewed by then."""
+        every = int(self.config.data.rebalance_every)
+        if every and taken >= every:
+            stream.reweigh(self.weights.numpy(), taken // every)
 
     def renew(self, teacher: Network, taken: int) -> dict[str, float]:
         """Embed, cluster, weigh; every process must call this. Returns what to log."""
         chosen = self.turn(taken)
         views = self.config.views
         preprocess = Preprocess(views.global_size, views.mean or (), views.std or ())
-        backbone = whole_backbone(teacher, self.accelerator)
+        backbone = whole_backbone(teacher, self.accelerator, everywhere=True)
         with as_used(backbone):
             found = extract(
                 backbone, self.images, chosen, preprocess, title="rebalancing", accelerator=self.accelerator
@@ -69,8 +75,9 @@ class Draws(nn.Module):
         clusters = min(MOST_CLUSTERS, max(2, len(tokens) // MEMBERS))
         centroids = kmeans(points, clusters, 20, taken).centroids
         labels = (nn.functional.normalize(tokens, dim=1) @ centroids.cpu().T).argmax(dim=1).numpy()
-        weights = np.minimum(flat(labels, clusters, SMOOTHING), MOST)
-        self.weights[chosen[found.rows]] = torch.from_numpy(weights / weights.mean()).to(self.weights)
+        rows_of = torch.from_numpy(chosen[found.rows])
+        draws = float(self.weights[rows_of].sum())  # which the sample as a whole keeps
+        self.weights[rows_of] = torch.from_numpy(flat(labels, clusters, SMOOTHING, draws, MOST * draws / len(labels)))
         sizes = np.bincount(labels, minlength=clusters)
         shares = sizes[sizes > 0] / sizes.sum()
         return {

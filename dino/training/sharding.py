@@ -80,16 +80,18 @@ def scattered(whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[s
     }
 
 
-def whole_backbone(network: nn.Module, accelerator: Accelerator) -> Backbone:
+def whole_backbone(network: nn.Module, accelerator: Accelerator, everywhere: bool = False) -> Backbone:
     """A network's backbone in one piece: itself, or where it is sharded a copy; every process must call this.
 
-    Only the main process gets a copy that can be used.
+    Args:
+        everywhere: whether all processes get a copy that can be used, or only the main process.
     """
     backbone = cast(VisionTransformer, network.backbone)
     if not is_sharded(network):
         return backbone
-    tensors = gathered(backbone.state_dict(), accelerator.is_main_process)
-    if not accelerator.is_main_process:
+    keep = everywhere or accelerator.is_main_process
+    tensors = gathered(backbone.state_dict(), keep)
+    if not keep:
         return backbone
     with torch.device("meta"):
         copy = VisionTransformer(backbone.spec)

@@ -123,7 +123,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_without_faiss_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
-    monkeypatch.setattr(neighbours, "EXACT_UP_TO", 10)
+    monkeypatch.setattr(neighbours, "EXACT_UP_TO", 20)
     with pytest.raises(UserError, match=r"^11 images .* pip install faiss-cpu"):
         nearest(drawn(2, 3), drawn(11, 3), 1)
     assert_equal(nearest(drawn(2, 3), drawn(10, 3), 1), brute(drawn(2, 3), drawn(10, 3), 1))

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dino.data import fingerprint, open_images
+from dino.data import fingerprint, open_images, visits
 from dino.data.manifest import METADATA_KEY, read_manifest, write_manifest
 from dino.errors import UserError
 
@@ -32,7 +32,8 @@ def test_kept_images_with_their_weights(pool, tmp_path):
     images = open_images(str(path), "manifest")
     assert images.kind == "manifest"
     assert images.names == ["class0/0.png", "class0/4.png", "class1/3.png"]
-    assert images.weights.tolist() == [1, 0.5, 3]
+    assert images.weights.tolist() == pytest.approx([1, 0.5, 3])
+    assert visits(images) == 4
     assert images.labels == ["class0", "class0", "class1"]
     assert [int(images.read(index)[0, 0, 0]) for index in range(3)] == [0, 4, 3]
     assert open_images(str(path)).names == images.names  # found out by its name
@@ -124,3 +125,30 @@ def test_where_the_images_are_is_relative(pool, tmp_path):
     table = pq.read_table(write(pool, tmp_path / "manifest.parquet"))
     assert b'"root": "images"' in table.schema.metadata[METADATA_KEY]
     assert read_manifest(tmp_path / "manifest.parquet").root == str(tmp_path / "images")
+
+
+def test_weights_of_any_scale_from_elsewhere(pool, tmp_path):
+    """An epoch then has a draw for each image that is kept; one that says so keeps to what it says."""
+    path = write(pool, tmp_path / "manifest.parquet", weight=(1, 2, 3, 4, 5))
+    table = pq.read_table(path)
+    scaled = table.set_column(2, "weight", pa.array([0.1, 0.2, 0.3, 0.4, 0.5]))
+    facts = {METADATA_KEY: b'{"kind": "folder", "root": "images"}'}
+    for metadata, total in ((table.schema.metadata, 15), (facts, 5)):
+        pq.write_table(scaled.replace_schema_metadata(metadata), path)
+        weights = read_manifest(path).weights
+        assert weights.tolist() == pytest.approx((np.arange(1, 6) * total / 15).tolist())
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("kept", [0, 1, 1, 0, 1], "kept must be true or false, got int64"),
+        ("weight", ["one"] * 5, "weights must be numbers, got string"),
+    ],
+)
+def test_columns_of_another_type_are_told(pool, tmp_path, column, values, said):
+    path = write(pool, tmp_path / "manifest.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), path)
+    with pytest.raises(UserError, match=said):
+        read_manifest(path)

@@ -69,6 +69,27 @@ def test_the_order_is_another_in_each_epoch_and_mixes_repeats():
     assert places.min() < 10 and places.max() > 40  # noqa: PT018
 
 
+@pytest.mark.parametrize("visits", [5, 24, 100])
+def test_an_epoch_of_fewer_or_more_visits_than_images(visits):
+    stream = EpochStream(8, 5, seed=0, weights=WEIGHTS, visits=visits)
+    drawn = [stream.batch(step) for step in range(2 * visits)]
+    for number in range(10):
+        own = [image for batch in drawn for when, image in batch if when % REPEAT == number]
+        counts, wanted = np.bincount(own, minlength=8), WEIGHTS * visits / WEIGHTS.sum()
+        assert counts.sum() == visits
+        assert np.all((counts >= np.floor(wanted - 1e-9)) & (counts <= np.ceil(wanted + 1e-9)))
+
+
+def test_new_weights_within_an_epoch_repeat_no_view():
+    stream = EpochStream(64, 8, seed=0)
+    before = [visit for step in range(4) for visit in stream.batch(step)]
+    stream.reweigh(np.linspace(0.5, 2, 64), renewals=1)
+    after = [visit for step in range(4, 8) for visit in stream.batch(step)]
+    assert {image for _, image in before} & {image for _, image in after}
+    assert not set(before) & set(after)
+    assert {when % REPEAT for when, _ in after} == {0}
+
+
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (4, 2)])
 def test_processes_and_micro_batches_share_the_same_batches(processes, accumulation):
     def of(step: int) -> list[tuple[int, int]]:

@@ -211,6 +211,7 @@ def checkpoint(run: Path, step: int) -> Path:
 def copy_run(source: Path, target: Path, *steps: int) -> Path:
     """A copy of a run directory with only the checkpoints of `steps`."""
     shutil.copytree(source, target)
+    assert set(steps) <= set(checkpoints(target))
     for step in set(checkpoints(target)) - set(steps):
         shutil.rmtree(checkpoint(target, step))
     return target

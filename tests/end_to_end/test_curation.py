@@ -235,7 +235,7 @@ def test_retrieval_and_test_sets(runs, pool, weights, tmp_path, retrieve):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["clusters.counts=[5000]"], "clusters must get fewer from level to level"),
+        (["clusters.counts=[5000]"], "clusters.counts=[5000] of "),
         (["clusters.cuonts=[3]"], "did you mean 'clusters.counts'?"),
         (["duplicates.against=[nowhere]"], "nowhere does not exist"),
     ],
@@ -250,7 +250,7 @@ def test_images_that_are_all_alike(runs, weights, tmp_path):
     for number in range(30):
         Image.new("RGB", (20, 20), (200, 10, 10)).save(tmp_path / "pool" / f"{number}.png")
     arguments = (f"data.root={tmp_path / 'pool'}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
-    assert "from 1 points on: [12, 3]" in error_of(curate(runs, *arguments))
+    assert "clusters.counts=[12, 3] of 1 points" in error_of(curate(runs, *arguments))
     finished(runs, *arguments, "clusters.counts=[]")
     assert sum(row["kept"] for row in rows(tmp_path / "run").values()) == 1
 
@@ -260,6 +260,52 @@ def test_another_folder_is_left_alone(runs, pool, weights, tmp_path):
     refused = curate(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path}")
     assert "is not empty and holds no curation" in error_of(refused)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_directories_that_lie_in_each_other(runs, pool, weights, curated, tmp_path):
+    """A manifest would be overwritten by itself, and a curation's files become images of the pool."""
+    copy = tmp_path / "copy"
+    shutil.copytree(curated[0], copy)
+    for root, run in ((pool, pool / "run"), (copy / "manifest.parquet", copy)):
+        refused = curate(runs, f"data.root={root}", f"weights={weights}", f"run.dir={run}")
+        assert "lie in each other" in error_of(refused)
+    assert rows(copy) == rows(curated[0])
+
+
+def test_a_pre_training_is_not_written_over(runs, pool, weights):
+    before = (weights / "config.yaml").read_text()
+    refused = curate(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={weights}")
+    assert "holds no curation" in error_of(refused)
+    assert (weights / "config.yaml").read_text() == before
+
+
+def test_images_that_a_test_set_gets_later_are_looked_for(runs, pool, weights, tmp_path):
+    (tmp_path / "test").mkdir()
+    shutil.copy(pool / "1" / "05.png", tmp_path / "test" / "first.png")
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    arguments += (f"duplicates.against=[{tmp_path / 'test'}]",)
+    finished(runs, *arguments)
+    assert not rows(tmp_path / "run")["1/06.png"]["dropped"]
+    shutil.copy(pool / "1" / "06.png", tmp_path / "test" / "second.png")
+    finished(runs, *arguments)
+    assert rows(tmp_path / "run")["1/06.png"]["dropped"].startswith("matches ")
+
+
+def test_another_pool_of_the_same_names_is_embedded_anew(runs, pool, weights, tmp_path):
+    shutil.copytree(pool, tmp_path / "pool")
+    arguments = (f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    finished(runs, f"data.root={pool}", *arguments)
+    shutil.copy(pool / "0" / "01.png", tmp_path / "pool" / "3" / "02.png")
+    finished(runs, f"data.root={tmp_path / 'pool'}", *arguments)
+    assert rows(tmp_path / "run")["3/02.png"]["duplicate_of"] == "0/01.png"
+
+
+def test_seeds_that_no_cluster_has_enough_of(runs, pool, weights, tmp_path):
+    (tmp_path / "seeds").mkdir()
+    shutil.copy(pool / "0" / "01.png", tmp_path / "seeds")
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    retrieval = ("rebalance.method=retrieval", f"rebalance.seeds={tmp_path / 'seeds'}", "rebalance.retrieve=clusters")
+    assert "rebalance.least=4" in error_of(curate(runs, *arguments, *retrieval))
 
 
 def test_parts_are_not_embedded_twice(runs, pool, weights, tmp_path):
