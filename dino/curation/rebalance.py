@@ -125,3 +125,9 @@ def members(labels: np.ndarray, clusters: int) -> list[np.ndarray]:
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
     return np.split(order, np.cumsum(np.bincount(labels[order], minlength=clusters))[:-1])
+
+
+def effective_number(shares: np.ndarray) -> float:
+    """exp of the entropy: how many equal clusters would be as diverse."""
+    shares = shares[shares > 0] / shares.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from dino import config as configuration
+from dino.curation.rebalance import effective_number
 from dino.data import UnreadableImage
 from dino.evaluation import pictures, report
 
@@ -16,12 +17,6 @@ SHOWN = 4  # clusters of a kind
 IMAGES = 12  # of a cluster
 PAIRS = 8  # of near copies, at each end
 EXAMPLES = 3  # of a reason
-
-
-def effective_number(shares: np.ndarray) -> float:
-    """exp of the entropy: how many equal clusters would be as diverse."""
-    shares = shares[shares > 0] / shares.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def write(curation: "Curation", columns: dict[str, Any]) -> None:

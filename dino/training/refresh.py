@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dino.config import Config
 from dino.curation.kmeans import Points, kmeans, share
-from dino.curation.rebalance import flat
+from dino.curation.rebalance import effective_number, flat
 from dino.data import EpochStream, Images
 from dino.errors import UserError
 from dino.evaluation.features import extract
@@ -78,10 +78,8 @@ class Draws(nn.Module):
         rows_of = torch.from_numpy(chosen[found.rows])
         draws = float(self.weights[rows_of].sum())  # which the sample as a whole keeps
         self.weights[rows_of] = torch.from_numpy(flat(labels, clusters, SMOOTHING, draws, MOST * draws / len(labels)))
-        sizes = np.bincount(labels, minlength=clusters)
-        shares = sizes[sizes > 0] / sizes.sum()
         return {
-            "data/effective_clusters": float(np.exp(-(shares * np.log(shares)).sum())),
+            "data/effective_clusters": effective_number(np.bincount(labels)),
             "data/largest_weight": float(self.weights.max()),
         }
 

@@ -4,10 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import entropy
 
 from dino.curation.rebalance import (
     by_clusters,
     by_samples,
+    effective_number,
     flat,
     hierarchical,
     members,
@@ -361,3 +363,10 @@ def test_members(seed):
         [place for place, label in enumerate(labels.tolist()) if label == cluster] for cluster in range(35)
     ]
     assert max(len(one) for one in found) > 5
+
+
+def test_effective_number():
+    """exp of the entropy of the shares, as SciPy has it; k for k equal shares."""
+    drawn = np.random.default_rng(0).random(20) * (np.arange(20) % 3 > 0)
+    assert effective_number(drawn) == pytest.approx(np.exp(entropy(drawn)))
+    assert effective_number(np.full(7, 0.3)) == pytest.approx(7)
