@@ -38,6 +38,7 @@ OBJECTIVES = {"DINO": DINO, "DINOv2": DINOV2}
 ABLATION = {
     "without iBOT": DINOV2 | {"objective.ibot_weight": 0},
     "without KoLeo": DINOV2 | {"objective.koleo_weight": 0},
+    "KoLeo of 0.02": DINOV2 | {"objective.koleo_weight": 0.02},
     "centre instead of Sinkhorn": DINOV2 | {"objective.centering": "centre"},
     "without registers": DINOV2 | {"model.registers": 0},
     "all global crops masked": DINOV2 | {"objective.mask_share": 1.0},
