@@ -96,28 +96,22 @@ class SinkhornKnopp(nn.Module):
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Scale exp(logits / τ), in turn, to equal mass per prototype and to unit mass per sample.
 
-    The first round is worked in logarithms, each sum with its maximum subtracted, so no logit overflows and no
-    prototype or sample that is far behind the others underflows to a division by zero. From then on sums are safe as
-    they are: where prototypes had mass 1 and then samples (each had at most K), a prototype keeps at least 1/K;
-    likewise a sample 1/N. The batch is that of all processes together.
+    Worked in logarithms, each sum with its maximum subtracted, so no logit overflows and no prototype or sample that is
+    far behind the others underflows to a division by zero. The batch is that of all processes together.
 
     Args:
         logits: (N, K), this process's samples.
         temperature: the teacher's τ.
-        iterations: rounds, at least 1; 3 as published.
+        iterations: rounds; 3 as published.
 
     Returns:
         (N, K) fp32, each row sums to 1.
     """
     scores = logits.float() / temperature
-    probabilities = (scores - _logsumexp_over_samples(scores)).softmax(dim=1)
-    for _ in range(iterations - 1):
-        mass = probabilities.sum(dim=0, keepdim=True)
-        if is_distributed():
-            dist.all_reduce(mass)
-        probabilities /= mass
-        probabilities /= probabilities.sum(dim=1, keepdim=True)
-    return probabilities
+    for _ in range(iterations):
+        scores = scores - _logsumexp_over_samples(scores)
+        scores = scores - scores.logsumexp(dim=1, keepdim=True)
+    return scores.exp()
 
 
 def _logsumexp_over_samples(scores: Tensor) -> Tensor:
