@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from dino import cli
-from dino.curation.kmeans import Points, kmeans
+from dino.curation.kmeans import kmeans
+from dino.curation.points import Points
 
 WAYS = ("sklearn", "faiss", "fp32", "bf16")
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino.curation.kmeans import Clustering, Points, gathered_rows, kmeans, process, share
+from dino.curation.kmeans import Clustering, kmeans
+from dino.curation.points import Points, gathered_rows, process, share
 from dino.errors import UserError
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dino.curation.kmeans import as_floats
+from dino.curation.points import as_floats
 from dino.errors import UserError
 
 CHUNK = 4096  # queries, and 16 times as many keys, at a time

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dino.config import Config
-from dino.curation.kmeans import Points, kmeans, share
+from dino.curation.kmeans import kmeans
+from dino.curation.points import Points, share
 from dino.curation.rebalance import effective_number, flat
 from dino.data import EpochStream, Images
 from dino.errors import UserError

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from dino.curation import hierarchy
 from dino.curation import kmeans as kmeans_module
+from dino.curation import points as points_module
 from dino.curation.hierarchy import Level, hierarchical_kmeans, nearest_members
-from dino.curation.kmeans import Clustering, Points, share
+from dino.curation.kmeans import Clustering
+from dino.curation.nearest import Nearest
+from dino.curation.points import Points, share
 from dino.errors import UserError
 
 SIDE = 10.0  # of each concept, a square
@@ -23,7 +26,7 @@ FREQUENCIES = [1500, 300, 60, 40]  # images of each concept
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kmeans_module, "BLOCK", 64)
+    monkeypatch.setattr(points_module, "BLOCK", 64)
 
 
 def drawn(rows: int, width: int, seed: int = 0) -> Tensor:
@@ -224,13 +227,13 @@ class TestProgress:
     @pytest.mark.parametrize("spherical", [False, True])
     def test_goes_on_where_it_was_killed(self, spherical, tmp_path, monkeypatch):
         """Killed over and over: ever more is done, and nothing else comes out of it."""
-        whole, assign, calls = [], kmeans_module._assign, []
+        whole, assign, calls = [], Nearest.update, []
 
         def counted(*arguments):
             calls.append(1)
             return assign(*arguments)
 
-        monkeypatch.setattr(kmeans_module, "_assign", counted)
+        monkeypatch.setattr(Nearest, "update", counted)
         whole = hierarchical_kmeans(*self.arguments(None, spherical))
         needed = len(calls)
         folder, kills = tmp_path, 0
@@ -243,7 +246,7 @@ class TestProgress:
                     raise KeyboardInterrupt
                 return assign(*arguments)
 
-            monkeypatch.setattr(kmeans_module, "_assign", mortal)
+            monkeypatch.setattr(Nearest, "update", mortal)
             try:
                 found = hierarchical_kmeans(*self.arguments(folder, spherical))
             except KeyboardInterrupt:
@@ -286,7 +289,7 @@ def held(data: Tensor, rank: int, processes: int, spherical: bool = False) -> Po
 
 
 def work(rank: int, processes: int, folder: Path) -> dict:
-    kmeans_module.BLOCK = 64
+    points_module.BLOCK = 64
     found = {}
     for case, settings in CASES.items():
         settings = dict(settings)

@@ -13,13 +13,17 @@ import worlds
 from torch import Tensor
 
 from dino.curation import kmeans as kmeans_module
-from dino.curation.kmeans import Clustering, Points, kmeans, seeds, share
+from dino.curation import nearest as nearest_module
+from dino.curation import points as points_module
+from dino.curation.kmeans import Clustering, kmeans, seeds
+from dino.curation.nearest import Nearest
+from dino.curation.points import Points, share
 from dino.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kmeans_module, "BLOCK", 64)
+    monkeypatch.setattr(points_module, "BLOCK", 64)
 
 
 def drawn(rows: int, width: int, seed: int = 0) -> Tensor:
@@ -192,41 +196,76 @@ def test_objective_never_increases(name, spherical, empty):
         assert objectives[-1] < 0.99 * objectives[0]
 
 
-class TestBounds:
-    """Points that are not compared again would have kept their cluster."""
+@pytest.fixture
+def compared(monkeypatch) -> list[int]:
+    """Of each product with centroids, how many scores it gave."""
+    counts, scores = [], nearest_module._Scores.__call__
 
+    def counted(self, *arguments):
+        found = scores(self, *arguments)
+        counts.append(found.numel())
+        return found
+
+    monkeypatch.setattr(nearest_module._Scores, "__call__", counted)
+    return counts
+
+
+class TestCentroidsAtRest:
+    """What is not compared again would have made no difference."""
+
+    @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("spherical", [False, True])
     @pytest.mark.parametrize("name", DATA)
-    def test_result_is_that_of_comparing_all(self, name, spherical, monkeypatch):
+    def test_result_is_that_of_comparing_all(self, name, spherical, precision, compared, monkeypatch):
         points = Points(DATA[name], spherical=spherical)
-        compared = []
-        nearest, assign = kmeans_module._Centroids.nearest, kmeans_module._assign
-
-        def counted(centroids, block):
-            compared.append(len(block))
-            return nearest(centroids, block)
-
-        def all_open(points, centroids, labels, gaps, sums):
-            gaps.fill_(-math.inf)
-            return assign(points, centroids, labels, gaps, sums)
-
-        monkeypatch.setattr(kmeans_module._Centroids, "nearest", counted)
-        bounded, some = [kmeans(points, clusters, 40, seed=2) for clusters in (3, 20)], sum(compared)
+        sparing = [kmeans(points, clusters, 40, 2, precision) for clusters in (3, 20)]
+        some = sum(compared)
         compared.clear()
-        monkeypatch.setattr(kmeans_module, "_assign", all_open)
-        for found, clusters in zip(bounded, (3, 20), strict=True):
-            assert_same(found, kmeans(points, clusters, 40, seed=2))
-        assert some < sum(compared)  # else the bounds were never put to use
+        monkeypatch.setattr(nearest_module, "WORTHWHILE", -1)
+        for found, clusters in zip(sparing, (3, 20), strict=True):
+            assert_same(found, kmeans(points, clusters, 40, 2, precision))
+        assert some < sum(compared)  # else nothing was ever spared
 
-    def test_most_points_of_a_mixture_are_not_compared_again(self, monkeypatch):
-        points, compared = mixture(640, 4, of=5) * torch.tensor([1.0, 1.0, 1.0, 9.0]), []
-        nearest = kmeans_module._Centroids.nearest
-        monkeypatch.setattr(
-            kmeans_module._Centroids, "nearest", lambda self, block: compared.append(len(block)) or nearest(self, block)
-        )
-        found = kmeans(Points(points), 5, initial=points[:5])
-        assert found.iterations >= 3
-        assert sum(compared) < 0.6 * (found.iterations + 1) * len(points)
+    def test_groups_that_are_found_cost_nothing_more(self, compared):
+        """Eight groups far apart and two that overlap: only the latter's centroids go on moving."""
+        groups = drawn(10, 4, seed=3) * 40
+        groups[9] = groups[8] + 1.5
+        points = (groups[:, None] + drawn(640, 4).reshape(10, 64, 4)).flatten(0, 1)
+        initial = groups.clone()
+        initial[9] += 2
+        found = kmeans(Points(points), 10, initial=initial)
+        assert found.iterations >= 5
+        assert sum(compared) < (2 + 0.3 * (found.iterations - 1)) * 640 * 10
+
+    @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+    def test_labels_are_the_nearest_however_centroids_move(self, precision):
+        """Some jump, some stay, some swap, one equals another: against all distances in fp64."""
+        points, generator = Points(mixture(500, 8, of=9)), torch.Generator().manual_seed(7)
+        rows = torch.cat([block for _, block in points]).double()
+        centroids, nearest = points.at(torch.arange(30)), Nearest(points, 30, precision)
+        for turn in range(40):
+            nearest.update(centroids)
+            squares = (rows[:, None] - centroids.double()).square().sum(dim=2)
+            chosen = squares.gather(1, nearest.labels[:, None])[:, 0]
+            loose = {torch.float32: 1e-5, torch.bfloat16: 0.05}[precision]
+            assert ((chosen - squares.min(dim=1).values) <= loose * (1 + squares.min(dim=1).values)).all()
+            sums = torch.zeros_like(nearest.sums).index_add_(0, nearest.labels, points.integers(rows.float()))
+            assert torch.equal(nearest.sums, sums)
+            centroids = centroids.clone()
+            some = torch.randperm(30, generator=generator)[: 1 + turn % 9]
+            centroids[some] += 0.3 * torch.randn(len(some), 8, generator=generator) * (turn % 3)
+            centroids[some[:2]] = centroids[some[:2].flip(0)]
+            if turn % 4 == 0:
+                centroids[some[0]] = centroids[(some[0] + 1) % 30]
+        nearest.settle(centroids)
+        assert torch.equal(nearest.labels, found_at_once(points, centroids))
+
+
+def found_at_once(points: Points, centroids: Tensor) -> Tensor:
+    """Labels found at once."""
+    nearest = Nearest(points, len(centroids))
+    nearest.update(centroids)
+    return nearest.labels
 
 
 class TestEmptyClusters:
@@ -256,7 +295,7 @@ class TestEmptyClusters:
     @pytest.mark.parametrize("block", [1, 2, 64])
     def test_first_of_equals(self, block, monkeypatch):
         """Worked by hand: four points lie nine from 0, the first three of which are taken, in their order."""
-        monkeypatch.setattr(kmeans_module, "BLOCK", block)
+        monkeypatch.setattr(points_module, "BLOCK", block)
         points = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0], [1.0, -1.0], [-3.0, 0.0], [0.0, -3.0], [-1.0, 1.0]])
         initial = torch.tensor([[0.0, 0.0], [50.0, 0.0], [60.0, 0.0], [70.0, 0.0]])
         found = kmeans(Points(points), 4, 1, initial=initial)
@@ -397,7 +436,7 @@ class TestProgress:
     def test_goes_on_after_a_crash(self, name, tmp_path, monkeypatch):
         points, settings = self.case(name)
         whole = kmeans(points, **settings)
-        file, assign, calls, taken = tmp_path / "progress.safetensors", kmeans_module._assign, [], []
+        file, assign, calls, taken = tmp_path / "progress.safetensors", Nearest.update, [], []
 
         def failing(*arguments):
             calls.append(1)
@@ -406,7 +445,7 @@ class TestProgress:
             taken.append(1)
             return assign(*arguments)
 
-        monkeypatch.setattr(kmeans_module, "_assign", failing)
+        monkeypatch.setattr(Nearest, "update", failing)
         for _ in range(100):
             try:
                 found = kmeans(points, **settings, progress=file)
@@ -540,7 +579,7 @@ def held(data: Tensor, rank: int, processes: int, spherical: bool = False) -> Po
 
 
 def work(rank: int, processes: int, folder: Path) -> dict:
-    kmeans_module.BLOCK = 64
+    points_module.BLOCK = 64
     found = {}
     for case in COMMON:
         data, spherical, settings = settings_of(case)
@@ -571,7 +610,7 @@ def work(rank: int, processes: int, folder: Path) -> dict:
 def found(tmp_path_factory) -> dict[int, list]:
     folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kmeans_module, "BLOCK", 64)
+        patch.setattr(points_module, "BLOCK", 64)
         data, spherical, settings = settings_of("going on")
         kmeans(Points(data, spherical=spherical), 15, 4, settings["seed"], progress=folder / "progress-1")
     for processes in (2, 3):

@@ -1,0 +1,151 @@
+"""Which centroid is nearest to each point, again and again while centroids come to rest.
+
+A centroid that has not moved is as near as it was, and after some iterations of k-means most have not: points are
+compared with those that have moved, and with all only where that does not settle it (Kaukoranta, Fränti & Nevalainen
+2000). Labels are those that comparing all would give, so they depend on the centroids alone and not on how these came.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.curation.points import Points, reduced
+
+WORTHWHILE = 0.9  # of the centroids: where more have moved, all are compared
+ROUNDING = 2e-6  # of fp32 scores, relative to the squares that they come from
+BF16_STEP = 2**-7  # from one bf16 number to the next, at most, relative to it
+
+
+class Nearest:
+    """Labels of this process's points, and the sums over clusters, brought up to date whenever centroids move.
+
+    Args:
+        clusters: k.
+        precision: of the comparison: fp32 or bf16.
+
+    Attributes:
+        labels: (n,) int64, the nearest centroid of each point; the first of equals.
+        sums: (k, D) fp64, of the points of each cluster as `Points.integers`; of this process.
+    """
+
+    def __init__(self, points: Points, clusters: int, precision: torch.dtype = torch.float32):
+        self.points, self.precision = points, precision
+        self.labels = torch.full((len(points),), -1, device=points.device)
+        # Of each point the score of its centroid, and what no other centroid's exceeds.
+        self.best, self.others = torch.full((2, len(points)), math.inf, device=points.device)
+        self.squares = torch.zeros(len(points), device=points.device)
+        for place, block in points:
+            self.squares[place] = block.square().sum(dim=1)
+        self.sums = torch.zeros(clusters, points.mean.numel(), dtype=torch.float64, device=points.device)
+        self.centroids: Tensor | None = None
+
+    def update(self, centroids: Tensor) -> int:
+        """How many of all points have another nearest centroid than before; centroids (k, D), less the mean of all."""
+        scores = _Scores(centroids, self.precision)
+        moved = None if self.centroids is None else (centroids != self.centroids).any(dim=1)
+        if moved is not None and float(moved.float().mean()) > WORTHWHILE:
+            moved = None
+        self.centroids = centroids
+        changed = torch.zeros((), dtype=torch.int64, device=centroids.device)
+        for place, block in self.points:
+            old = self.labels[place].clone()
+            operand = scores.operand(block)
+            if moved is None:
+                found = _two_best(scores(operand))
+                self.best[place], self.labels[place], self.others[place] = found
+            else:
+                self._compare_moved(place, operand, scores, moved)
+            rows = (self.labels[place] != old).nonzero()[:, 0]
+            changed += len(rows)
+            if len(rows):
+                self._carry(block[rows], old[rows], self.labels[place][rows])
+        return int(reduced(changed))
+
+    def settle(self, centroids: Tensor) -> None:
+        """Update in fp32, whatever the precision was before."""
+        if self.precision != torch.float32:
+            self.precision, self.centroids = torch.float32, None
+        self.update(centroids)
+
+    def _compare_moved(self, place: slice, operand: Tensor, scores: "_Scores", moved: Tensor) -> None:
+        """Bring a block up to date where only the centroids `moved` (k,) have moved."""
+        numbers = moved.nonzero()[:, 0]
+        if not len(numbers):
+            return
+        old, held, others = self.labels[place], self.best[place], self.others[place]
+        score, label, next_ = _two_best(scores(operand, numbers))
+        label = numbers[label]
+        left = moved[old]  # points whose own centroid moved: the rest score no more than `others`
+        known = torch.where(left, others, held)
+        error = scores.error(held, self.squares[place], old, label)
+        doubtful = torch.where(left, score <= known + error, (score - known).abs() <= error)
+        taken = left | (score > held)
+        rivals = torch.where(taken, torch.where(left, next_, torch.maximum(next_, held)), score)
+        self.labels[place] = torch.where(taken, label, old)
+        self.best[place] = torch.where(taken, score, held)
+        self.others[place] = torch.maximum(others, rivals)
+        rows = doubtful.nonzero()[:, 0]
+        if len(rows):
+            rows, found = rows + place.start, _two_best(scores(operand[rows]))
+            self.best[rows], self.labels[rows], self.others[rows] = found
+
+    def _carry(self, block: Tensor, old: Tensor, new: Tensor) -> None:
+        """Take points out of the sums of their old clusters and add them to the new ones, without any drift."""
+        integers = self.points.integers(block)
+        self.sums.index_add_(0, new, integers)
+        if int(old[0]) >= 0:
+            self.sums.index_add_(0, old, integers, alpha=-1)
+
+
+class _Scores:
+    """How near centroids (k, D) are: x·c − ‖c‖²/2, highest for the nearest, as ‖x−c‖² = ‖x‖² − 2(x·c − ‖c‖²/2).
+
+    Directions have the same nearest centroids by distance as by cosine, both being of unit length.
+    """
+
+    def __init__(self, centroids: Tensor, precision: torch.dtype):
+        self.precision, self.bias = precision, -0.5 * centroids.square().sum(dim=1)
+        self.centroids = centroids.to(precision)
+        if precision != torch.float32:
+            # The bias goes through the product as three columns, each the rest of the one before: so it keeps 24 bits.
+            rest, columns = self.bias, []
+            for _ in range(3):
+                columns.append(rest.to(precision))
+                rest = rest - columns[-1].float()
+            self.centroids = torch.cat([self.centroids, torch.stack(columns, dim=1)], dim=1)
+
+    def operand(self, block: Tensor) -> Tensor:
+        """Points (n, D) as `__call__` wants them."""
+        return block if self.precision == torch.float32 else F.pad(block.to(self.precision), (0, 3), value=1.0)
+
+    def __call__(self, operand: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """(n, k), or (n, m) of the centroids with these numbers."""
+        some = slice(None) if numbers is None else numbers
+        if self.precision == torch.float32:
+            return torch.addmm(self.bias[some], operand, self.centroids[some].T)
+        return F.linear(operand, self.centroids[some])
+
+    def error(self, score: Tensor, squares: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        """What rounding may do to the difference of two centroids' scores (n,); `score` is the first's."""
+        if self.precision != torch.float32:
+            return BF16_STEP * score.abs()
+        return ROUNDING * (squares - self.bias[one] - self.bias[other])
+
+
+def _two_best(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (n, k): the highest score, its place, and the highest of the others (−∞ if k is 1); `scores` is used up.
+
+    On a CPU by NumPy, which is several times as fast as torch here.
+    """
+    if scores.device.type != "cpu":
+        best, labels = scores.max(dim=1)
+        second = scores.scatter_(1, labels[:, None], -math.inf).amax(dim=1)
+        return best.float(), labels, second.float()
+    values = scores.float().numpy()
+    labels, rows = values.argmax(axis=1), np.arange(len(values))
+    best = values[rows, labels]
+    values[rows, labels] = -math.inf
+    return torch.from_numpy(best), torch.from_numpy(labels), torch.from_numpy(values.max(axis=1))

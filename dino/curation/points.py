@@ -1,0 +1,123 @@
+"""The points that are clustered: each process holds whole blocks of them, and only sums and counts travel.
+
+What is found depends on the points, not on how many processes share them:
+
+- a process holds whole blocks of `BLOCK` points, so that every matrix product has the same shape and content;
+- sums are taken of integers (points times a power of two, rounded) in fp64, where they are exact in any order.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.errors import UserError
+from dino.objectives.dino import is_distributed
+
+BLOCK = 16384 if torch.cuda.is_available() else 4096  # points; a GPU wants fewer, larger products
+EXACT = 52  # bits of a sum
+
+
+def share(points: int, rank: int, processes: int) -> range:
+    """The points that process `rank` holds: whole blocks, as many as the others, give or take one."""
+    blocks = -(-points // BLOCK)
+    first, last = (blocks * place // processes * BLOCK for place in (rank, rank + 1))
+    return range(min(first, points), min(last, points))
+
+
+class Points:
+    """This process's share of all points, given out block by block.
+
+    Args:
+        rows: (n, D), floating; an array may be a memory map. What `share` says this process holds.
+        device: where the work is done.
+        spherical: only directions count.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+
+    def __init__(self, rows: Tensor | np.ndarray, device: torch.device | str = "cpu", spherical: bool = False):
+        self.rows, self.device, self.spherical = rows, torch.device(device), spherical
+        counts = gathered_rows(torch.tensor([len(rows)], device=self.device))
+        rank, _ = process()
+        self.first, self.total = int(counts[:rank].sum()), int(counts.sum())
+        self.mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=self.device)
+        largest = torch.zeros((), device=self.device)
+        for _, block in self._blocks():
+            largest = torch.maximum(largest, block.abs().max().nan_to_num(math.inf, math.inf))  # NaN has no maximum
+        if not bool(reduced(largest, dist.ReduceOp.MAX).isfinite()):
+            raise UserError("some embeddings are NaN or infinite: embed with other weights or train.precision=fp32")
+        self.largest = 2 * float(largest)
+        self.scale = exact_scale(self.total, self.largest)
+        for _, block in self._blocks():
+            self.mean += self.integers(block).sum(dim=0)
+        self.mean = (reduced(self.mean) / (self.total * self.scale)).float().double()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Places in this share, and the points there less the mean of all, fp32: without it, products would cancel."""
+        for place, block in self._blocks():
+            yield place, block - self.mean.float()
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.rows), BLOCK):
+            place = slice(start, min(start + BLOCK, len(self.rows)))
+            block = as_floats(self.rows[place]).to(self.device)
+            yield place, F.normalize(block, dim=1) if self.spherical else block
+
+    def integers(self, block: Tensor) -> Tensor:
+        """(n, D) as whole numbers in fp64, whose sums over all points are exact."""
+        return (block.double() * self.scale).round_()
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Points by their numbers among all, less the mean: (m, D) fp32 in every process."""
+        found = torch.zeros(len(rows), self.rows.shape[1], device=self.device)
+        mine = (rows >= self.first) & (rows < self.first + len(self))
+        if mine.any():
+            chosen = self.rows[(rows[mine] - self.first).cpu().numpy()]
+            block = as_floats(chosen).to(self.device)
+            found[mine.to(self.device)] = (F.normalize(block, dim=1) if self.spherical else block) - self.mean.float()
+        return reduced(found)
+
+
+def exact_scale(count: int, largest: float) -> float:
+    """The power of two by which numbers up to `largest` become integers whose sum, of `count`, fp64 holds exactly."""
+    return 2.0 ** (EXACT - math.ceil(math.log2(max(count * largest, 2**-60))))
+
+
+def as_floats(rows: Tensor | np.ndarray) -> Tensor:
+    """As an fp32 tensor; what a memory map shows is copied."""
+    return rows.float() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, dtype=np.float32))
+
+
+def reduced(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Summed (or as `how` says) over all processes, in place."""
+    if is_distributed():
+        dist.all_reduce(tensor, op=how)
+    return tensor
+
+
+def process() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def gathered_rows(tensor: Tensor) -> Tensor:
+    """(n, …) of each process, one after the other; every process must call this, n may differ."""
+    if not is_distributed():
+        return tensor
+    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+    longest = max(int(count) for count in counts)
+    padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
