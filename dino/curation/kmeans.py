@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from dino.curation.nearest import Nearest
+from dino.curation.assignment import Assignment
 from dino.curation.points import Points, exact_scale, gathered_rows, process, reduced
 from dino.errors import UserError
 
@@ -74,24 +74,24 @@ def kmeans(
         centroids = (
             seeds(points, clusters, seed) if initial is None else initial.to(points.device) - points.mean.float()
         )
-    nearest = Nearest(points, clusters, precision)
+    assignment = Assignment(points, clusters, precision)
     rank, _ = process()
     taken = begin
     with tqdm(
         total=iterations, initial=begin, desc=title, unit="iteration", leave=False, disable=rank > 0 or not iterations
     ) as bar:
         for taken in range(begin + 1, begin if ended else iterations + 1):
-            changed = nearest.update(centroids)
+            changed = assignment.update(centroids)
             bar.set_postfix_str(f"{changed / points.total:.2%} changed", refresh=False)
             bar.update()
             if not changed:
                 _keep(progress, taken, centroids, rank, ended=True)
                 break
-            sizes = reduced(torch.bincount(nearest.labels, minlength=clusters))
-            centroids = _means(points, reduced(nearest.sums.clone()), sizes, centroids, nearest.labels)
+            sizes = reduced(torch.bincount(assignment.labels, minlength=clusters))
+            centroids = _means(points, reduced(assignment.sums.clone()), sizes, centroids, assignment.labels)
             _keep(progress, taken, centroids, rank)
-    nearest.settle(centroids)
-    labels = nearest.labels
+    assignment.settle(centroids)
+    labels = assignment.labels
     distances = _distances(points, centroids, labels)
     largest = distances.max() if len(distances) else torch.zeros((), device=points.device)
     scale = exact_scale(points.total, float(reduced(largest.clone(), dist.ReduceOp.MAX)))

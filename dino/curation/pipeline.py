@@ -15,8 +15,8 @@ from dino.curation import rebalance
 from dino.curation.duplicates import confirmed, groups, originals, same_pixels
 from dino.curation.embed import Embedded, embed
 from dino.curation.hierarchy import hierarchical_kmeans
-from dino.curation.points import Points, as_floats, gathered_rows, share
 from dino.curation.neighbours import nearest
+from dino.curation.points import Points, as_floats, gathered_rows, share
 from dino.curation.settings import CurateConfig
 from dino.curation.stage import Stage
 from dino.data import Images, fingerprint, open_images, stamp

@@ -14,9 +14,9 @@ from torch import Tensor
 from dino.curation import hierarchy
 from dino.curation import kmeans as kmeans_module
 from dino.curation import points as points_module
+from dino.curation.assignment import Assignment
 from dino.curation.hierarchy import Level, hierarchical_kmeans, nearest_members
 from dino.curation.kmeans import Clustering
-from dino.curation.nearest import Nearest
 from dino.curation.points import Points, share
 from dino.errors import UserError
 
@@ -227,13 +227,13 @@ class TestProgress:
     @pytest.mark.parametrize("spherical", [False, True])
     def test_goes_on_where_it_was_killed(self, spherical, tmp_path, monkeypatch):
         """Killed over and over: ever more is done, and nothing else comes out of it."""
-        whole, assign, calls = [], Nearest.update, []
+        whole, assign, calls = [], Assignment.update, []
 
         def counted(*arguments):
             calls.append(1)
             return assign(*arguments)
 
-        monkeypatch.setattr(Nearest, "update", counted)
+        monkeypatch.setattr(Assignment, "update", counted)
         whole = hierarchical_kmeans(*self.arguments(None, spherical))
         needed = len(calls)
         folder, kills = tmp_path, 0
@@ -246,7 +246,7 @@ class TestProgress:
                     raise KeyboardInterrupt
                 return assign(*arguments)
 
-            monkeypatch.setattr(Nearest, "update", mortal)
+            monkeypatch.setattr(Assignment, "update", mortal)
             try:
                 found = hierarchical_kmeans(*self.arguments(folder, spherical))
             except KeyboardInterrupt:

@@ -12,11 +12,11 @@ import torch
 import worlds
 from torch import Tensor
 
+from dino.curation import assignment as assignment_module
 from dino.curation import kmeans as kmeans_module
-from dino.curation import nearest as nearest_module
 from dino.curation import points as points_module
+from dino.curation.assignment import Assignment
 from dino.curation.kmeans import Clustering, kmeans, seeds
-from dino.curation.nearest import Nearest
 from dino.curation.points import Points, share
 from dino.errors import UserError
 
@@ -199,14 +199,14 @@ def test_objective_never_increases(name, spherical, empty):
 @pytest.fixture
 def compared(monkeypatch) -> list[int]:
     """Of each product with centroids, how many scores it gave."""
-    counts, scores = [], nearest_module._Scores.__call__
+    counts, scores = [], assignment_module._Scores.__call__
 
     def counted(self, *arguments):
         found = scores(self, *arguments)
         counts.append(found.numel())
         return found
 
-    monkeypatch.setattr(nearest_module._Scores, "__call__", counted)
+    monkeypatch.setattr(assignment_module._Scores, "__call__", counted)
     return counts
 
 
@@ -221,7 +221,7 @@ class TestCentroidsAtRest:
         sparing = [kmeans(points, clusters, 40, 2, precision) for clusters in (3, 20)]
         some = sum(compared)
         compared.clear()
-        monkeypatch.setattr(nearest_module, "WORTHWHILE", -1)
+        monkeypatch.setattr(assignment_module, "WORTHWHILE", -1)
         for found, clusters in zip(sparing, (3, 20), strict=True):
             assert_same(found, kmeans(points, clusters, 40, 2, precision))
         assert some < sum(compared)  # else nothing was ever spared
@@ -242,30 +242,30 @@ class TestCentroidsAtRest:
         """Some jump, some stay, some swap, one equals another: against all distances in fp64."""
         points, generator = Points(mixture(500, 8, of=9)), torch.Generator().manual_seed(7)
         rows = torch.cat([block for _, block in points]).double()
-        centroids, nearest = points.at(torch.arange(30)), Nearest(points, 30, precision)
+        centroids, assignment = points.at(torch.arange(30)), Assignment(points, 30, precision)
         for turn in range(40):
-            nearest.update(centroids)
+            assignment.update(centroids)
             squares = (rows[:, None] - centroids.double()).square().sum(dim=2)
-            chosen = squares.gather(1, nearest.labels[:, None])[:, 0]
+            chosen = squares.gather(1, assignment.labels[:, None])[:, 0]
             loose = {torch.float32: 1e-5, torch.bfloat16: 0.05}[precision]
             assert ((chosen - squares.min(dim=1).values) <= loose * (1 + squares.min(dim=1).values)).all()
-            sums = torch.zeros_like(nearest.sums).index_add_(0, nearest.labels, points.integers(rows.float()))
-            assert torch.equal(nearest.sums, sums)
+            sums = torch.zeros_like(assignment.sums).index_add_(0, assignment.labels, points.integers(rows.float()))
+            assert torch.equal(assignment.sums, sums)
             centroids = centroids.clone()
             some = torch.randperm(30, generator=generator)[: 1 + turn % 9]
             centroids[some] += 0.3 * torch.randn(len(some), 8, generator=generator) * (turn % 3)
             centroids[some[:2]] = centroids[some[:2].flip(0)]
             if turn % 4 == 0:
                 centroids[some[0]] = centroids[(some[0] + 1) % 30]
-        nearest.settle(centroids)
-        assert torch.equal(nearest.labels, found_at_once(points, centroids))
+        assignment.settle(centroids)
+        assert torch.equal(assignment.labels, found_at_once(points, centroids))
 
 
 def found_at_once(points: Points, centroids: Tensor) -> Tensor:
     """Labels found at once."""
-    nearest = Nearest(points, len(centroids))
-    nearest.update(centroids)
-    return nearest.labels
+    assignment = Assignment(points, len(centroids))
+    assignment.update(centroids)
+    return assignment.labels
 
 
 class TestEmptyClusters:
@@ -436,7 +436,7 @@ class TestProgress:
     def test_goes_on_after_a_crash(self, name, tmp_path, monkeypatch):
         points, settings = self.case(name)
         whole = kmeans(points, **settings)
-        file, assign, calls, taken = tmp_path / "progress.safetensors", Nearest.update, [], []
+        file, assign, calls, taken = tmp_path / "progress.safetensors", Assignment.update, [], []
 
         def failing(*arguments):
             calls.append(1)
@@ -445,7 +445,7 @@ class TestProgress:
             taken.append(1)
             return assign(*arguments)
 
-        monkeypatch.setattr(Nearest, "update", failing)
+        monkeypatch.setattr(Assignment, "update", failing)
         for _ in range(100):
             try:
                 found = kmeans(points, **settings, progress=file)

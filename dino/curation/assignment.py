@@ -19,7 +19,7 @@ ROUNDING = 2e-6  # of fp32 scores, relative to the squares that they come from
 BF16_STEP = 2**-7  # from one bf16 number to the next, at most, relative to it
 
 
-class Nearest:
+class Assignment:
     """Labels of this process's points, and the sums over clusters, brought up to date whenever centroids move.
 
     Args:
