@@ -5,6 +5,8 @@ clustered; its images of small clusters are drawn more often from there on, thos
 sample keep their weight until it is their turn.
 """
 
+import time
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -43,6 +45,7 @@ class Draws(nn.Module):
         given = np.ones(count) if images.weights is None else images.weights.astype(np.float64)
         self.weights: Tensor
         self.register_buffer("weights", torch.from_numpy(given))
+        self.since = time.perf_counter()
         self.sample = min(count, max(LEAST, every * config.train.batch_size // SHARE))
         if every and count < 2 * MEMBERS:
             raise UserError(
@@ -57,11 +60,17 @@ class Draws(nn.Module):
     def steer(self, stream: EpochStream, taken: int) -> None:
         """Let a stream draw by the weights, if they have been renewed by then."""
         every = int(self.config.data.rebalance_every)
+        self.since = time.perf_counter()
         if every and taken >= every:
             stream.reweigh(self.weights.numpy(), taken // every)
 
     def renew(self, teacher: Network, taken: int) -> dict[str, float]:
-        """Embed, cluster, weigh; every process must call this. Returns what to log."""
+        """Embed, cluster, weigh; every process must call this.
+
+        Returns:
+            What to log; `time/rebalance` is the share of the time since the draws were last changed.
+        """
+        began = time.perf_counter()
         chosen = self.turn(taken)
         views = self.config.views
         preprocess = Preprocess(views.global_size, views.mean or (), views.std or ())
@@ -79,7 +88,9 @@ class Draws(nn.Module):
         rows_of = torch.from_numpy(chosen[found.rows])
         draws = float(self.weights[rows_of].sum())  # which the sample as a whole keeps
         self.weights[rows_of] = torch.from_numpy(flat(labels, clusters, SMOOTHING, draws, MOST * draws / len(labels)))
+        took, elapsed = (time.perf_counter() - moment for moment in (began, self.since))
         return {
+            "time/rebalance": round(took / elapsed, 4),
             "data/effective_clusters": effective_number(np.bincount(labels)),
             "data/largest_weight": float(self.weights.max()),
         }

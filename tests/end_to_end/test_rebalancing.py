@@ -44,6 +44,7 @@ def test_it_happens_when_due_and_is_written(done):
     assert [step for step, line in lines.items() if "data/effective_clusters" in line] == [6, 12]
     assert 1 < lines[6]["data/effective_clusters"] <= 20  # 1,000 images of the sample: 20 clusters
     assert lines[12]["data/largest_weight"] > 1
+    assert all(0 < lines[step]["time/rebalance"] < 1 for step in (6, 12))
 
 
 def test_images_outside_the_sample_keep_their_weight(done):
