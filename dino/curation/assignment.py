@@ -44,20 +44,23 @@ class Assignment:
 
     def update(self, centroids: Tensor) -> int:
         """How many of all points have another nearest centroid than before; centroids (k, D), less the mean of all."""
-        scores = _Scores(centroids, self.precision)
-        moved = None if self.centroids is None else (centroids != self.centroids).any(dim=1)
-        if moved is not None and float(moved.float().mean()) > WORTHWHILE:
-            moved = None
+        every, moved = _Scores(centroids, self.precision), None
+        if self.centroids is not None:
+            moved = (centroids != self.centroids).any(dim=1)
         self.centroids = centroids
+        share = 1.0 if moved is None else float(moved.float().mean())
+        if not share:
+            return 0
+        numbers = None if moved is None or share > WORTHWHILE else moved.nonzero()[:, 0]
+        some = every if numbers is None else _Scores(centroids[numbers], self.precision)
         changed = torch.zeros((), dtype=torch.int64, device=centroids.device)
         for place, block in self.points:
-            old = self.labels[place].clone()
-            operand = scores.operand(block)
-            if moved is None:
-                found = _two_best(scores(operand))
-                self.best[place], self.labels[place], self.others[place] = found
+            old, operand = self.labels[place].clone(), every.operand(block)
+            if moved is None or numbers is None:
+                self._set(place, every(operand))
             else:
-                self._compare_moved(place, operand, scores, moved)
+                doubtful = self._revise(place, some(operand), moved, numbers, every)
+                self._set(doubtful + place.start, every(operand[doubtful]))
             rows = (self.labels[place] != old).nonzero()[:, 0]
             changed += len(rows)
             if len(rows):
@@ -70,27 +73,33 @@ class Assignment:
             self.precision, self.centroids = torch.float32, None
         self.update(centroids)
 
-    def _compare_moved(self, place: slice, operand: Tensor, scores: "_Scores", moved: Tensor) -> None:
-        """Bring a block up to date where only the centroids `moved` (k,) have moved."""
-        numbers = moved.nonzero()[:, 0]
-        if not len(numbers):
-            return
+    def _set(self, rows: slice | Tensor, scores: Tensor) -> None:
+        """What scores with all centroids (m, k) say of these points."""
+        self.best[rows], self.labels[rows], self.others[rows] = _two_best(scores)
+
+    def _revise(self, place: slice, scores: Tensor, moved: Tensor, numbers: Tensor, every: "_Scores") -> Tensor:
+        """What scores (b, m) with the centroids that have moved say of a block's points.
+
+        Args:
+            moved: (k,) bool; numbers: (m,) the same as numbers.
+            every: all centroids' scores.
+
+        Returns:
+            The places in the block that this does not settle.
+        """
         old, held, others = self.labels[place], self.best[place], self.others[place]
-        score, label, next_ = _two_best(scores(operand, numbers))
-        label = numbers[label]
-        left = moved[old]  # points whose own centroid moved: the rest score no more than `others`
+        score, column, next_ = _two_best(scores)
+        label = numbers[column]
+        left = moved[old]  # points whose own centroid moved: those that did not score `others` at most
         known = torch.where(left, others, held)
-        error = scores.error(held, self.squares[place], old, label)
+        error = every.error(held, self.squares[place], old, label)
         doubtful = torch.where(left, score <= known + error, (score - known).abs() <= error)
         taken = left | (score > held)
         rivals = torch.where(taken, torch.where(left, next_, torch.maximum(next_, held)), score)
         self.labels[place] = torch.where(taken, label, old)
         self.best[place] = torch.where(taken, score, held)
         self.others[place] = torch.maximum(others, rivals)
-        rows = doubtful.nonzero()[:, 0]
-        if len(rows):
-            rows, found = rows + place.start, _two_best(scores(operand[rows]))
-            self.best[rows], self.labels[rows], self.others[rows] = found
+        return doubtful.nonzero()[:, 0]
 
     def _carry(self, block: Tensor, old: Tensor, new: Tensor) -> None:
         """Take points out of the sums of their old clusters and add them to the new ones, without any drift."""
@@ -121,12 +130,11 @@ class _Scores:
         """Points (n, D) as `__call__` wants them."""
         return block if self.precision == torch.float32 else F.pad(block.to(self.precision), (0, 3), value=1.0)
 
-    def __call__(self, operand: Tensor, numbers: Tensor | None = None) -> Tensor:
-        """(n, k), or (n, m) of the centroids with these numbers."""
-        some = slice(None) if numbers is None else numbers
+    def __call__(self, operand: Tensor) -> Tensor:
+        """(n, k)."""
         if self.precision == torch.float32:
-            return torch.addmm(self.bias[some], operand, self.centroids[some].T)
-        return F.linear(operand, self.centroids[some])
+            return torch.addmm(self.bias, operand, self.centroids.T)
+        return F.linear(operand, self.centroids)
 
     def error(self, score: Tensor, squares: Tensor, one: Tensor, other: Tensor) -> Tensor:
         """What rounding may do to the difference of two centroids' scores (n,); `score` is the first's."""
