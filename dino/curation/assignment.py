@@ -3,6 +3,7 @@
 A centroid that has not moved is as near as it was, and after some iterations of k-means most have not: points are
 compared with those that have moved, and with all only where that does not settle it (Kaukoranta, Fränti & Nevalainen
 2000). Labels are those that comparing all would give, so they depend on the centroids alone and not on how these came.
+In bf16 only clear cases are decided; the rest is compared in fp32.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dino.curation.points import Points, reduced
 
+ROWS = 64  # products have a multiple of as many, as libraries round those of a few rows otherwise
 WORTHWHILE = 0.9  # of the centroids: where more have moved, all are compared
 ROUNDING = 2e-6  # of fp32 scores, relative to the squares that they come from
 BF16_STEP = 2**-7  # from one bf16 number to the next, at most, relative to it
@@ -44,23 +46,21 @@ class Assignment:
 
     def update(self, centroids: Tensor) -> int:
         """How many of all points have another nearest centroid than before; centroids (k, D), less the mean of all."""
-        every, moved = _Scores(centroids, self.precision), None
+        moved = torch.ones(len(centroids), dtype=torch.bool, device=centroids.device)
         if self.centroids is not None:
             moved = (centroids != self.centroids).any(dim=1)
         self.centroids = centroids
-        share = 1.0 if moved is None else float(moved.float().mean())
+        share = float(moved.float().mean())
         if not share:
             return 0
-        numbers = None if moved is None or share > WORTHWHILE else moved.nonzero()[:, 0]
-        some = every if numbers is None else _Scores(centroids[numbers], self.precision)
+        every, exact = (_Scores(centroids, precision) for precision in (self.precision, torch.float32))
+        some = every if share > WORTHWHILE else _Scores(centroids[moved], self.precision)
         changed = torch.zeros((), dtype=torch.int64, device=centroids.device)
         for place, block in self.points:
-            old, operand = self.labels[place].clone(), every.operand(block)
-            if moved is None or numbers is None:
-                self._set(place, every(operand))
-            else:
-                doubtful = self._revise(place, some(operand), moved, numbers, every)
-                self._set(doubtful + place.start, every(operand[doubtful]))
+            old, scores = self.labels[place].clone(), some(block)
+            doubtful = self._set(place, scores, every) if some is every else self._revise(place, scores, moved, every)
+            if len(doubtful):
+                self._set(doubtful + place.start, exact(block[doubtful]), exact)
             rows = (self.labels[place] != old).nonzero()[:, 0]
             changed += len(rows)
             if len(rows):
@@ -73,28 +73,29 @@ class Assignment:
             self.precision, self.centroids = torch.float32, None
         self.update(centroids)
 
-    def _set(self, rows: slice | Tensor, scores: Tensor) -> None:
-        """What scores with all centroids (m, k) say of these points."""
-        self.best[rows], self.labels[rows], self.others[rows] = _two_best(scores)
+    def _set(self, rows: slice | Tensor, scores: Tensor, every: "_Scores") -> Tensor:
+        """Take what scores (m, k) with all centroids say of these points; gives places among them that need fp32."""
+        best, labels, second = _two_best(scores)
+        self.best[rows], self.labels[rows], self.others[rows] = best, labels, second
+        if every.precision == torch.float32:
+            return torch.empty(0, dtype=torch.int64)
+        return (best - second <= every.error(best, self.squares[rows], labels, labels)).nonzero()[:, 0]
 
-    def _revise(self, place: slice, scores: Tensor, moved: Tensor, numbers: Tensor, every: "_Scores") -> Tensor:
-        """What scores (b, m) with the centroids that have moved say of a block's points.
-
-        Args:
-            moved: (k,) bool; numbers: (m,) the same as numbers.
-            every: all centroids' scores.
+    def _revise(self, place: slice, scores: Tensor, moved: Tensor, every: "_Scores") -> Tensor:
+        """Take what scores (b, m) with the centroids that have moved (k,) say of a block's points.
 
         Returns:
             The places in the block that this does not settle.
         """
         old, held, others = self.labels[place], self.best[place], self.others[place]
         score, column, next_ = _two_best(scores)
-        label = numbers[column]
+        label = moved.nonzero()[:, 0][column]
         left = moved[old]  # points whose own centroid moved: those that did not score `others` at most
         known = torch.where(left, others, held)
-        error = every.error(held, self.squares[place], old, label)
+        error = every.error(known, self.squares[place], old, label)
         doubtful = torch.where(left, score <= known + error, (score - known).abs() <= error)
         taken = left | (score > held)
+        doubtful |= taken & (score - next_ <= error)
         rivals = torch.where(taken, torch.where(left, next_, torch.maximum(next_, held)), score)
         self.labels[place] = torch.where(taken, label, old)
         self.best[place] = torch.where(taken, score, held)
@@ -126,21 +127,24 @@ class _Scores:
                 rest = rest - columns[-1].float()
             self.centroids = torch.cat([self.centroids, torch.stack(columns, dim=1)], dim=1)
 
-    def operand(self, block: Tensor) -> Tensor:
-        """Points (n, D) as `__call__` wants them."""
-        return block if self.precision == torch.float32 else F.pad(block.to(self.precision), (0, 3), value=1.0)
-
-    def __call__(self, operand: Tensor) -> Tensor:
-        """(n, k)."""
+    def __call__(self, block: Tensor) -> Tensor:
+        """(n, k), of points (n, D)."""
+        spare = -len(block) % ROWS
         if self.precision == torch.float32:
-            return torch.addmm(self.bias, operand, self.centroids.T)
-        return F.linear(operand, self.centroids)
+            return torch.addmm(self.bias, F.pad(block, (0, 0, 0, spare)), self.centroids.T)[: len(block)]
+        wide = F.pad(block.to(self.precision), (0, 3, 0, spare), value=1.0)
+        return F.linear(wide, self.centroids)[: len(block)]
 
     def error(self, score: Tensor, squares: Tensor, one: Tensor, other: Tensor) -> Tensor:
-        """What rounding may do to the difference of two centroids' scores (n,); `score` is the first's."""
-        if self.precision != torch.float32:
-            return BF16_STEP * score.abs()
-        return ROUNDING * (squares - self.bias[one] - self.bias[other])
+        """What rounding may do to the difference of two centroids' scores (n,), one of which is `score`.
+
+        In bf16, scores themselves are rounded, and so are the D coordinates before, by which products err each way.
+        """
+        of_centroids = -(self.bias[one] + self.bias[other])  # squares
+        if self.precision == torch.float32:
+            return ROUNDING * (squares + of_centroids)
+        together = min(1.0, 4 / math.sqrt(self.centroids.shape[1]))
+        return BF16_STEP * (score.abs() + together / 2 * (squares * of_centroids).sqrt())
 
 
 def _two_best(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -69,12 +69,14 @@ def kmeans(
     """
     if not 1 <= clusters <= points.total:
         raise UserError(f"{clusters:,} clusters of {points.total:,} points: there must be at least as many points")
-    begin, centroids, ended = _earlier(progress, points.device)
+    begin, before, centroids, ended = _earlier(progress, points.device)
+    assignment = Assignment(points, clusters, precision)
+    if before is not None and not ended:
+        assignment.update(before)  # so that it is known what changes next
     if centroids is None:
         centroids = (
             seeds(points, clusters, seed) if initial is None else initial.to(points.device) - points.mean.float()
         )
-    assignment = Assignment(points, clusters, precision)
     rank, _ = process()
     taken = begin
     with tqdm(
@@ -85,11 +87,11 @@ def kmeans(
             bar.set_postfix_str(f"{changed / points.total:.2%} changed", refresh=False)
             bar.update()
             if not changed:
-                _keep(progress, taken, centroids, rank, ended=True)
+                _keep(progress, taken, centroids, centroids, rank, ended=True)
                 break
-            sizes = reduced(torch.bincount(assignment.labels, minlength=clusters))
-            centroids = _means(points, reduced(assignment.sums.clone()), sizes, centroids, assignment.labels)
-            _keep(progress, taken, centroids, rank)
+            sizes, before = reduced(torch.bincount(assignment.labels, minlength=clusters)), centroids
+            centroids = _means(points, reduced(assignment.sums.clone()), sizes, before, assignment.labels)
+            _keep(progress, taken, before, centroids, rank)
     assignment.settle(centroids)
     labels = assignment.labels
     distances = _distances(points, centroids, labels)
@@ -163,19 +165,22 @@ def _distances(points: Points, centroids: Tensor, labels: Tensor) -> Tensor:
     return found
 
 
-def _earlier(progress: Path | None, device: torch.device) -> tuple[int, Tensor | None, bool]:
-    """Iterations taken, centroids, and whether no point changed any more."""
+def _earlier(progress: Path | None, device: torch.device) -> tuple[int, Tensor | None, Tensor | None, bool]:
+    """Iterations taken, centroids of the last and of the next, and whether no point changed any more."""
     if progress is None or not progress.exists():
-        return 0, None, False
+        return 0, None, None, False
     with safe_open(progress, framework="pt") as file:
         facts = file.metadata()
-        return int(facts["iteration"]), file.get_tensor("centroids").to(device), facts["ended"] == "True"
+        before, centroids = (file.get_tensor(name).to(device) for name in ("before", "centroids"))
+        return int(facts["iteration"]), before, centroids, facts["ended"] == "True"
 
 
-def _keep(progress: Path | None, iteration: int, centroids: Tensor, rank: int, ended: bool = False) -> None:
+def _keep(
+    progress: Path | None, iteration: int, before: Tensor, centroids: Tensor, rank: int, ended: bool = False
+) -> None:
     if progress is None or rank:
         return
     partial = progress.with_name(f".{progress.name}.partial")
     facts = {"iteration": str(iteration), "ended": str(ended)}
-    save_file({"centroids": centroids.cpu()}, partial, metadata=facts)
+    save_file({"before": before.cpu().clone(), "centroids": centroids.cpu().clone()}, partial, metadata=facts)
     partial.replace(progress)

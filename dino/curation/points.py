@@ -21,6 +21,7 @@ from dino.objectives.dino import is_distributed
 
 BLOCK = 16384 if torch.cuda.is_available() else 4096  # points; a GPU wants fewer, larger products
 EXACT = 52  # bits of a sum
+HELD = 2**29  # bytes of rows that are kept as they are worked with, instead of being made so again and again
 
 
 def share(points: int, rank: int, processes: int) -> range:
@@ -43,7 +44,11 @@ class Points:
     """
 
     def __init__(self, rows: Tensor | np.ndarray, device: torch.device | str = "cpu", spherical: bool = False):
-        self.rows, self.device, self.spherical = rows, torch.device(device), spherical
+        self.rows, self.device, self.spherical, self.held = rows, torch.device(device), spherical, False
+        if 4 * rows.shape[0] * rows.shape[1] <= HELD:
+            prepared = [block for _, block in self._blocks()]
+            self.rows = torch.cat(prepared) if prepared else torch.zeros(rows.shape, device=self.device)
+            self.held = True
         counts = gathered_rows(torch.tensor([len(rows)], device=self.device))
         rank, _ = process()
         self.first, self.total = int(counts[:rank].sum()), int(counts.sum())
@@ -70,8 +75,14 @@ class Points:
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.rows), BLOCK):
             place = slice(start, min(start + BLOCK, len(self.rows)))
-            block = as_floats(self.rows[place]).to(self.device)
-            yield place, F.normalize(block, dim=1) if self.spherical else block
+            yield place, self._prepared(self.rows[place])
+
+    def _prepared(self, rows: Tensor | np.ndarray) -> Tensor:
+        """As they are worked with: fp32, on the device, of unit length if spherical."""
+        if self.held:
+            return rows  # type: ignore[return-value]
+        block = as_floats(rows).to(self.device)
+        return F.normalize(block, dim=1) if self.spherical else block
 
     def integers(self, block: Tensor) -> Tensor:
         """(n, D) as whole numbers in fp64, whose sums over all points are exact."""
@@ -80,11 +91,11 @@ class Points:
     def at(self, rows: Tensor) -> Tensor:
         """Points by their numbers among all, less the mean: (m, D) fp32 in every process."""
         found = torch.zeros(len(rows), self.rows.shape[1], device=self.device)
-        mine = (rows >= self.first) & (rows < self.first + len(self))
-        if mine.any():
-            chosen = self.rows[(rows[mine] - self.first).cpu().numpy()]
-            block = as_floats(chosen).to(self.device)
-            found[mine.to(self.device)] = (F.normalize(block, dim=1) if self.spherical else block) - self.mean.float()
+        mine = ((rows >= self.first) & (rows < self.first + len(self))).nonzero()[:, 0]
+        for some in mine.split(BLOCK):
+            places = rows[some] - self.first
+            chosen = self.rows[places if self.held else places.cpu().numpy()]
+            found[some] = self._prepared(chosen) - self.mean.float()
         return reduced(found)
 
 

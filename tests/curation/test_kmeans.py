@@ -182,6 +182,22 @@ def test_bf16_is_all_but_as_good(name, spherical):
         assert_describes(one, DATA[name], spherical)
 
 
+def tight(rows: int, width: int, of: int, spread: float) -> Tensor:
+    """Groups so far apart, for their size, that bf16 cannot tell their members."""
+    centres = torch.nn.functional.normalize(drawn(of, width, 5))
+    return centres[torch.arange(rows) % of] + spread * drawn(rows, width, 6) / math.sqrt(width)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("spread", [0.1, 0.01, 1e-4])
+@pytest.mark.parametrize("width", [16, 64])
+def test_bf16_tells_members_of_tight_groups_too(width, spread, spherical):
+    points = Points(tight(1500, width, 20, spread), spherical=spherical)
+    exact, found = (kmeans(points, 100, 30, 1, precision) for precision in (torch.float32, torch.bfloat16))
+    assert found.objective == pytest.approx(exact.objective, rel=0.002)
+    assert abs(found.iterations - exact.iterations) <= 3
+
+
 @pytest.mark.parametrize("empty", [0, 6])
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("name", ["normal", "mixture", "one dimension", "offset"])
@@ -453,10 +469,20 @@ class TestProgress:
                 continue
             break
         assert len(calls) > len(taken) >= whole.iterations  # it did crash, and nothing was done many times over
-        assert len(taken) <= whole.iterations + 3
+        assert len(taken) <= whole.iterations + 3 + len(calls) // 5  # each life begins with the iteration before
         assert_same(found._replace(iterations=whole.iterations), whole)
         monkeypatch.undo()
         assert sorted(path.name for path in tmp_path.iterdir()) == [file.name]
+
+    @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+    def test_goes_on_where_clusters_stay_empty(self, precision, tmp_path):
+        """Groups of equal points, fewer than clusters: a start does not look for uses of the empty ones once more."""
+        points = Points(tight(400, 8, 6, 1e-4))
+        whole = kmeans(points, 20, 60, 2, precision)
+        for stop in {1, whole.iterations // 2, whole.iterations - 1} - {0}:
+            file = tmp_path / str(stop)
+            kmeans(points, 20, stop, 2, precision, progress=file)
+            assert_same(kmeans(points, 20, 60, 2, precision, progress=file), whole)
 
     def test_seeds_are_not_sought_again(self, tmp_path, monkeypatch):
         points, settings = self.case("euclidean")
