@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace, name: str, folder: Path, way: str, seed: 
     if way in CURATED:
         curated = folder / f"{way}_curated"
         settings = [f"data.root={root}", f"weights={first}", f"run.dir={curated}", f"run.seed={seed}", *CURATED[way]]
+        settings += [f"run.cpu_threads={threads}"]
         command(threads, "train/curate.py", *settings)
         root = curated / "manifest.parquet"
         line |= judge_copies(root) if name == "omniglot" else {}

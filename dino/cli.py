@@ -16,7 +16,7 @@ from dino.errors import UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; print a `UserError` as `error: …` (once, on the first process) and exit with code 2."""
+    """Call `main`; print a `UserError` as `error: …` (once, whichever process has to say it) and exit with code 2."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -24,7 +24,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if error.alone or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
@@ -50,6 +50,12 @@ def accelerator(wandb: str | None = None, settings: dict[str, Any] | None = None
     if wandb:
         found.init_trackers(wandb, config=settings)
     return found
+
+
+def set_cpu_threads(threads: int | str) -> None:
+    """CPU threads of this process; `auto`: its share of the cores, where launchers would leave it with one."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local) if threads == "auto" else int(threads))
 
 
 def output_file(path: Path | None) -> None:

@@ -8,6 +8,7 @@ by the same command, it goes on where it stopped; after a change of settings, wi
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from dino import config as configuration
 from dino.curation import report, settings
 from dino.curation.pipeline import Curation
 from dino.data import open_images
-from dino.data.manifest import write_manifest
+from dino.data.manifest import read_manifest, write_manifest
 from dino.errors import UserError
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     images = open_images(config.data.root, config.data.kind, backbone.spec.in_chans)
     directory = Path(config.run.dir)
     refuse_other_directories(directory, config)
+    cli.set_cpu_threads(config.run.cpu_threads)
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(configuration.dump(config))
@@ -50,11 +52,11 @@ def main() -> None:
 
 def refuse_other_directories(directory: Path, config: settings.CurateConfig) -> None:
     """A run directory is empty or a curation's, and the pool lies elsewhere."""
-    pool, place = Path(config.data.root).expanduser().resolve(), directory.resolve()
-    if config.data.root and (place.is_relative_to(pool) or pool.parent == place):
-        raise UserError(
-            f"run.dir={directory} and data.root={config.data.root} lie in each other: name a run.dir elsewhere"
-        )
+    place = directory.resolve()
+    for root in sources(config):
+        pool = Path(root).expanduser().resolve()
+        if place.is_relative_to(pool) or pool.is_relative_to(place):
+            raise UserError(f"run.dir={directory} and the images of {root} lie in each other: name a run.dir elsewhere")
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -66,6 +68,18 @@ def refuse_other_directories(directory: Path, config: settings.CurateConfig) -> 
             raise UserError(
                 f"run.dir={directory} is not empty and holds no curation: name another directory"
             ) from error
+
+
+def sources(config: settings.CurateConfig) -> Iterator[str]:
+    """Where images come from: the pool, and the pools that its manifest was made of; test sets and seeds."""
+    yield from config.duplicates.against
+    if config.rebalance.seeds:
+        yield config.rebalance.seeds
+    root, known = config.data.root, set[str]()
+    while root and root not in known:
+        yield root
+        known.add(root)
+        root = read_manifest(Path(root)).root if root.endswith(".parquet") else ""
 
 
 def parse() -> argparse.Namespace:

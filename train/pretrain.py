@@ -67,7 +67,7 @@ def main() -> None:
     draws = Draws(config, images, accelerator)
     if config.data.rebalance_every:
         modules["draws"] = draws
-    frozen = None if guide is None else guide.network(config, images).to(accelerator.device)
+    frozen = None if guide is None else guide.network(config, images, accelerator.device)
     checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, optimizer, config.train.keep_checkpoints)
     wrapped, prepared = launch.prepare(accelerator, student, optimizer)
     plan = schedules(config)
@@ -75,11 +75,12 @@ def main() -> None:
 
     # Where to begin.
     launch.seed_process(config.train.seed, accelerator.process_index)
-    facts = {"images": fingerprint(images)}
+    facts = {"images": fingerprint(images), "guide": guide.digest if guide else ""}
     start = 0
     if found:
         state = checkpoints.load(found)
         faults.refuse_other_images(state["images"], facts["images"], found)
+        faults.refuse_other_guide(state.get("guide", facts["guide"]), facts["guide"], config.objective.distill, found)
         start = state["step"]
     accelerator.print(summary(config, pool, student, accelerator, directory, start, reasons))
     if arguments.dry_run:

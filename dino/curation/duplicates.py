@@ -89,6 +89,12 @@ def same_pixels(hashes: np.ndarray) -> np.ndarray:
     return np.stack([order[:-1][equal], order[1:][equal]], axis=1)
 
 
+def distinct(hashes: np.ndarray) -> np.ndarray:
+    """Places, ascending, of the first image of each hash; images that could not be read are none."""
+    found, firsts = np.unique(hashes, return_index=True)
+    return np.sort(firsts[found != ""])
+
+
 def confirmed(pairs: np.ndarray, first: np.ndarray, second: np.ndarray, least: float, chunk: int = 4096) -> np.ndarray:
     """(m,) bool: whether the thumbnails of pairs (m, 2), places among `first` and `second`, are alike enough."""
     alike = [

@@ -135,7 +135,8 @@ def _embed_part(
             if not bool((tokens.abs() <= LARGEST).all()):
                 raise UserError(
                     "a class token is NaN, infinite or above 65,504, which does not fit into fp16: "
-                    "embed with other weights, or with --mixed_precision no"
+                    "embed with other weights, or with --mixed_precision no",
+                    alone=True,
                 )
             arrays["tokens"][list(numbers)] = tokens.half().numpy()
             arrays["thumbnails"][list(numbers)] = torch.stack(thumbnails).numpy()

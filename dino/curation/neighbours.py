@@ -20,11 +20,13 @@ def nearest(
     itself: int | None = None,
     device: torch.device | str = "cpu",
     title: str = "neighbours",
+    of_all: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `count` keys most like each query.
 
     Args:
         queries, keys: (Q, D) and (N, D), floating, of any length; arrays may be memory maps.
+        of_all: queries of all processes, by which the way of searching is chosen; as many as here if not given.
         itself: where the first query is among the keys; queries are then not their own neighbours.
 
     Returns:
@@ -34,7 +36,7 @@ def nearest(
     Raises:
         UserError: too many keys for an exact search, and no faiss.
     """
-    if len(queries) * len(keys) > EXACT_UP_TO:
+    if (of_all or len(queries)) * len(keys) > EXACT_UP_TO:
         return _by_faiss(queries, keys, count, itself)
     places = torch.full((len(queries), count), -1)
     cosines = torch.full((len(queries), count), -torch.inf)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from dino.curation import rebalance
-from dino.curation.duplicates import confirmed, groups, originals, same_pixels
+from dino.curation.duplicates import confirmed, distinct, groups, originals, same_pixels
 from dino.curation.embed import Embedded, embed
 from dino.curation.hierarchy import hierarchical_kmeans
 from dino.curation.neighbours import nearest
@@ -88,6 +88,8 @@ class Curation:
             raise UserError("no image is left: all match one of duplicates.against")
         self.clusters = self.cluster()
         self.drawn = self.draw()
+        if not (self.drawn > 0).any():
+            raise UserError("no image would be drawn: raise rebalance.budget or rebalance.repeats")
         return self.columns()
 
     def embed(self, images: Images, name: str) -> Embedded:
@@ -107,14 +109,14 @@ class Curation:
         others = [(root, self._other(root, f"against-{number}")) for number, root in enumerate(settings.against)]
         stage = self._stage("duplicates", settings)
         if stage.begin():
-            near, cosines, candidates = self._near(embedded, embedded, itself=True)
+            near, cosines, candidates = self._near(embedded, None)
             group = groups(len(embedded.hashes), np.concatenate([same_pixels(embedded.hashes), near]))
             pixels = embedded.sizes.prod(axis=1)
             original = originals(group, pixels, np.array(self.images.names))
             original[~embedded.readable] = -1
             matches = np.zeros(len(group), dtype=np.int64)
             for number, (_, other) in enumerate(others, 1):
-                found, _, _ = self._near(embedded, other, itself=False)
+                found, _, _ = self._near(embedded, other)
                 equal = np.isin(embedded.hashes, other.hashes[other.readable])
                 hit = np.unique(np.concatenate([group[found[:, 0]], group[equal & embedded.readable]]))
                 matches[np.isin(group, hit) & (matches == 0)] = number
@@ -220,24 +222,31 @@ class Curation:
                 reasons.append("" if drawn > 0 else "not chosen")
         return reasons
 
-    def _near(self, asking: Embedded, asked: Embedded, itself: bool) -> tuple[np.ndarray, np.ndarray, int]:
-        """Confirmed pairs (m, 2), by place in each, their cosines, and how many candidates there were."""
-        settings = self.config.duplicates
+    def _near(self, asking: Embedded, other: Embedded | None) -> tuple[np.ndarray, np.ndarray, int]:
+        """Confirmed pairs (m, 2), by place in each, their cosines, and how many candidates there were.
+
+        One of each set of equal images asks and is asked: many would be each other's neighbours, and no one else's.
+
+        Args:
+            other: the images that are asked, if they are not the same.
+        """
+        settings, asked = self.config.duplicates, other or asking
         if not settings.near:
             return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.float32), 0
-        rows = share(len(asking.hashes), self.accelerator.process_index, self.accelerator.num_processes)
+        ones, others = (distinct(embedded.hashes) for embedded in (asking, asked))
+        rows = share(len(ones), self.accelerator.process_index, self.accelerator.num_processes)
         found = nearest(
-            asking.tokens[rows.start : rows.stop],
-            asked.tokens,
+            asking.tokens[ones[rows.start : rows.stop]],
+            asked.tokens if len(others) == len(asked.tokens) else asked.tokens[others],
             settings.neighbours,
-            rows.start if itself else None,
+            rows.start if other is None else None,
             self.accelerator.device,
+            of_all=len(ones),
         )
         places, cosines = (part.numpy() for part in found)
         where = np.nonzero((cosines >= settings.near) & (places >= 0))
-        pairs = np.stack([where[0] + rows.start, places[where]], axis=1)
-        known = asking.readable[pairs[:, 0]] & asked.readable[pairs[:, 1]]
-        pairs, values = pairs[known], cosines[where][known]
+        pairs = np.stack([ones[where[0] + rows.start], others[places[where]]], axis=1)
+        values = cosines[where]
         if settings.likeness:
             kept = confirmed(pairs, asking.thumbnails, asked.thumbnails, settings.likeness)
         else:
@@ -250,7 +259,7 @@ class Curation:
         )
         candidates, of_all = len(of_all), of_all[of_all[:, 3] > 0]
         pairs = of_all[:, :2].astype(np.int64)
-        if itself:
+        if other is None:
             pairs.sort(axis=1)
             pairs, first = np.unique(pairs, axis=0, return_index=True)
             return pairs, of_all[first, 2].astype(np.float32), candidates

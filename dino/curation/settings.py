@@ -64,6 +64,7 @@ class Rebalance:
 class Run:
     dir: str = setting("runs/curated", "directory: manifest.parquet, report.html, and what a killed run goes on from")
     seed: int = setting(0, "of clusters and draws")
+    cpu_threads: int | str = setting(AUTO, "CPU threads of a process; auto: cores / local processes")
 
 
 @dataclass
@@ -112,4 +113,10 @@ def check(config: CurateConfig) -> None:
     require(isinstance(budget, str) or budget >= 1, f"rebalance.budget must be at least 1, got {budget}")
     needs_seeds = rebalance.method == "retrieval"
     require(not needs_seeds or bool(rebalance.seeds), "rebalance.method=retrieval needs images in rebalance.seeds")
+    require(
+        not needs_seeds or budget == AUTO,
+        "rebalance.budget is not for retrieval: rebalance.neighbours, or rebalance.most, say how many are taken",
+    )
+    threads = config.run.cpu_threads
+    require(isinstance(threads, str) or threads >= 1, f"run.cpu_threads must be at least 1, got {threads}")
     refuse(errors)

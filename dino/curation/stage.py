@@ -7,6 +7,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from dino.errors import UserError
+
 
 class Stage:
     """A folder of a stage's files, and the key of all that they depend on.
@@ -21,14 +23,34 @@ class Stage:
         self.key = json.dumps(key, sort_keys=True)
 
     def begin(self) -> bool:
-        """Whether there is work left; what was made by another key is removed. Every process must call this."""
+        """Whether there is work left; what was made by another key is removed. Every process must call this.
+
+        Raises:
+            UserError: the folder holds something else, which is left alone.
+        """
         begun, done = self.folder / "begun.json", self.folder / "done.json"
         if self.accelerator.is_main_process and not (begun.exists() and begun.read_text() == self.key):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            self._clear(begun)
             begun.write_text(self.key)
         self.accelerator.wait_for_everyone()
         return not done.exists()
+
+    def _clear(self, begun: Path) -> None:
+        """Leave nothing but `begun`, which says nothing from the start on: a kill leaves what must be cleared again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = [path for path in self.folder.iterdir() if path != begun]
+        if content and not begun.exists():
+            raise UserError(
+                f"{self.folder} holds files that no curation made, for example {content[0].name}: move it elsewhere, "
+                "or name another run.dir",
+                alone=True,
+            )
+        begun.write_text("")
+        for path in content:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def finish(self) -> None:
         """Mark it as done; every process must call this when its part is."""

@@ -112,6 +112,8 @@ class Checkpoints:
         Raises:
             UserError: damaged, or of a run with other networks.
         """
+        if "draws" in self.modules and path.is_dir() and not (path / "draws.safetensors").exists():
+            raise UserError(f"{path} is of a run that does not rebalance: set data.rebalance_every=0, as it did")
         try:
             state = json.loads((path / "state.json").read_text())
             for name, module in self.modules.items():

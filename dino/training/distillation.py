@@ -22,6 +22,7 @@ from dino import config as configuration
 from dino.config import Config
 from dino.data import Images, UnreadableImage
 from dino.errors import UserError
+from dino.evaluation.features import weights_digest
 from dino.models import Backbone, DINOHead, ResNet, load_backbone
 from dino.models.weights import directory_of, load_heads, load_strictly
 from dino.training.checkpoint import whole_checkpoints
@@ -56,12 +57,14 @@ class Guide:
 
     Attributes:
         backbone: frozen.
+        digest: of the backbone's weights.
         head, patch_head: of class tokens and of patches, from the same source; None where that has none.
     """
 
     def __init__(self, name: str):
         self.name, self.backbone = name, load_backbone(name)
         self.head, self.patch_head = _heads_of_run(directory_of(name)) or _heads_of_file(name, self.backbone)
+        self.digest = weights_digest(self.backbone)
 
     def settings(self, config: Config) -> dict[str, object]:
         """The settings that it decides.
@@ -94,21 +97,23 @@ class Guide:
                 raise UserError(f"{key}={size} is not divisible by {self.name}'s {patch}")
         return values
 
-    def network(self, config: Config, images: Images) -> Network:
-        """Backbone and heads, frozen; needs a resolved config."""
+    def network(self, config: Config, images: Images, device: torch.device | str = "cpu") -> Network:
+        """Backbone and heads, frozen, on the device; needs a resolved config."""
+        self.backbone.to(device)
         objective = config.objective
         head: Head | None = self.head
         patch_head: Head | None = self.patch_head
         if head is None:
             patches = (objective.ibot_prototypes or int(objective.prototypes)) if objective.ibot_weight else 0
             head, patch_head = self._prototypes(config, images, int(objective.prototypes), patches)
-        return Network(self.backbone, head, patch_head).requires_grad_(False).eval()
+        return Network(self.backbone, head, patch_head).to(device).requires_grad_(False).eval()
 
     @torch.no_grad()
     def _prototypes(
         self, config: Config, images: Images, classes: int, patches: int
     ) -> tuple[TokenPrototypes, TokenPrototypes | None]:
         """Class tokens of as many images, drawn by the run's seed, and one patch token after another of the same."""
+        device = next(self.backbone.parameters()).device
         preprocess = replace(self.backbone.preprocess, image_size=config.views.global_size, resize=None)
         generator = np.random.default_rng((config.train.seed, classes))
         order, needed = generator.permutation(len(images.names)), max(classes, patches)
@@ -128,10 +133,10 @@ class Guide:
                     continue
             bar.update(len(pixels))
             if pixels:
-                found = self.backbone.forward_features(torch.stack(pixels))
+                found = self.backbone.forward_features(torch.stack(pixels).to(device))
                 tokens.append(found["x_norm_clstoken"])
                 place = torch.from_numpy(generator.integers(found["x_norm_patchtokens"].shape[1], size=len(pixels)))
-                of_patches.append(found["x_norm_patchtokens"][torch.arange(len(pixels)), place])
+                of_patches.append(found["x_norm_patchtokens"][torch.arange(len(pixels)), place.to(device)])
         bar.close()
         if not tokens:
             raise UserError(f"none of {len(order)} images can be read: there is nothing to make prototypes of")

@@ -46,6 +46,15 @@ def refuse_other_images(there: str, here: str, checkpoint: Path) -> None:
         )
 
 
+def refuse_other_guide(there: str, here: str, name: str | None, checkpoint: Path) -> None:
+    """Raise a `UserError` if a checkpoint was made with other weights by the name of `objective.distill`."""
+    if there != here:
+        raise UserError(
+            f"objective.distill={name} is not what {checkpoint} was made with (a run that has been trained on since?): "
+            "put the earlier weights back, or start a new run in another run.dir"
+        )
+
+
 def rehearse(take_step: Step, batches: Batches, accelerator: Accelerator) -> None:
     """`--dry-run`: read up to 1,000 images spread over the pool, then take two steps on the real shapes."""
     images = batches.images

@@ -40,6 +40,10 @@ class Verdict(NamedTuple):
     advice: str = ""
 
 
+NEIGHBOURS = {
+    "health/knn": "nearest neighbours name the class",
+    "health/neighbour_agreement": "two views of an image have the same nearest neighbours",
+}
 UNIFORM = (
     "Published remedies: a lower objective.teacher_temperature (0.02), objective.centering=sinkhorn, half of optim.lr "
     "with a longer optim.warmup_steps; on small sets fewer objective.prototypes and objective.momentum=0.99"
@@ -79,12 +83,14 @@ def judge(lines: Sequence[dict], steps: int, prototypes: int, width: int) -> Ver
         return Verdict("stuck", f"the loss stands at ln K = {limit:.2f}: the student predicts nothing. {UNIFORM}")
     if all_below("health/prototypes_in_use"):
         return Verdict("few prototypes", f"nearly all views choose the same few prototypes. {PEAKED}")
-    before = next((line["health/knn"] for line in measured if "health/knn" in line), None)
-    if before is not None and all(line.get("health/knn", before) < 0.8 * before for line in recent):
-        now = recent[-1]["health/knn"]
-        return Verdict(
-            "getting worse",
-            f"nearest neighbours name the class less often ({now:.0%}) than at first ({before:.0%}). "
-            "Usual ways on: a lower optim.lr, a higher objective.momentum, milder views",
-        )
+    for name, what in NEIGHBOURS.items():
+        before = next((line[name] for line in measured if name in line), None)
+        # Without classes only trained weights are a measure: views of an untrained network may well agree more.
+        known = name == "health/knn" or measured[0]["step"] == 0
+        if known and before is not None and all(line.get(name, before) < 0.8 * before for line in recent):
+            return Verdict(
+                "getting worse",
+                f"{what} less often ({recent[-1][name]:.0%}) than at first ({before:.0%}). "
+                "Usual ways on: a lower optim.lr, a higher objective.momentum, milder views",
+            )
     return Verdict("healthy")

@@ -39,6 +39,11 @@ def test_written_settings_are_read_back(tmp_path):
         (["rebalance.smoothing=1.5"], r"rebalance.smoothing must lie in \[0, 1\]"),
         (["rebalance.budget=0"], "rebalance.budget must be at least 1"),
         (["rebalance.budget=many"], "rebalance.budget must be int or 'auto'"),
+        (
+            ["rebalance.method=retrieval", "rebalance.seeds=x", "rebalance.budget=3"],
+            "rebalance.budget is not for retrieval",
+        ),
+        (["run.cpu_threads=0"], "run.cpu_threads must be at least 1"),
     ],
 )
 def test_what_cannot_work_is_told(settings, said):

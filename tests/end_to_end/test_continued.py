@@ -18,7 +18,7 @@ from launching import (
     steps_logged,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dino
 
@@ -223,6 +223,19 @@ class TestDistilled:
         again = runs.finish(*command, before=WITHOUT_REPORT)
         assert "going on from step 2\n" in again.stdout
         assert backbone(run) == backbone(whole)
+
+    def test_resumed_with_another_teacher_of_the_same_name_it_is_refused(self, runs, done, tmp_path):
+        whole = of(done, "of_file")
+        run, file = copy_run(whole, tmp_path / "run", 2), whole.parent / "alone.safetensors"
+        content = file.read_bytes()
+        with safe_open(file, framework="pt") as opened:
+            facts, tensors = opened.metadata(), {name: opened.get_tensor(name) + 0.01 for name in opened.keys()}  # noqa: SIM118
+        try:
+            save_file(tensors, file, metadata=facts)
+            refused = runs.run(*DISTILLED, f"objective.distill={file}", f"run.dir={run}")
+            assert "is not what" in error_of(refused)
+        finally:
+            file.write_bytes(content)
 
     def test_two_processes_give_the_curve_of_one(self, done):
         assert losses(of(done, "two_of_run")) == pytest.approx(losses(of(done, "of_run")), rel=1e-4)

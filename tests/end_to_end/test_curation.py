@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +12,8 @@ import pytest
 from launching import LAUNCHERS, LONGEST, REPOSITORY, TINY, error_of, metrics
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from dino.data.manifest import write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +24,7 @@ SMALL = (
     "clusters.resamplings=1",
     "clusters.precision=fp32",
     "duplicates.likeness=0.995",
+    "run.cpu_threads=1",
 )
 FOLDERS = [setting for setting in TINY if not setting.startswith("data.kind")]
 EXITS = """
@@ -34,6 +38,18 @@ def killed(self):
     finish(self)
 stage.Stage.finish = killed
 """
+EXITS_BETWEEN_PARTS = """
+import os
+from dino.curation import embed
+part, left = embed._embed_part, [3]
+def killed(*arguments):
+    left[0] -= 1
+    if left[0] < 0:
+        os._exit(9)
+    part(*arguments)
+embed._embed_part = killed
+"""
+SPLIT = "from dino.curation import embed, points; embed.PART = points.BLOCK = 16"  # 120 images are too few to be split
 THEN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
@@ -75,9 +91,14 @@ SETTINGS = (
 
 
 def curate(runs, *arguments, launcher: str = "python", before: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, *LAUNCHERS[launcher], str(CURATE), *SMALL, *map(str, arguments)]
-    if before:
-        command = [sys.executable, "-c", f"{before}\n{THEN}", *command[1:]]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(f"{before}\n{THEN}")
+        file.flush()
+        script = [file.name, str(CURATE)] if before else [str(CURATE)]
+        return _run(runs, [sys.executable, *LAUNCHERS[launcher], *script, *SMALL, *map(str, arguments)])
+
+
+def _run(runs, command) -> subprocess.CompletedProcess:
     return subprocess.run(
         command,
         env=runs.environment(OMP_NUM_THREADS="1"),
@@ -143,7 +164,7 @@ def test_the_page_shows_it(curated):
     assert page.count("<img") >= 5
 
 
-@pytest.mark.parametrize("stages", [0, 2])
+@pytest.mark.parametrize("stages", [0, 1, 2])
 def test_killed_at_the_end_of_any_stage_it_ends_alike(runs, curated, pool, weights, tmp_path, stages):
     arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
     killed = curate(runs, *arguments, before=EXITS.format(stages=stages))
@@ -153,8 +174,25 @@ def test_killed_at_the_end_of_any_stage_it_ends_alike(runs, curated, pool, weigh
     assert rows(tmp_path / "run") == rows(curated[0])
 
 
+def test_killed_between_parts_it_goes_on_with_those_that_are_left(runs, curated, pool, weights, tmp_path):
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    killed = curate(runs, *arguments, before=SPLIT + EXITS_BETWEEN_PARTS)
+    assert killed.returncode == 9, killed.stderr
+    parts = tmp_path / "run" / "embeddings" / "parts"
+    before = {part: part.stat().st_mtime_ns for part in sorted(parts.glob("*.json"))}
+    assert len(before) == 3
+    finished(runs, *arguments, before=SPLIT)
+    assert len(list(parts.glob("*.json"))) > 5
+    assert {part: part.stat().st_mtime_ns for part in before} == before
+    assert rows(tmp_path / "run").keys() == rows(curated[0]).keys()
+    for name, row in rows(tmp_path / "run").items():
+        assert (row["hash"], row["dropped"]) == (rows(curated[0])[name]["hash"], rows(curated[0])[name]["dropped"])
+
+
 def test_two_processes_give_the_manifest_of_one(runs, curated, pool, weights, tmp_path):
-    done = finished(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}", launcher="torchrun")
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    done = finished(runs, *arguments, launcher="torchrun", before=SPLIT)
+    assert len(list((tmp_path / "run" / "embeddings" / "parts").glob("*.json"))) > 5
     assert done.stdout.count("images:") == 1
     found, wanted = rows(tmp_path / "run"), rows(curated[0])
     for name, row in wanted.items():
@@ -266,9 +304,19 @@ def test_directories_that_lie_in_each_other(runs, pool, weights, curated, tmp_pa
     """A manifest would be overwritten by itself, and a curation's files become images of the pool."""
     copy = tmp_path / "copy"
     shutil.copytree(curated[0], copy)
-    for root, run in ((pool, pool / "run"), (copy / "manifest.parquet", copy)):
-        refused = curate(runs, f"data.root={root}", f"weights={weights}", f"run.dir={run}")
+    columns = {"path": ["0/01.png"], "kept": [True], "weight": [1.0]}
+    write_manifest(tmp_path / "of_copy.parquet", columns, str(copy / "manifest.parquet"), "manifest")
+    (copy / "mine").mkdir()
+    shutil.copy(pool / "0" / "01.png", copy / "mine")
+    for root, run, *more in (
+        (pool, pool / "run"),
+        (copy / "manifest.parquet", copy),
+        (tmp_path / "of_copy.parquet", copy),
+        (pool, copy, f"duplicates.against=[{copy / 'mine'}]"),
+    ):
+        refused = curate(runs, f"data.root={root}", f"weights={weights}", f"run.dir={run}", *more)
         assert "lie in each other" in error_of(refused)
+    assert (copy / "mine" / "01.png").exists()
     assert rows(copy) == rows(curated[0])
 
 
@@ -298,6 +346,41 @@ def test_another_pool_of_the_same_names_is_embedded_anew(runs, pool, weights, tm
     shutil.copy(pool / "0" / "01.png", tmp_path / "pool" / "3" / "02.png")
     finished(runs, f"data.root={tmp_path / 'pool'}", *arguments)
     assert rows(tmp_path / "run")["3/02.png"]["duplicate_of"] == "0/01.png"
+
+
+def test_copies_of_copies(runs, pool, weights, tmp_path):
+    """More equal images than neighbours are looked at: the encoded ones are found behind them all the same."""
+    (tmp_path / "pool").mkdir()
+    for number in range(8):
+        shutil.copy(pool / "0" / "01.png", tmp_path / "pool" / f"{number}.png")
+        shutil.copy(pool / "8" / "encoded.jpg", tmp_path / "pool" / f"{number}.jpg")
+    shutil.copy(pool / "1" / "02.png", tmp_path / "pool" / "like_encoded.png")
+    arguments = (f"data.root={tmp_path / 'pool'}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    finished(runs, *arguments, "duplicates.neighbours=2", "clusters.counts=[1]")
+    assert sum(row["kept"] for row in rows(tmp_path / "run").values()) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("rebalance.method=flat", "rebalance.smoothing=0.5", "clusters.spherical=false"),
+        ("rebalance.method=none", "clusters.precision=bf16", "clusters.counts=[9]"),
+    ],
+)
+def test_other_ways_to_rebalance(runs, pool, weights, curated, tmp_path, settings):
+    finished(runs, f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}", *settings)
+    found = rows(tmp_path / "run")
+    kept = [row for row in found.values() if row["kept"]]
+    assert {row["path"] for row in kept} == {row["path"] for row in rows(curated[0]).values() if row["kept"]}
+    assert sum(row["weight"] for row in kept) == pytest.approx(len(kept))
+    assert (len({round(row["weight"], 6) for row in kept}) == 1) == ("rebalance.method=none" in settings)
+
+
+def test_nothing_to_draw_is_told(runs, pool, weights, tmp_path):
+    arguments = (f"data.root={pool}", f"weights={weights}", f"run.dir={tmp_path / 'run'}")
+    refused = curate(runs, *arguments, "rebalance.output=subset", "rebalance.repeats=0.001")
+    assert "no image would be drawn" in error_of(refused)
+    assert not (tmp_path / "run" / "manifest.parquet").exists()
 
 
 def test_seeds_that_no_cluster_has_enough_of(runs, pool, weights, tmp_path):

@@ -243,6 +243,14 @@ class TestDamage:
         with pytest.raises(UserError, match="damaged"):
             run.checkpoints.load(path)
 
+    def test_of_a_run_that_did_not_rebalance(self, saved, accelerator, tmp_path):
+        """It is whole, so nobody is told to remove it."""
+        _, path = saved
+        other = Run(tmp_path, accelerator)
+        other.checkpoints.modules["draws"] = nn.Linear(1, 1)
+        with pytest.raises(UserError, match="set data.rebalance_every=0, as it did"):
+            other.checkpoints.load(path)
+
     def test_a_process_that_the_saved_run_did_not_have_keeps_its_random_state(self, saved):
         run, path = saved
         (path / "random-0.safetensors").unlink()

@@ -130,6 +130,16 @@ def test_neighbours_are_compared_with_the_first_measure_that_has_them():
     assert "90%" in found.advice
 
 
+@pytest.mark.parametrize(("first", "state"), [(0, "getting worse"), (10, "healthy")])
+def test_without_labels_trained_weights_are_what_views_are_compared_with(first, state):
+    """Views of a network that begins untrained may agree less later on, and it learns all the same."""
+    lines = [
+        {key: value for key, value in line(step, **{"health/neighbour_agreement": share}).items() if "knn" not in key}
+        for step, share in ((first, 0.6), (500, 0.3), (600, 0.2))
+    ]
+    assert verdict(*lines).state == state
+
+
 def test_lines_without_indicators_are_passed_over():
     plain = {"step": 605, "loss/dino": 6.0}
     assert verdict(line(500), plain, line(600), plain).state == "healthy"
