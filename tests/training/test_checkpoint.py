@@ -248,7 +248,7 @@ class TestDamage:
         _, path = saved
         other = Run(tmp_path, accelerator)
         other.checkpoints.modules["draws"] = nn.Linear(1, 1)
-        with pytest.raises(UserError, match="set data.rebalance_every=0, as it did"):
+        with pytest.raises(UserError, match=r"set data\.rebalance_every=0, as it did"):
             other.checkpoints.load(path)
 
     def test_a_process_that_the_saved_run_did_not_have_keeps_its_random_state(self, saved):
