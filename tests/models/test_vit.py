@@ -417,6 +417,23 @@ def test_drop_path_keeps_the_expectation():
         assert abs(torch.corrcoef(torch.stack([left, right]))[0, 1]) < 4 / math.sqrt(3000)
 
 
+@pytest.mark.parametrize("subset", [False, True])
+def test_recomputed_blocks_drop_the_same_paths(randomise, subset):
+    """Gradients with activation checkpointing are those without: the draws of the first pass hold for the second."""
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = randomise(VisionTransformer(replace(SPEC, depth=3), drop_path=0.5, drop_subset=subset)).train()
+        for block in model.blocks:
+            block.recompute = recompute
+        torch.manual_seed(1)
+        model(torch.randn(6, 3, 8, 8)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0, msg=name)
+
+
 @torch.no_grad()
 def test_drop_path_leaves_branches_out_of_the_block(randomise):
     """At rate ½, each copy of an image goes through attention or not and through the MLP or not, doubled if so."""
