@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from dino.errors import UserError
 
 METADATA_KEY = b"dino"
+BESIDE = '{"root": ".", "kind": "folder"}'
 
 
 class Manifest(NamedTuple):
@@ -57,8 +58,8 @@ def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) ->
 def read_manifest(path: Path) -> Manifest:
     """The images that are kept, with their weights.
 
-    An epoch has as many draws as the weights added up to when the manifest was written; one written elsewhere, which
-    does not say so, has one for each image that is kept.
+    An epoch has as many draws as the weights added up to when the manifest was written. One that another program has
+    written says neither that nor where its images are: it has a draw for each image that is kept, and lies beside them.
 
     Raises:
         UserError: no manifest, or weights that cannot be drawn by.
@@ -70,10 +71,10 @@ def read_manifest(path: Path) -> Manifest:
     if missing := {"path", "kept", "weight"} - set(table.column_names):
         raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
     try:
-        facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        facts = json.loads((table.schema.metadata or {}).get(METADATA_KEY, BESIDE))
         root, kind, draws = str(facts["root"]), str(facts["kind"]), float(facts.get("draws", 0))
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} does not say where its images are: write it by train/curate.py") from error
+        raise UserError(f"{path}: what it says of its images is damaged: write it by train/curate.py") from error
     if not pa.types.is_boolean(table["kept"].type):
         raise UserError(f"{path}: kept must be true or false, got {table['kept'].type}")
     kept = table.filter(table["kept"].fill_null(False))

@@ -101,7 +101,7 @@ def test_an_image_named_twice_is_told(pool, tmp_path):
         (b"", "cannot be read as a manifest"),
         (b"no parquet at all", "cannot be read as a manifest"),
         ({"path": ["a"], "kept": [True]}, "no column weight"),
-        ({"path": ["a"], "kept": [True], "weight": [1.0]}, "does not say where its images are"),
+        ({"path": ["a"], "kept": [True], "weight": [1.0]}, "no image in "),
     ],
 )
 def test_other_files_are_told(tmp_path, content, said):
@@ -111,6 +111,21 @@ def test_other_files_are_told(tmp_path, content, said):
     else:
         pq.write_table(pa.table(content), path)
     with pytest.raises(UserError, match=said):
+        open_images(str(path))
+
+
+def test_one_of_another_program_lies_beside_the_images(pool):
+    table = pq.read_table(write(pool, pool / "manifest.parquet"))
+    pq.write_table(table.replace_schema_metadata(None), pool / "mine.parquet")
+    found, wanted = (open_images(str(pool / f"{name}.parquet")) for name in ("mine", "manifest"))
+    assert list(found.names) == list(wanted.names)
+    np.testing.assert_array_equal(found.weights / found.weights.sum(), wanted.weights / wanted.weights.sum())
+
+
+def test_damaged_facts_are_told(pool, tmp_path):
+    path = write(pool, tmp_path / "manifest.parquet")
+    pq.write_table(pq.read_table(path).replace_schema_metadata({METADATA_KEY: b"{"}), path)
+    with pytest.raises(UserError, match="what it says of its images is damaged"):
         open_images(str(path))
 
 
