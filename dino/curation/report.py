@@ -86,7 +86,12 @@ def _clusters(curation: "Curation") -> list[report.Picture]:
     order = order[sizes[order] > 0]
     some = np.random.default_rng(0).permutation(order)[:SHOWN]
     sections = []
-    for title, chosen in {"largest": order[:SHOWN], "smallest": order[-SHOWN:], "random": some}.items():
+    kinds = {
+        "The largest clusters": order[:SHOWN],
+        "The smallest clusters": order[-SHOWN:],
+        "Clusters drawn at random": some,
+    }
+    for title, chosen in kinds.items():
         rows = []
         for cluster in chosen:
             members = np.flatnonzero(labels == cluster)
@@ -95,7 +100,7 @@ def _clusters(curation: "Curation") -> list[report.Picture]:
         if rows:
             listed = ", ".join(f"{sizes[cluster]:,}" for cluster in chosen)
             caption = f"A row each, the images nearest to its centroid; {listed} images."
-            sections.append(report.Picture(f"The {title} clusters", caption, pictures.mosaic(rows)))
+            sections.append(report.Picture(title, caption, pictures.mosaic(rows)))
     return sections
 
 

@@ -15,7 +15,7 @@ section { background: #fff; border: 1px solid #e3e7ec; border-radius: 8px; paddi
 p { margin: 0 0 10px; color: #51606f; } img { max-width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: 4px 18px 4px 0; vertical-align: top; }
 th { color: #51606f; font-weight: 600; } tbody tr { border-top: 1px solid #edf0f3; }
-td.figure { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.figure { font-variant-numeric: tabular-nums; } td.figure:not(:last-child) { white-space: nowrap; }
 pre { font: 12.5px/1.45 ui-monospace, monospace; overflow-x: auto; margin: 0; }
 summary { cursor: pointer; color: #51606f; }
 .status { display: flex; gap: 10px; align-items: center; margin-top: 8px; color: #51606f; }
