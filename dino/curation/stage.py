@@ -42,8 +42,7 @@ class Stage:
         if content and not begun.exists():
             raise UserError(
                 f"{self.folder} holds files that no curation made, for example {content[0].name}: move it elsewhere, "
-                "or name another run.dir",
-                alone=True,
+                "or name another run.dir"
             )
         begun.write_text("")
         for path in content:

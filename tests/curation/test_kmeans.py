@@ -419,9 +419,23 @@ class TestMemoryMaps:
         always = torch.is_warn_always_enabled()
         torch.set_warn_always(True)  # not only the first time in this process
         try:
-            kmeans(Points(rows), 3)
+            found = kmeans(Points(rows), 3)
         finally:
             torch.set_warn_always(always)
+        assert_same(found, kmeans(Points(rows.copy()), 3))
+
+    @pytest.mark.parametrize("spherical", [False, True])
+    @pytest.mark.parametrize("initial", [None, 3])
+    def test_rows_too_large_to_be_kept_are_read_again_and_again(self, spherical, initial, tmp_path, monkeypatch):
+        """Also where an empty cluster asks for single points."""
+        rows = self.mapped(tmp_path, "r")
+        if initial:
+            initial = far_away(torch.from_numpy(rows[:20].astype(np.float32)), 20, initial)
+        kept = kmeans(Points(rows, spherical=spherical), 20, 6, initial=initial)
+        monkeypatch.setattr(points_module, "HELD", 0)
+        points = Points(rows, spherical=spherical)
+        assert not points.held
+        assert_same(kmeans(points, 20, 6, initial=initial), kept)
 
 
 class TestProgress:
