@@ -34,9 +34,9 @@ from PIL import Image, ImageChops
 
 from dino import cli, load_backbone
 from dino.curation.rebalance import effective_number
-from dino.data.images import FolderImages
 from dino.data.manifest import write_manifest
 from dino.data.omniglot import parse as drawing
+from dino.data.pool import FolderImages
 from dino.evaluation.features import extract
 from dino.evaluation.readout import knn, logistic
 from dino.models import random_like

@@ -1,11 +1,20 @@
-"""Self-supervised DINO and DINOv2 pre-training of vision backbones, and their evaluation."""
+"""Self-supervised DINO and DINOv2 pre-training of vision backbones, and their evaluation.
 
-import os
+`import dino` changes nothing in the process and is quick: torch is imported where one of these is first asked for.
+"""
 
-# Read once, when torch loads OpenMP, so it must be set before. Threads that spin while they wait make a CPU run several
-# times slower as soon as anything else, such as the run's own DataLoader workers, needs a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from typing import TYPE_CHECKING, Any
 
-from dino.models.weights import load_backbone
+if TYPE_CHECKING:
+    from dino.models import load_backbone
 
+HOMES = {"load_backbone": "dino.models"}
 __all__ = ["load_backbone"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'dino' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(HOMES[name]), name)

@@ -1,28 +1,56 @@
-"""What every entry point does around its work: user errors become one message and exit code 2."""
+"""The command `dino`: its subcommands, and what every one does around its work."""
 
 import errno
+import importlib
 import io
 import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import torch
-from accelerate import Accelerator
 
 from dino.errors import UserError
 
+COMMANDS = {  # name to what it does; each is a file of dino/commands with a main()
+    "train": "pre-train a vision backbone on a folder of unlabelled images",
+    "curate": "de-duplicate, cluster and rebalance a pool of images",
+    "knn": "judge a backbone by nearest neighbours of its features",
+    "linear": "judge a backbone by linear probes of its features",
+    "omniglot": "judge a backbone by Omniglot's alphabets",
+    "digits": "judge the demo's run by scikit-learn's digits",
+    "visualize": "draw attention, patch features, neighbours and a map",
+    "embed": "write features of images to a table",
+    "export": "write a backbone for timm, Hugging Face or ONNX",
+}
+HELP = "usage: dino COMMAND …; dino COMMAND --help says more\n\n" + "\n".join(
+    f"  {name:<11}{what}" for name, what in COMMANDS.items()
+)
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; print a `UserError` as `error: …` (once, whichever process has to say it) and exit with code 2."""
+
+def main(command: str | None = None) -> None:
+    """Run a subcommand, by default the one that the command line names; does not return if that fails."""
+    arguments = sys.argv[1:]
+    if command is None:
+        command, *arguments = arguments or ["--help"]
+        if command in ("-h", "--help"):
+            print(HELP)
+            return
+        if command not in COMMANDS:
+            sys.exit(f"error: there is no command '{command}'\n{HELP}")
+        sys.argv = [f"dino {command}", *arguments]
+    # Read once, when torch loads OpenMP, so it must be set before. Threads that spin while they wait make a CPU run
+    # several times slower as soon as anything else, such as the run's own DataLoader workers, needs a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    run(importlib.import_module(f"dino.commands.{command}").main)
+
+
+def run(work: Callable[[], None]) -> None:
+    """Call `work`; print a `UserError` as `error: …` (once, whichever process has to say it) and exit with code 2."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
     try:
-        main()
+        work()
     except UserError as error:
         if error.alone or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -36,39 +64,3 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what was saved, or else from the beginning", file=sys.stderr)
         sys.exit(130)
-
-
-def accelerator(wandb: str | None = None, settings: dict[str, Any] | None = None) -> Accelerator:
-    """The processes that share an evaluation, on GPUs or on the CPU.
-
-    Args:
-        wandb: project to log to, or None.
-        settings: what W&B notes of the call.
-    """
-    # Without being told so, Accelerate takes each of several CPU processes for the only one.
-    found = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if wandb else None)
-    if wandb:
-        found.init_trackers(wandb, config=settings)
-    return found
-
-
-def set_cpu_threads(threads: int | str) -> None:
-    """CPU threads of this process; `auto`: its share of the cores, where launchers would leave it with one."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local) if threads == "auto" else int(threads))
-
-
-def output_file(path: Path | None) -> None:
-    """Make sure, before the work, that a file can be put there.
-
-    Raises:
-        UserError: it is a folder, or its folder cannot be made.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,9 +1,17 @@
-"""Shared by all tests: the real data sets, where they are at hand."""
+"""Shared by all tests: the real data sets, an Accelerator of its own for each test, and a run small enough for one."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from dino.config import read as configuration
+from dino.config.auto import Pool, resolve
+from dino.config.schema import Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("DINO_TEST_DATA", REPOSITORY / "../shared/data"))
@@ -25,3 +33,65 @@ def _present(name: str) -> Path:
     if not (DATA / name).exists():
         pytest.skip(f"needs the data in DINO_TEST_DATA: {name} is not there")
     return DATA / name
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch) -> Iterator[None]:
+    """Accelerate keeps its state in singletons and takes wishes from the environment: neither may leak."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def accelerator(fresh_accelerate) -> Accelerator:
+    """One process on the CPU in fp32."""
+    torch.manual_seed(0)
+    return Accelerator(cpu=True, mixed_precision="no")
+
+
+TINY = {
+    "views.global_size": 16,
+    "views.local_size": 8,
+    "views.local_crops": 2,
+    "model.arch": "vit_tiny",
+    "model.patch_size": 4,
+    "model.embed_dim": 16,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "model.drop_path": 0.0,
+    "objective.prototypes": 12,
+    "objective.head_layers": 2,
+    "objective.head_hidden": 24,
+    "objective.head_bottleneck": 8,
+    "objective.centering": "centre",
+    "objective.teacher_temperature": 0.07,
+    "objective.teacher_temperature_warmup": 2,
+    "objective.momentum": 0.9,
+    "objective.momentum_end": 1.0,
+    "optim.lr": 0.01,
+    "optim.warmup_steps": 1,
+    "optim.freeze_last_layer_steps": 0,
+    "train.batch_size": 8,
+    "train.steps": 10,
+}
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Config]:
+    """Function that gives the resolved config of a very small ViT; changes are made by `{key: value}`."""
+
+    def build(changes: dict | None = None) -> Config:
+        values = TINY | (changes or {})
+        config = configuration.load(None, [f"{key}={value}" for key, value in values.items()])
+        return resolve(config, Pool(images=64, channels=3, kind="folder"))[0]
+
+    return build

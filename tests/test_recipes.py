@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dino import config as configuration
-from dino.training.auto import Pool, resolve
+from dino.config import read as configuration
+from dino.config.auto import Pool, resolve
 from dino.training.schedules import schedules
 
 CONFIGS = Path(__file__).parents[1] / "configs"

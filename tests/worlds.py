@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 def run(work: Callable[[int, int], object], worlds: Sequence[int], folder: Path) -> dict[int, list]:
     """What `work(rank, processes)` returns on every process of each world, by the world's number of processes."""
     # Importing torch takes longer than all the rest, so it is done once: by a server from which processes fork.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["dino.objectives"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["dino.methods.losses"])
     multiprocessing.start_processes(
         _process, (work, worlds, str(folder)), nprocs=max(worlds), start_method="forkserver"
     )

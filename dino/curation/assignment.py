@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.curation.points import Points, reduced
+from dino.curation.points import Points
+from dino.distributed import reduced
 
 ROWS = 64  # products have a multiple of as many, as libraries round those of a few rows otherwise
 WORTHWHILE = 0.9  # of the centroids: where more have moved, all are compared

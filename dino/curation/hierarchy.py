@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dino.curation.kmeans import Clustering, kmeans
-from dino.curation.points import Points, gathered_rows, process, share
+from dino.curation.points import Points, share
+from dino.distributed import gathered_rows, rank_and_size
 from dino.errors import UserError
 
 
@@ -111,5 +112,5 @@ def _places_within(sorted_labels: np.ndarray) -> np.ndarray:
 
 def _mine(points: int) -> slice:
     """This process's share."""
-    rows = share(points, *process())
+    rows = share(points, *rank_and_size())
     return slice(rows.start, rows.stop)

@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino.curation.assignment import Assignment
-from dino.curation.points import Points, exact_scale, gathered_rows, process, reduced
+from dino.curation.points import Points, exact_scale
+from dino.distributed import gathered_rows, rank_and_size, reduced
 from dino.errors import UserError
 
 SAMPLE = 16  # points a cluster, among which k-means++ looks for the first centroids
@@ -77,7 +78,7 @@ def kmeans(
         centroids = (
             seeds(points, clusters, seed) if initial is None else initial.to(points.device) - points.mean.float()
         )
-    rank, _ = process()
+    rank, _ = rank_and_size()
     taken = begin
     with tqdm(
         total=iterations, initial=begin, desc=title, unit="iteration", leave=False, disable=rank > 0 or not iterations

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +15,12 @@ from dino.curation.duplicates import confirmed, distinct, groups, originals, sam
 from dino.curation.embed import Embedded, embed
 from dino.curation.hierarchy import hierarchical_kmeans
 from dino.curation.neighbours import nearest
-from dino.curation.points import Points, as_floats, gathered_rows, share
+from dino.curation.points import Points, as_floats, share
 from dino.curation.settings import CurateConfig
 from dino.curation.stage import Stage
 from dino.data import Images, fingerprint, open_images, stamp
 from dino.data.manifest import printable
+from dino.distributed import cores, gathered_rows
 from dino.errors import UserError
 from dino.evaluation.features import weights_digest
 from dino.models import Backbone
@@ -94,9 +94,8 @@ class Curation:
 
     def embed(self, images: Images, name: str) -> Embedded:
         """Class tokens of a pool, in RUN/`name`."""
-        settings, cores = self.config.embed, os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = max(0, min(16, cores // local - 1)) if settings.workers == "auto" else int(settings.workers)
+        settings = self.config.embed
+        workers = min(16, cores() - 1) if settings.workers == "auto" else int(settings.workers)
         content = [fingerprint(images), stamp(images), repr(self.backbone.preprocess)]
         key = [self.weights, *content, str(self.accelerator.mixed_precision)]
         self.key.append(key)

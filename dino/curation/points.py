@@ -8,7 +8,6 @@ What is found depends on the points, not on how many processes share them:
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino.distributed import gathered_rows, rank_and_size, reduced
 from dino.errors import UserError
-from dino.objectives.dino import is_distributed
 
 BLOCK = 16384 if torch.cuda.is_available() else 4096  # points; a GPU wants fewer, larger products
 EXACT = 52  # bits of a sum
@@ -50,7 +49,7 @@ class Points:
             self.rows = torch.cat(prepared) if prepared else torch.zeros(rows.shape, device=self.device)
             self.held = True
         counts = gathered_rows(torch.tensor([len(rows)], device=self.device))
-        rank, _ = process()
+        rank, _ = rank_and_size()
         self.first, self.total = int(counts[:rank].sum()), int(counts.sum())
         self.mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=self.device)
         largest = torch.zeros((), device=self.device)
@@ -107,28 +106,3 @@ def exact_scale(count: int, largest: float) -> float:
 def as_floats(rows: Tensor | np.ndarray) -> Tensor:
     """As an fp32 tensor; what a memory map shows is copied."""
     return rows.float() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, dtype=np.float32))
-
-
-def reduced(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Summed (or as `how` says) over all processes, in place."""
-    if is_distributed():
-        dist.all_reduce(tensor, op=how)
-    return tensor
-
-
-def process() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-
-
-def gathered_rows(tensor: Tensor) -> Tensor:
-    """(n, …) of each process, one after the other; every process must call this, n may differ."""
-    if not is_distributed():
-        return tensor
-    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
-    longest = max(int(count) for count in counts)
-    padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])

@@ -1,10 +1,10 @@
-"""Every setting of a curation: type, default and meaning, as `dino.settings` has those of a pre-training run."""
+"""Every setting of a curation: type, default and meaning, as `dino.config.schema` has those of a pre-training run."""
 
 import dataclasses
 from dataclasses import dataclass
 
-from dino.config import check_choices, refuse
-from dino.settings import AUTO, KINDS, setting
+from dino.config.read import check_choices, refuse
+from dino.config.schema import AUTO, KINDS, setting
 
 
 @dataclass

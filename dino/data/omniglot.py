@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from torchvision.datasets import Omniglot
 
-from dino.data.cache import cache_directory
 from dino.errors import UserError
+from dino.files import cache_directory
 
 ARTICLE_IMAGES = 9543
 DRAWINGS_PER_CHARACTER = 10

@@ -1,6 +1,5 @@
 """A small pool decoded once and kept on the device as uint8."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino.data.decode import UnreadableImage
-from dino.data.images import Images
+from dino.data.pool import Images
+from dino.distributed import cores
 from dino.errors import UserError
 
 SAMPLE = 16  # images whose sizes stand for all
@@ -99,7 +99,7 @@ def estimated_bytes(images: Images) -> int:
 def _decode_all(images: Images, show_progress: bool) -> tuple[list[Tensor | None], list[tuple[int, str]]]:
     count = len(images.names)
     # Filters of warnings are the process's, not the thread's: set here, those that `decode` sets cannot get mixed up.
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
         warnings.simplefilter("ignore")
         reads = pool.map(lambda index: _read(images, index), range(count))
         bar = tqdm(reads, total=count, desc="decoding", unit="image", leave=False, disable=not show_progress)

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from dino.data import Images, UnreadableImage
-from dino.data.cache import cache_directory
+from dino.distributed import cores
+from dino.files import cache_directory
 from dino.models import Backbone, ResNet
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def extract(
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = np.arange(rank, len(indices), processes)
     inputs = Subset(_Inputs(images, np.asarray(indices), transform), mine.tolist())
-    workers = min(8, (os.cpu_count() or 1) // processes) if device.type == "cuda" else 0
+    workers = min(8, cores()) if device.type == "cuda" else 0
     loader = DataLoader(inputs, batch_size, num_workers=workers, collate_fn=list)
     rows: list[int] = []
     outputs = [(torch.empty(0, blocks, backbone.embed_dim), torch.empty(0, backbone.embed_dim))]

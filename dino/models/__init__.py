@@ -1,6 +1,5 @@
-"""Backbones, the DINO head, and weights on disk."""
+"""Backbones, and weights on disk."""
 
-from dino.models.head import DINOHead
 from dino.models.preprocess import Preprocess
 from dino.models.resnet import ResNet, ResNetSpec
 from dino.models.vit import SIZES, VisionTransformer, ViTSpec
@@ -9,7 +8,6 @@ from dino.models.weights import Backbone, load_backbone, random_like, save_backb
 __all__ = [
     "SIZES",
     "Backbone",
-    "DINOHead",
     "Preprocess",
     "ResNet",
     "ResNetSpec",

@@ -1,11 +1,11 @@
 """RUN/backbone.safetensors, what a run is for."""
 
-from dino.config import Config
+from dino.config.read import Config
 from dino.errors import UserError
 from dino.models import Backbone, save_backbone
-from dino.models.weights import BACKBONE_FILE
+from dino.models.weights.load import BACKBONE_FILE
+from dino.run import RunDirectory
 from dino.training.phases import views_at
-from dino.training.run_directory import RunDirectory
 from dino.training.summary import objective_name
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dino.errors import UserError
-from dino.models.weights import load_strictly
+from dino.models.weights.load import load_strictly
 from dino.training.sharding import gathered, scattered
 
 

@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from dino.data import UnreadableImage
 from dino.errors import UserError
+from dino.run import RunDirectory
 from dino.training.loader import Batches
-from dino.training.run_directory import RunDirectory
 from dino.training.step import Step
 
 CHECKED_IMAGES = 1000

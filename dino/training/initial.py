@@ -5,12 +5,12 @@ import copy
 import torch
 from torch import nn
 
-from dino.config import Config, assign, check, get
+from dino.config.read import Config, assign, check, get
+from dino.config.schema import ModelConfig
 from dino.errors import UserError
 from dino.models import SIZES, Backbone, ResNetSpec, ViTSpec, load_backbone
 from dino.models.vit import Size
-from dino.models.weights import load_strictly
-from dino.settings import ModelConfig
+from dino.models.weights.load import load_strictly
 
 OF_THE_WEIGHTS = (  # settings that the weights decide
     "model.arch",

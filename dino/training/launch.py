@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dino.config import AUTO, Config
+from dino.config.read import AUTO, Config
+from dino.config.schema import TrainConfig
 from dino.errors import UserError
+from dino.methods.network import Network
 from dino.models import VisionTransformer
 from dino.models.layers import Block
-from dino.settings import TrainConfig
-from dino.training.network import Network
 from dino.training.sharding import is_sharded, shard
 
 LAUNCHER_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16"}
@@ -111,11 +111,6 @@ def set_threads_and_seed(config: Config) -> None:
 def seed_process(seed: int, process: int) -> None:
     """Give stochastic depth a stream of its own in each process."""
     torch.manual_seed(hash((seed, process)) & 0xFFFFFFFF)
-
-
-def local_processes() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _trackers(names: list[str]) -> list[str] | None:

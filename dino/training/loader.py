@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from dino.config import Config
+from dino.config.read import Config
+from dino.config.schema import ViewsConfig
 from dino.data import EpochStream, Images, MicroBatches, ResidentImages, UnreadableImage, visits
 from dino.errors import UserError
-from dino.settings import ViewsConfig
+from dino.run import RunDirectory
 from dino.training.phases import stretches
-from dino.training.run_directory import RunDirectory
 from dino.views import DeviceViews, MultiCrop, ViewsDataset, collate, multi_crop
 from dino.views.draws import sample_key
 

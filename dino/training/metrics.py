@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dino.config import Config, get, leaves
-from dino.training.health import Health
-from dino.training.run_directory import RunDirectory
-from dino.training.verdict import Verdict, judge
+from dino.config.read import Config, get, leaves
+from dino.monitor.health import Health
+from dino.monitor.verdict import Verdict, judge
+from dino.run import RunDirectory
 
 T = TypeVar("T")
 

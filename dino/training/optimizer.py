@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dino.settings import OptimConfig
-from dino.training.sharding import local, norms
+from dino.config.schema import OptimConfig
+from dino.distributed import local
+from dino.training.sharding import norms
 
 TOKENS = ("cls_token", "register_tokens", "mask_token", "pos_embed")
 

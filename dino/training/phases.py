@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from dino.settings import Config, ViewsConfig
+from dino.config.schema import Config, ViewsConfig
 
 
 class Stretch(NamedTuple):

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from dino.config import Config
+from dino.config.read import Config
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ torch's `fully_shard` on student and teacher alike: parameters are DTensors, cut
 are brought together for its own forward and backward pass only. A distillation's frozen guide stays whole.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dino.distributed import local
 from dino.models import Backbone, VisionTransformer
 
 
@@ -39,11 +40,6 @@ def shard(network: nn.Module, accelerator: Accelerator) -> None:
 def is_sharded(network: nn.Module) -> bool:
     """Whether `shard` has been here."""
     return isinstance(network, FSDPModule)
-
-
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's share of each, in the same memory; itself where it is not sharded."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def norms(tensors: list[Tensor]) -> Tensor:

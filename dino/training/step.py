@@ -9,17 +9,17 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
 
-from dino.config import Config
-from dino.models import DINOHead
-from dino.objectives import dino_loss, ibot_loss, koleo_loss
+from dino.config.read import Config
+from dino.methods.ema import update_teacher
+from dino.methods.heads import DINOHead
+from dino.methods.losses import dino_loss, ibot_loss, koleo_loss
+from dino.methods.masks import MaskDraw, Masks
+from dino.methods.network import Network, Normalise
 from dino.training.initial import freeze
-from dino.training.network import Network, Normalise
 from dino.training.optimizer import clip_gradients, set_rates, step_unless
 from dino.training.schedules import Schedules
 from dino.training.sharding import is_sharded
 from dino.training.targets import Targets, TeacherOutput
-from dino.training.teacher import update_teacher
-from dino.views.masks import MaskDraw, Masks
 
 
 class MicroBatch(NamedTuple):

@@ -2,10 +2,10 @@
 
 from accelerate import Accelerator
 
-from dino.config import Config, get
-from dino.training.auto import Pool
-from dino.training.network import Network
-from dino.training.run_directory import RunDirectory
+from dino.config.auto import Pool
+from dino.config.read import Config, get
+from dino.methods.network import Network
+from dino.run import RunDirectory
 from dino.training.sharding import is_sharded
 
 

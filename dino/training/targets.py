@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from dino.config import Config
-from dino.objectives import Centre, SinkhornKnopp
+from dino.config.read import Config
+from dino.methods.losses import Centre, SinkhornKnopp
 
 
 class TeacherOutput(NamedTuple):

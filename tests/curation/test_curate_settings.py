@@ -2,7 +2,7 @@
 
 import pytest
 
-from dino.config import describe, dump, leaves, read
+from dino.config.read import describe, dump, leaves, read
 from dino.curation.pipeline import default_counts
 from dino.curation.settings import CurateConfig, check
 from dino.errors import UserError

@@ -58,13 +58,13 @@ def test_a_run_that_learns_is_healthy_throughout(watched):
 
 
 EVERY_STEP = """
-from dino.training import reporting
+from dino.report import run as reporting
 reporting.SOONEST = reporting.SHARE = 0
 write = reporting.Reporter.write
 reporting.Reporter.write = lambda self, *rest, **named: print("page written") or write(self, *rest, **named)
 """
 NEVER = """
-from dino.training import reporting
+from dino.report import run as reporting
 reporting.Reporter.is_due = lambda self: False
 """
 KINDS = {

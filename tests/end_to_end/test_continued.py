@@ -41,7 +41,7 @@ RANDOM = (*PHASED, "objective.koleo_weight=0.1", "model.drop_path_kind=subset", 
 STILL = (*PHASED, "model.drop_path=0")
 DISTILLED = (*PATCHES, "train.steps=6", "train.checkpoint_every=2", "model.embed_dim=16", "model.drop_path=0")
 WITHOUT_REPORT = """
-from dino.training.reporting import Reporter
+from dino.report.run import Reporter
 Reporter.write = lambda *_, **__: {}
 """  # which takes a third of so short a run
 AT_STEP = """

@@ -7,7 +7,7 @@ import torch
 from launching import checkpoints, contents, metrics
 
 import dino
-from dino import config as configuration
+from dino.config import read as configuration
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from dino import load_backbone
 from dino.errors import UserError
-from dino.models import VisionTransformer, ViTSpec, download
-from dino.models.download import fetch
-from dino.models.released import RELEASED, Released
+from dino.models import VisionTransformer, ViTSpec
+from dino.models.weights import download
+from dino.models.weights.download import fetch
+from dino.models.weights.released import RELEASED, Released
 
 CONTENT = random.Random(0).randbytes(3_500_000)  # some chunks of a mebibyte, and a bit
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

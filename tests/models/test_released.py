@@ -29,7 +29,7 @@ from torchvision import transforms
 from dino import load_backbone
 from dino.errors import UserError
 from dino.models import Backbone, ResNet, ResNetSpec, VisionTransformer, ViTSpec, save_backbone
-from dino.models.released import RELEASED
+from dino.models.weights.released import RELEASED
 
 # Name to tensors and parameters of the file: counted in modules of DINO's and DINOv2's own code; of the larger register
 # releases by adding 4 tokens; of torchvision's ResNet-50 (25,557,032) by taking its classifier (2,049,000) away.

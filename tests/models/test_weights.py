@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import dino
 from dino.errors import UserError
 from dino.models import ResNet, ResNetSpec, VisionTransformer, ViTSpec, load_backbone, save_backbone
-from dino.models.weights import load_strictly
+from dino.models.weights.load import load_strictly
 
 PREPROCESSING = {"image_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 TRAINING = {"objective": "dino", "steps": 10, "batch_size": 8, "seed": 0}
@@ -194,7 +194,7 @@ class TestStrictLoading:
 
     def test_a_match_is_loaded_and_counted(self, caplog):
         module = torch.nn.Linear(3, 2)
-        with caplog.at_level(logging.DEBUG, logger="dino.models.weights"):
+        with caplog.at_level(logging.DEBUG, logger="dino.models.weights.load"):
             load_strictly(module, self.tensors(), "here")
         assert torch.equal(module.weight, torch.ones(2, 3))
         assert "2 of 2 tensors matched" in caplog.text

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dino.config.schema import OptimConfig
 from dino.errors import UserError
-from dino.objectives import Centre
-from dino.settings import OptimConfig
+from dino.methods.losses import Centre
 from dino.training import checkpoint
 from dino.training.checkpoint import Checkpoints, whole_checkpoints
 from dino.training.optimizer import build_optimizer, set_rates

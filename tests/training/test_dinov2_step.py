@@ -14,15 +14,15 @@ from accelerate import Accelerator
 from test_step import Trainer, assert_same, build, packed, views_of_batch, weights
 from torch import Tensor, nn
 
+from dino.config.schema import Config
 from dino.data.sampler import EpochStream, MicroBatches
-from dino.objectives import Centre, dino_loss
-from dino.settings import Config
-from dino.training.network import Network, Normalise, build_networks
+from dino.methods.ema import update_teacher
+from dino.methods.losses import Centre, dino_loss
+from dino.methods.network import Network, Normalise, build_networks
 from dino.training.optimizer import build_optimizer, clip_gradients, set_rates
 from dino.training.schedules import schedules
 from dino.training.step import Step
 from dino.training.targets import Targets
-from dino.training.teacher import update_teacher
 
 DINOV2 = {
     "objective.ibot_weight": 0.8,

@@ -8,18 +8,18 @@ import torch
 from test_step import Trainer, assert_same, assert_untouched, packed, views_of_batch, weights
 from torch import Tensor
 
-from dino import config as configuration
 from dino import load_backbone
-from dino.config import assign, get
+from dino.config import read as configuration
+from dino.config.auto import Pool, resolve
+from dino.config.read import assign, get
+from dino.config.schema import Config
 from dino.errors import UserError
+from dino.methods.network import Network, Normalise, build_networks, vit_spec
 from dino.models import Backbone, ResNet, ResNetSpec, VisionTransformer, ViTSpec, save_backbone
-from dino.settings import Config
-from dino.training.auto import Pool, resolve
+from dino.run import RunDirectory
 from dino.training.initial import OF_THE_WEIGHTS, follow_weights
 from dino.training.metrics import Metrics
-from dino.training.network import Network, Normalise, build_networks, vit_spec
 from dino.training.optimizer import build_optimizer
-from dino.training.run_directory import RunDirectory
 from dino.training.schedules import schedules
 from dino.training.step import Step
 from dino.training.targets import Targets

@@ -5,10 +5,11 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from dino.config.schema import Config
+from dino.distributed import local_processes
 from dino.errors import UserError
-from dino.settings import Config
 from dino.training import launch
-from dino.training.launch import choose_precision, local_processes, seed_process, set_threads_and_seed, start
+from dino.training.launch import choose_precision, seed_process, set_threads_and_seed, start
 
 TABLE = [  # wanted, launcher, accelerator, precision
     ("auto", None, False, "fp32"),

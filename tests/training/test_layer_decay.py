@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dino.models import DINOHead, ResNet, ResNetSpec, VisionTransformer, ViTSpec
-from dino.settings import OptimConfig
-from dino.training.network import Network
+from dino.config.schema import OptimConfig
+from dino.methods.heads import DINOHead
+from dino.methods.network import Network
+from dino.models import ResNet, ResNetSpec, VisionTransformer, ViTSpec
 from dino.training.optimizer import build_optimizer, parameter_groups, rate_factor, set_rates
 
 PUBLISHED = {  # reference/meta-systems.md §7.8: decay .9, depth 12, patch embedding × .2

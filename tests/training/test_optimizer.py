@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino.models import DINOHead, ResNet, ResNetSpec, VisionTransformer, ViTSpec
-from dino.settings import OptimConfig
-from dino.training.network import Network
+from dino.config.schema import OptimConfig
+from dino.methods.heads import DINOHead
+from dino.methods.network import Network
+from dino.models import ResNet, ResNetSpec, VisionTransformer, ViTSpec
 from dino.training.optimizer import build_optimizer, clip_gradients, parameter_groups, set_rates, step_unless
 
 BLOCK_DECAYED = {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}

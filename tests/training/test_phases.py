@@ -7,16 +7,16 @@ from test_dinov2_step import DINOV2, Reference
 from test_loader import WAYS, batches
 from test_step import build, packed, views_of_batch
 
-from dino import config as configuration
 from dino import load_backbone
+from dino.config import read as configuration
+from dino.config.schema import Phase
 from dino.data import open_images
 from dino.errors import UserError
-from dino.settings import Phase
+from dino.methods.network import build_networks
+from dino.run import RunDirectory
 from dino.training.artifacts import write_backbone
 from dino.training.loader import Batches
-from dino.training.network import build_networks
 from dino.training.phases import stretches, views_at
-from dino.training.run_directory import RunDirectory
 
 STEPS, BOUNDARY = 6, 3
 LATE = "{begin: 0.5, global_size: 24, local_size: 12}"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dino.settings import Config
+from dino.config.schema import Config
 from dino.training.schedules import Schedule, schedules
 
 

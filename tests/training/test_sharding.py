@@ -8,17 +8,18 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from worlds import run
 
-from dino import config as configuration
+from dino.config import read as configuration
+from dino.config.schema import OptimConfig, TrainConfig
 from dino.errors import UserError
-from dino.models import DINOHead, VisionTransformer, ViTSpec
-from dino.settings import OptimConfig, TrainConfig
+from dino.methods.ema import update_teacher
+from dino.methods.heads import DINOHead
+from dino.methods.masks import Masks
+from dino.methods.network import Network
+from dino.models import VisionTransformer, ViTSpec
 from dino.training import launch
 from dino.training.checkpoint import Checkpoints
-from dino.training.network import Network
 from dino.training.optimizer import build_optimizer, clip_gradients, set_rates, step_unless
 from dino.training.sharding import gathered, is_sharded, scattered, whole_backbone
-from dino.training.teacher import update_teacher
-from dino.views.masks import Masks
 
 SPEC = ViTSpec(24, 3, 3, 4, 16, ffn="swiglu", layer_scale=0.1, registers=2, mask_token=True)
 SPARSE = 5e-4  # Adam divides by the root of tiny moments: rounding shows there

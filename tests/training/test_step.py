@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dino.objectives import Centre
-from dino.settings import Config
+from dino.config.schema import Config
+from dino.methods.losses import Centre
+from dino.methods.network import Network, Normalise, build_networks
 from dino.training import step as step_module
-from dino.training.network import Network, Normalise, build_networks
 from dino.training.optimizer import build_optimizer
 from dino.training.schedules import schedules
 from dino.training.step import Step

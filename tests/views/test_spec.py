@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from material import preset
 
-from dino.settings import Config
+from dino.config.schema import Config
 from dino.views import multi_crop
 
 

@@ -1,0 +1,1 @@
+"""The subcommands of `dino`, one file each; the scripts in train/ and eval/ call the same code."""

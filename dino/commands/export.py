@@ -1,0 +1,130 @@
+"""A backbone for use elsewhere: as a timm state, a Hugging Face directory, or an ONNX file.
+
+    python eval/export.py --weights runs/mine --to huggingface --out exported/
+    python eval/export.py --weights dinov2_vits14_reg --to onnx --out exported/ --image-size 224
+
+The export's features are compared with this project's, by the library it is for, and the largest difference is printed,
+with the image sizes that it serves. The libraries come with pip install -e ".[export]".
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dino.errors import UserError
+from dino.models import VisionTransformer, load_backbone
+from dino.models.weights import export
+
+TOLERANCE = 1e-3
+
+
+def main() -> None:
+    arguments = parse()
+    backbone = load_backbone(arguments.weights)
+    if not isinstance(backbone, VisionTransformer):
+        raise UserError(f"{arguments.weights} is a ResNet, whose parameters have torchvision's names already")
+    size = arguments.image_size or backbone.preprocess.image_size
+    if size < 1 or size % backbone.patch_size:
+        raise UserError(f"--image-size {size} is not divisible by the patch size {backbone.patch_size}")
+    # Positions resampled as Meta's plain releases do it exist nowhere else, and in Hugging Face's library only the
+    # models with registers resample as the register releases do: then the table is made for one size.
+    is_fixed = backbone.spec.position_interpolation == "offset"
+    is_fixed |= arguments.to == "huggingface" and not backbone.spec.registers
+    exported = export.at_size(backbone, size) if is_fixed else backbone
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write = {"timm": write_timm, "huggingface": write_hugging_face, "onnx": write_onnx}[arguments.to]
+    try:
+        features = write(exported, arguments.out, size)
+    except ModuleNotFoundError as error:
+        raise UserError(f'{error.name} is needed for this: pip install -e ".[export]"') from error
+    print(
+        f"{arguments.out}: {arguments.to}, "
+        + (
+            f"square images of {size} pixels only"
+            if is_fixed
+            else f"any size that patches of {backbone.patch_size} divide"
+        )
+    )
+    compare(backbone, features, [size] if is_fixed else [size, size + 4 * backbone.patch_size])
+
+
+def write_timm(backbone: VisionTransformer, out: Path, size: int) -> Callable[[Tensor], Tensor]:
+    """model.safetensors, and arguments.json for timm's VisionTransformer."""
+    import timm
+    from timm.layers import SwiGLUPacked
+
+    arguments = export.timm_arguments(backbone)
+    save_file(export.timm_state(backbone), out / "model.safetensors")
+    (out / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n")
+    if arguments.get("mlp_layer") == "SwiGLUPacked":
+        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
+    model = timm.models.vision_transformer.VisionTransformer(**arguments).eval()
+    model.load_state_dict(export.timm_state(backbone))
+    return model.forward_features
+
+
+def write_hugging_face(backbone: VisionTransformer, out: Path, size: int) -> Callable[[Tensor], Tensor]:
+    """A directory that `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` open."""
+    from transformers import AutoModel
+
+    config = export.hugging_face_config(backbone)
+    preprocess = backbone.preprocess
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": preprocess.resize or size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
+    save_file(export.hugging_face_state(backbone), out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    options = {} if backbone.spec.layer_scale else {"add_pooling_layer": False}
+    model = AutoModel.from_pretrained(out, **options).eval()
+    resamples = {} if backbone.spec.layer_scale else {"interpolate_pos_encoding": True}
+    return lambda images: model(images, **resamples).last_hidden_state
+
+
+def write_onnx(backbone: VisionTransformer, out: Path, size: int) -> Callable[[Tensor], Tensor]:
+    """model.onnx."""
+    import onnxruntime
+
+    export.write_onnx(backbone, out / "model.onnx", size)
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["class_token"], {"images": images.numpy()})[0])[:, None]
+
+
+@torch.no_grad()
+def compare(backbone: VisionTransformer, features: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+    """Print the largest difference of class tokens, which come first in `features`, at each size.
+
+    Raises:
+        UserError: they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for size in sizes:
+        images = torch.randn(3, backbone.spec.in_chans, size, size, generator=generator)
+        difference = (features(images)[:, 0] - backbone(images)).abs().max().item()
+        print(f"  at {size}×{size}: class tokens differ by at most {difference:.1e}")
+        if not difference < TOLERANCE:
+            raise UserError(f"the export's features are others than this project's at {size}×{size}: do not use it")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, metavar="W", help="released name, run directory or file")
+    parser.add_argument("--to", required=True, choices=["timm", "huggingface", "onnx"])
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--image-size", type=int, help="side in pixels; default: the weights' own")
+    return parser.parse_args()

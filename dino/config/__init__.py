@@ -1,0 +1,1 @@
+"""Settings: what can be set (schema), how that is read and checked (read), what `auto` becomes (auto)."""

@@ -1,0 +1,128 @@
+"""The DINO objective (Caron et al. 2021): the student's class tokens predict the teacher's across views.
+
+Shapes: V student views, of which the first G are the global ones that the teacher sees too, B images, K prototypes.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dino.distributed import is_distributed
+
+
+def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy of every (teacher view, other student view) pair, averaged over pairs and images.
+
+    L = mean over g < G, v < V, v ≠ g of −Σ_k q_g[k] · log softmax(z_v / τ)[k]      (Caron et al. 2021, eq. 3)
+
+    A student view meets several teacher views, so the pairs' sum is taken at once: n·logsumexp(z) − ⟨Σ q, z⟩ needs one
+    pass over the student's logits instead of one per pair.
+
+    Args:
+        student_logits: (V, B, K), any floating type; global views first.
+        teacher_probabilities: (G, B, K), each row sums to 1.
+        temperature: the student's τ.
+
+    Returns:
+        Scalar, fp32.
+
+    Raises:
+        ValueError: no pair of different views.
+    """
+    views, globals_ = student_logits.shape[0], teacher_probabilities.shape[0]
+    pairs = globals_ * views - globals_
+    if pairs < 1:
+        raise ValueError(f"{views} student and {globals_} teacher view(s) leave no pair of different views")
+    targets = teacher_probabilities.float()
+    all_targets = targets.sum(dim=0)  # (B, K)
+    total = torch.zeros((), device=student_logits.device)
+    for view in range(views):
+        scores = student_logits[view].float() / temperature
+        is_global = view < globals_
+        wanted = all_targets - targets[view] if is_global else all_targets
+        count = globals_ - 1 if is_global else globals_
+        if count:
+            total = total + (count * scores.logsumexp(dim=-1) - (wanted * scores).sum(dim=-1)).mean()
+    return total / pairs
+
+
+class Centre(nn.Module):
+    """Teacher softmax, centred by an EMA of the teacher's logits (Caron et al. 2021, eq. 4).
+
+    The targets of optimizer step t use the centre of the steps before it: `probabilities` reads the centre, `update`
+    moves it afterwards, once per optimizer step, by the mean over all processes.
+    """
+
+    def __init__(self, prototypes: int, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.center: Tensor
+        self.register_buffer("center", torch.zeros(1, prototypes))
+
+    @torch.no_grad()
+    def probabilities(self, logits: Tensor, temperature: float) -> Tensor:
+        """(..., K) logits to probabilities of the same shape, fp32."""
+        return ((logits.float() - self.center) / temperature).softmax(dim=-1)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor) -> None:
+        """Move the centre towards the mean of this step's logits (N, K), N of this process, which may be 0.
+
+        A mean that is not finite is ignored.
+        """
+        total = torch.cat([logits.float().sum(dim=0), logits.new_full((1,), len(logits), dtype=torch.float32)])
+        if is_distributed():
+            dist.all_reduce(total)
+        mean = (total[:-1] / total[-1])[None]
+        moved = torch.lerp(mean, self.center, self.momentum)
+        # On the device, so that a broken step can neither reach the centre nor make the host wait.
+        self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
+
+
+class SinkhornKnopp(nn.Module):
+    """Teacher targets spread evenly over the prototypes (Caron et al. 2020, SwAV; Oquab et al. 2023). No state."""
+
+    def __init__(self, iterations: int = 3):
+        super().__init__()
+        self.iterations = iterations
+
+    def probabilities(self, logits: Tensor, temperature: float) -> Tensor:
+        """(..., K) logits, all leading dimensions one batch, to probabilities of the same shape, fp32."""
+        return sinkhorn_knopp(logits.flatten(0, -2), temperature, self.iterations).view(logits.shape)
+
+    def update(self, logits: Tensor) -> None:
+        """Nothing: every batch is balanced by itself."""
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Scale exp(logits / τ), in turn, to equal mass per prototype and to unit mass per sample.
+
+    Worked in logarithms, each sum with its maximum subtracted, so no logit overflows and no prototype or sample that is
+    far behind the others underflows to a division by zero. The batch is that of all processes together.
+
+    Args:
+        logits: (N, K), this process's samples.
+        temperature: the teacher's τ.
+        iterations: rounds; 3 as published.
+
+    Returns:
+        (N, K) fp32, each row sums to 1.
+    """
+    scores = logits.float() / temperature
+    for _ in range(iterations):
+        scores = scores - _logsumexp_over_samples(scores)
+        scores = scores - scores.logsumexp(dim=1, keepdim=True)
+    return scores.exp()
+
+
+def _logsumexp_over_samples(scores: Tensor) -> Tensor:
+    """(N, K) to (1, K): logsumexp over the samples of all processes."""
+    own = scores.logsumexp(dim=0, keepdim=True)  # −∞ for a process without samples
+    if not is_distributed():
+        return own
+    highest = own.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    total = (own - highest).exp()
+    dist.all_reduce(total)
+    return highest + total.log()

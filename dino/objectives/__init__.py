@@ -1,7 +1,0 @@
-"""What is minimised: pure functions and small modules of tensors that know no optimizer, logger or accelerator."""
-
-from dino.objectives.dino import Centre, SinkhornKnopp, dino_loss, sinkhorn_knopp
-from dino.objectives.ibot import ibot_loss
-from dino.objectives.koleo import koleo_loss
-
-__all__ = ["Centre", "SinkhornKnopp", "dino_loss", "ibot_loss", "koleo_loss", "sinkhorn_knopp"]

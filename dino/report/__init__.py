@@ -1,0 +1,1 @@
+"""Pages that open offline: one kit for the reports of a run, of a curation and of evaluations."""

@@ -1,0 +1,186 @@
+"""KoLeo against its definition (Oquab et al. 2023, §4), on one process and on several."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import worlds
+from torch import Tensor
+
+from dino.methods.losses import koleo_loss
+
+
+def published_loss(features: Tensor) -> Tensor:
+    """−1/n · Σᵢ log min_{j≠i} ‖xᵢ − xⱼ‖ of unit-length rows, pair by pair."""
+    unit = [row / row.square().sum().sqrt() for row in features]
+    terms = []
+    for i, one in enumerate(unit):
+        distances = [(one - other).square().sum().sqrt() for j, other in enumerate(unit) if j != i]
+        terms.append(-torch.log(min(distances)))
+    return sum(terms) / len(terms)
+
+
+def random_features(count: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_gradient(features: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = features.clone().requires_grad_()
+    loss = koleo_loss(leaf)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, 3), (3, 2), (8, 4), (33, 16), (64, 384), (5, 1000)])
+def test_value_and_gradient_equal_the_definition(count, width):
+    features = random_features(count, width)
+    slow = features.clone().requires_grad_()
+    expected = published_loss(slow)
+    expected.backward()
+    loss, gradient = with_gradient(features)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, slow.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_number_worked_by_hand():
+    """(1,0) and (0,1) are √2 apart; (−1,0) is √2 from (0,1): three times −log √2. Lengths do not matter."""
+    loss = koleo_loss(torch.tensor([[5.0, 0.0], [0.0, 0.1], [-2.0, 0.0]]))
+    assert loss.item() == pytest.approx(-0.5 * math.log(2), rel=1e-6)
+
+
+def test_only_directions_count():
+    """Scaling a row changes nothing; so no gradient lies along it."""
+    features = random_features(9, 6)
+    scales = torch.logspace(-3, 3, 9, dtype=torch.float64)[:, None]
+    loss, gradient = with_gradient(features)
+    scaled, scaled_gradient = with_gradient(features * scales)
+    torch.testing.assert_close(scaled, loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(scaled_gradient * scales, gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close((gradient * features).sum(dim=1), torch.zeros(9, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_descent_spreads_features():
+    features = (torch.ones(6, 3) + 0.1 * random_features(6, 3).float()).requires_grad_()
+    before = published_loss(features.detach().double())
+    for _ in range(50):
+        (gradient,) = torch.autograd.grad(koleo_loss(features), features)
+        features = (features - 0.05 * gradient).detach().requires_grad_()
+    assert published_loss(features.detach().double()) < before - 0.5
+
+
+class TestCopies:
+    """Distances too small to count must neither be −log 0 nor pull with the force of 1 / 0."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_duplicates_are_finite(self, dtype):
+        features = random_features(6, 5).to(dtype)
+        features[3] = features[0]
+        loss, gradient = with_gradient(features)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+        others = [1, 2, 4, 5]
+        assert gradient[others].abs().sum() > 0  # the rest is still spread
+
+    @pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-5, 1e-7, 1e-20])
+    def test_near_copies_are_finite_and_dear(self, apart):
+        """Above 1e-4 by the definition, below as if 1e-4 apart."""
+        features = random_features(4, 5)
+        features /= features.norm(dim=1, keepdim=True)
+        features[1] = features[0] + apart * random_features(1, 5, seed=1)[0]
+        loss, gradient = with_gradient(features.float())
+        assert gradient.isfinite().all()
+        if apart >= 1e-3:
+            torch.testing.assert_close(loss.double(), published_loss(features), rtol=1e-3, atol=0)
+        else:
+            assert koleo_loss(random_features(4, 5)) + 1 < loss < -math.log(1e-4) + 1e-3
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("row", [[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
+    def test_all_rows_equal(self, row, dtype):
+        loss, gradient = with_gradient(torch.tensor(row, dtype=dtype).expand(5, 3))
+        assert loss.isfinite()
+        assert loss > 5  # as near as can be told
+        assert gradient.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_one_feature_has_nobody_to_part_from(self, dtype):
+        loss, gradient = with_gradient(torch.tensor([[1.0, 2.0, -3.0]], dtype=dtype))
+        assert loss.item() == 0
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 3e-4, 1e3])
+def test_half_precision_is_worked_in_fp32(dtype, size):
+    """Also where the squares of the values are beyond fp16."""
+    half = (size * random_features(16, 32)).to(dtype)
+    loss, gradient = with_gradient(half)
+    expected, expected_gradient = with_gradient(half.float())
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, expected_gradient.to(dtype))
+
+
+def test_autocast_changes_nothing():
+    """Neighbours that half precision cannot tell apart: many directions near one another."""
+    features = (1 + 0.02 * random_features(64, 32)).float()
+    expected = koleo_loss(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(koleo_loss(features), expected)
+
+
+WORLDS = [3, 2]
+CASES = {"several": 6, "one a process": 1, "a copy on another process": 6}  # name to rows of a process
+
+
+def batch_of(case: str, processes: int) -> Tensor:
+    features = random_features(CASES[case] * processes, 8, seed=3).float()
+    if case == "a copy on another process":
+        features[-1] = features[0]
+    return features
+
+
+def loss_and_gradient(inputs: Tensor, over_processes: bool) -> dict[str, Tensor]:
+    """Of a linear layer under KoLeo: a weight that all processes share."""
+    weight = torch.linspace(-1, 1, 40).view(8, 5).requires_grad_()
+    loss = koleo_loss(inputs @ weight, over_processes)
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": weight.grad}
+
+
+def work(rank: int, processes: int) -> dict:
+    """The means over processes that data-parallel training has, by case and whether neighbours are sought in all."""
+    found = {}
+    for case in CASES:
+        for everywhere in (True, False):
+            found[case, everywhere] = loss_and_gradient(batch_of(case, processes).chunk(processes)[rank], everywhere)
+            for value in found[case, everywhere].values():
+                dist.all_reduce(value)
+                value /= processes
+    return found
+
+
+@pytest.fixture(scope="module")
+def means(tmp_path_factory) -> dict[int, list]:
+    return worlds.run(work, WORLDS, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("processes", WORLDS)
+def test_over_processes_is_the_whole_batch(processes, case, means):
+    found = means[processes][0][case, True]
+    expected = loss_and_gradient(batch_of(case, processes), over_processes=False)
+    assert expected["gradient"].abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("processes", WORLDS)
+def test_otherwise_each_process_keeps_to_itself(processes, case, means):
+    found = means[processes][0][case, False]
+    shares = [loss_and_gradient(share, False) for share in batch_of(case, processes).chunk(processes)]
+    for name in ("loss", "gradient"):
+        expected = torch.stack([share[name] for share in shares]).mean(dim=0)
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,150 @@
+"""The DINO head computes what its paper defines, under the names of the released checkpoints."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from dino.methods.heads import DINOHead
+
+
+def definition(state: dict[str, Tensor], features: Tensor, layers: int) -> Tensor:
+    """Caron et al. 2021, appendix C, in double precision: MLP with exact GELU, l2 normalisation, weight norm."""
+    state = {name: value.double() for name, value in state.items()}
+    hidden = features.double()
+    for layer in range(layers):
+        hidden = hidden @ state[f"mlp.{2 * layer}.weight"].T + state[f"mlp.{2 * layer}.bias"]
+        if layer < layers - 1:
+            hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    hidden = hidden / hidden.square().sum(1, keepdim=True).sqrt()
+    direction = state["last_layer.weight_v"]
+    prototypes = state["last_layer.weight_g"] * direction / direction.square().sum(1, keepdim=True).sqrt()
+    return hidden @ prototypes.T
+
+
+def small_head(**options) -> DINOHead:
+    return DINOHead(12, 20, hidden=16, bottleneck=8, **options)
+
+
+def prototypes(head: DINOHead) -> Tensor:
+    """(K, bottleneck), from the outputs that the last layer gives for unit vectors."""
+    return head.last_layer(torch.eye(8)).T
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_equals_definition(layers, randomise):
+    head = randomise(small_head(layers=layers))
+    features = torch.randn(7, 12)
+    expected = definition(head.state_dict(), features, layers)
+    torch.testing.assert_close(head(features).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_layer_widths(layers):
+    """in_dim, then hidden in all but the last layer of the MLP, then the bottleneck, then one score per prototype."""
+    head = small_head(layers=layers)
+    widths = [12, *[16] * (layers - 1), 8]
+    linear = [module for module in head.mlp if isinstance(module, nn.Linear)]
+    assert [(module.in_features, module.out_features) for module in linear] == list(pairwise(widths))
+    assert head(torch.randn(5, 12)).shape == (5, 20)
+
+
+def test_names_of_the_released_checkpoints():
+    mlp = {f"mlp.{index}.{part}" for index in (0, 2, 4) for part in ("weight", "bias")}
+    assert set(DINOHead(12, 20).state_dict()) == mlp | {"last_layer.weight_g", "last_layer.weight_v"}
+
+
+def test_parameter_count_of_the_released_small_model():
+    """384 → 2048 → 2048 → 256 → 65,536 has 22,352,128 parameters, the 65,536 prototype lengths included."""
+    with torch.device("meta"):
+        head = DINOHead(384, 65536)
+    shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    assert shapes["last_layer.weight_g"] == (65536, 1)
+    assert shapes["last_layer.weight_v"] == (65536, 256)
+    assert sum(parameter.numel() for parameter in head.parameters()) == 22_352_128
+
+
+def test_fixed_prototype_length():
+    """norm_last_layer=True: prototypes turn in a step of the optimizer, but keep length 1."""
+    head = small_head(norm_last_layer=True)
+    optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=10.0)
+    before = prototypes(head).detach()
+    head(torch.randn(4, 12)).square().sum().backward()
+    optimizer.step()
+    after = prototypes(head).detach()
+    assert head.last_layer.weight_g.grad is None
+    assert (after - before).norm(dim=1).min() > 1e-3
+    torch.testing.assert_close(after.norm(dim=1), torch.ones(20))
+
+
+def test_learned_prototype_length():
+    """norm_last_layer=False: lengths start at 1 and are learned."""
+    head = small_head(norm_last_layer=False)
+    torch.testing.assert_close(prototypes(head).norm(dim=1), torch.ones(20))
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+    head(torch.randn(4, 12)).square().sum().backward()
+    optimizer.step()
+    lengths = prototypes(head).norm(dim=1)
+    assert (lengths - 1).abs().max() > 1e-2
+    torch.testing.assert_close(lengths, head.last_layer.weight_g[:, 0].abs())
+
+
+def test_last_layer_equals_torchs_weight_norm(randomise):
+    """Outputs and gradients, of the features, the lengths and the directions."""
+    ours = randomise(small_head(norm_last_layer=False)).last_layer
+    theirs = weight_norm(nn.Linear(8, 20, bias=False))
+    theirs.load_state_dict(
+        {"parametrizations.weight.original0": ours.weight_g, "parametrizations.weight.original1": ours.weight_v}
+    )
+    features = torch.randn(6, 8)
+    results = []
+    for layer in (ours, theirs):
+        inputs = features.clone().requires_grad_()
+        outputs = layer(inputs)
+        outputs.sin().sum().backward()
+        results.append((outputs, inputs.grad))
+    torch.testing.assert_close(*results)
+    originals = theirs.parametrizations.weight
+    torch.testing.assert_close(ours.weight_g.grad, originals.original0.grad)
+    torch.testing.assert_close(ours.weight_v.grad, originals.original1.grad)
+
+
+def test_prototypes_do_not_depend_on_the_length_of_their_direction(randomise):
+    head = randomise(small_head())
+    before = prototypes(head)
+    with torch.no_grad():
+        head.last_layer.weight_v.mul_(torch.logspace(-6, 6, 20)[:, None])
+    torch.testing.assert_close(prototypes(head), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [1e-4, 1.0, 1e4])
+def test_half_precision_features_of_any_length(length, dtype, randomise):
+    """Squares of the shortest and longest do not exist in fp16; scores are still cosines, to half precision."""
+    head = randomise(small_head(layers=1))
+    nn.init.zeros_(head.mlp[0].bias)  # the bottleneck is then as long as the features
+    features = length * torch.randn(6, 12)
+    expected = head(features)
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = head(features)
+    torch.testing.assert_close(outputs.float(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_zero_features(dtype):
+    """A bottleneck of length 0 has no direction: scores are 0, not NaN."""
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = small_head()(torch.zeros(3, 12))
+    assert outputs.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_head_converted_to_another_dtype(dtype, randomise):
+    head = randomise(small_head())
+    features = torch.randn(6, 12)
+    expected = head(features)
+    outputs = head.to(dtype)(features.to(dtype))
+    torch.testing.assert_close(outputs.float(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
