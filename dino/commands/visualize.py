@@ -19,6 +19,7 @@ from sklearn.manifold import TSNE
 from dino.data import Images, UnreadableImage, open_images
 from dino.errors import UserError
 from dino.evaluation.features import extract
+from dino.evaluation.neighbours import nearest
 from dino.models import VisionTransformer, load_backbone
 from dino.report import page as report
 from dino.report import pictures
@@ -85,14 +86,11 @@ def readable(images: Images, count: int) -> list[tuple[int, torch.Tensor]]:
 
 
 def neighbours(images: Images, indices: np.ndarray, tokens: np.ndarray, rows: int) -> report.Picture:
-    unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
     queries = np.linspace(0, len(indices) - 1, min(rows, len(indices))).astype(int)
-    similarity = unit[queries] @ unit.T
-    similarity[np.arange(len(queries)), queries] = -2
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :NEIGHBOURS]
+    indices_of_nearest, _ = nearest(tokens, tokens, NEIGHBOURS, itself=0)
     sheet = pictures.neighbours_sheet(
         [images.read(int(indices[query])) for query in queries],
-        [[images.read(int(indices[other])) for other in row] for row in nearest],
+        [[images.read(int(indices[other])) for other in row] for row in indices_of_nearest[queries]],
     )
     caption = f"Left, an image; right, the {NEIGHBOURS} most similar of {len(indices):,}, by cosine of class tokens."
     return report.Picture("neighbours", caption, sheet)

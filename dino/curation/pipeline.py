@@ -14,8 +14,7 @@ from dino.curation import rebalance
 from dino.curation.duplicates import confirmed, distinct, groups, originals, same_pixels
 from dino.curation.embed import Embedded, embed
 from dino.curation.hierarchy import hierarchical_kmeans
-from dino.curation.neighbours import nearest
-from dino.curation.points import Points, as_floats, share
+from dino.curation.points import Points, share
 from dino.curation.settings import CurateConfig
 from dino.curation.stage import Stage
 from dino.data import Images, fingerprint, open_images, stamp
@@ -23,6 +22,7 @@ from dino.data.manifest import printable
 from dino.distributed import cores, gathered_rows
 from dino.errors import UserError
 from dino.evaluation.features import weights_digest
+from dino.evaluation.neighbours import as_floats, nearest
 from dino.models import Backbone
 
 MOST_CLUSTERS = 10_000  # that `auto` chooses
@@ -240,7 +240,7 @@ class Curation:
             settings.neighbours,
             rows.start if other is None else None,
             self.accelerator.device,
-            of_all=len(ones),
+            queries_of_all=len(ones),
         )
         places, cosines = (part.numpy() for part in found)
         where = np.nonzero((cosines >= settings.near) & (places >= 0))

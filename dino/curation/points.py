@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dino.distributed import gathered_rows, rank_and_size, reduced
 from dino.errors import UserError
+from dino.evaluation.neighbours import as_floats
 
 BLOCK = 16384 if torch.cuda.is_available() else 4096  # points; a GPU wants fewer, larger products
 EXACT = 52  # bits of a sum
@@ -101,8 +102,3 @@ class Points:
 def exact_scale(count: int, largest: float) -> float:
     """The power of two by which numbers up to `largest` become integers whose sum, of `count`, fp64 holds exactly."""
     return 2.0 ** (EXACT - math.ceil(math.log2(max(count * largest, 2**-60))))
-
-
-def as_floats(rows: Tensor | np.ndarray) -> Tensor:
-    """As an fp32 tensor; what a memory map shows is copied."""
-    return rows.float() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, dtype=np.float32))

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino.evaluation.neighbours import cosines
+
 
 class TargetStatistics(NamedTuple):
     """Of the teacher's targets q over samples and prototypes, in nats (Caron et al. 2021, §5.3).
@@ -80,5 +82,4 @@ def neighbour_agreement(first: Tensor, second: Tensor, keys: Tensor, allowed: Te
 
 
 def _nearest(queries: Tensor, keys: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    similarity = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).mT
-    return similarity.masked_fill(~allowed, -torch.inf).topk(min(k, len(keys)), dim=1)
+    return cosines(queries, keys).masked_fill(~allowed, -torch.inf).topk(min(k, len(keys)), dim=1)

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dino.config import read as configuration
 from dino.config.read import Config
 from dino.data import Images, UnreadableImage, open_images
+from dino.evaluation.neighbours import nearest
 from dino.methods.network import as_used
 from dino.models import Backbone, Preprocess, VisionTransformer, load_backbone
 from dino.monitor.verdict import healthy_ranges, judge
@@ -213,9 +213,8 @@ def _neighbours(images: Images, chosen: list[tuple[int, Tensor]], backbone: Back
     device = next(backbone.parameters()).device
     parts = [torch.stack([preprocess(known[index]) for index in part]) for part in _parts(order, 64)]
     tokens = torch.cat([backbone(part.to(device)).float().cpu() for part in parts])
-    similarity = F.normalize(tokens, dim=1) @ F.normalize(tokens, dim=1).mT
-    similarity.fill_diagonal_(-2)
-    rows = similarity[[order.index(index) for index, _ in chosen]].topk(min(NEIGHBOURS, len(order) - 1), dim=1).indices
+    neighbours, _ = nearest(tokens, tokens, min(NEIGHBOURS, len(order) - 1), itself=0)
+    rows = neighbours[[order.index(index) for index, _ in chosen]]
     return pictures.neighbours_sheet([image for _, image in chosen], [[known[order[i]] for i in row] for row in rows])
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dino.curation import neighbours
-from dino.curation.neighbours import nearest
 from dino.errors import UserError
+from dino.evaluation import neighbours
+from dino.evaluation.neighbours import nearest
 
 
 def drawn(rows: int, width: int, seed: int = 0) -> np.ndarray:

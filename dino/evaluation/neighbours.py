@@ -1,0 +1,115 @@
+"""Nearest neighbours by cosine: exact, in chunks of matrix products, or by faiss where it is installed and pays."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from dino.errors import UserError
+
+CHUNK = 4096  # queries, and 16 times as many keys, at a time
+EXACT_UP_TO = 2_000_000**2  # comparisons
+
+
+def as_floats(rows: Tensor | np.ndarray) -> Tensor:
+    """As an fp32 tensor; what a memory map shows is copied."""
+    return rows.float() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, dtype=np.float32))
+
+
+def cosines(queries: Tensor, keys: Tensor) -> Tensor:
+    """(Q, N), in fp32, of queries (Q, D) and keys (N, D) of any length."""
+    return F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).mT
+
+
+def nearest(
+    queries: np.ndarray | Tensor,
+    keys: np.ndarray | Tensor,
+    count: int,
+    itself: int | None = None,
+    device: torch.device | str = "cpu",
+    title: str = "neighbours",
+    queries_of_all: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The `count` keys that are most similar to each query.
+
+    Args:
+        queries, keys: (Q, D) and (N, D), floating, of any length; arrays may be memory maps.
+        itself: index of the first query among the keys; queries are then not their own neighbours.
+        title: what the progress bar says.
+        queries_of_all: queries of all processes, by which the way of searching is chosen; Q if not given.
+
+    Returns:
+        (Q, count) int64 indices of keys and (Q, count) fp32 cosines, the most similar first. Where there are fewer
+        keys, −1 and −∞.
+
+    Raises:
+        UserError: too many keys for an exact search, and no faiss.
+    """
+    if (queries_of_all or len(queries)) * len(keys) > EXACT_UP_TO:
+        return _by_faiss(queries, keys, count, itself)
+    indices = torch.full((len(queries), count), -1)
+    values = torch.full((len(queries), count), -torch.inf)
+    for start in tqdm(range(0, len(queries), CHUNK), desc=title, unit="chunk", leave=False):
+        block = as_floats(queries[start : start + CHUNK]).to(device)
+        own = None if itself is None else itself + start
+        block_indices, block_values = _nearest_of_block(block, keys, count, own, device)
+        indices[start : start + CHUNK], values[start : start + CHUNK] = block_indices.cpu(), block_values.cpu()
+    return indices, values
+
+
+def _nearest_of_block(
+    queries: Tensor, keys: np.ndarray | Tensor, count: int, itself: int | None, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """The nearest keys of a chunk of queries: the best so far are compared with each chunk of keys in turn."""
+    best = torch.full((len(queries), count), -torch.inf, device=device)
+    indices = torch.full((len(queries), count), -1, device=device)
+    for first in range(0, len(keys), 16 * CHUNK):
+        block = as_floats(keys[first : first + 16 * CHUNK]).to(device)
+        similarity = cosines(queries, block)
+        if itself is not None:
+            rows = torch.arange(len(queries), device=device)
+            own = itself + rows - first
+            inside = (own >= 0) & (own < len(block))
+            similarity[rows[inside], own[inside]] = -torch.inf
+        of_block = similarity.topk(min(count, len(block)), dim=1)
+        best, columns = torch.cat([best, of_block.values], dim=1).topk(count, dim=1)
+        indices = torch.cat([indices, of_block.indices + first], dim=1).gather(1, columns)
+    indices[best == -torch.inf] = -1
+    return indices, best
+
+
+def _by_faiss(
+    queries: np.ndarray | Tensor, keys: np.ndarray | Tensor, count: int, itself: int | None
+) -> tuple[Tensor, Tensor]:
+    """An inverted file of √N lists, of which 64 are searched: approximate."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            f"{len(keys):,} images are too many to compare each with each: pip install faiss-cpu (or faiss-gpu)"
+        ) from error
+    lists = int(len(keys) ** 0.5)
+    index = faiss.index_factory(keys.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    sample = np.random.default_rng(0).choice(len(keys), min(len(keys), 64 * lists), replace=False)
+    index.train(_unit(keys[np.sort(sample)]))
+    for start in range(0, len(keys), 16 * CHUNK):
+        index.add(_unit(keys[start : start + 16 * CHUNK]))
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", 64)
+    all_indices, all_values = [], []
+    for start in range(0, len(queries), CHUNK):
+        block = _unit(queries[start : start + CHUNK])
+        values, indices = (torch.from_numpy(part) for part in index.search(block, count + (itself is not None)))
+        if itself is not None:
+            own = indices == (itself + start + torch.arange(len(block)))[:, None]
+            values = values.masked_fill(own, -torch.inf)
+            values, order = values.sort(dim=1, descending=True, stable=True)
+            values, indices = values[:, :count], indices.gather(1, order)[:, :count]
+        missing = (indices < 0) | (values == -torch.inf)
+        all_indices.append(indices.masked_fill(missing, -1))
+        all_values.append(values.masked_fill(missing, -torch.inf))
+    return torch.cat(all_indices), torch.cat(all_values)
+
+
+def _unit(rows: np.ndarray | Tensor) -> np.ndarray:
+    return F.normalize(as_floats(rows), dim=1).cpu().numpy()
