@@ -34,9 +34,9 @@ from PIL import Image, ImageChops
 
 from dino import cli, load_backbone
 from dino.curation.rebalance import effective_number
+from dino.data import Pool, open_images
 from dino.data.manifest import write_manifest
-from dino.data.omniglot import parse as drawing
-from dino.data.pool import FolderImages
+from dino.data.sources.omniglot import parse as drawing
 from dino.evaluation.features import extract
 from dino.evaluation.readout import knn, logistic
 from dino.models import random_like
@@ -86,7 +86,7 @@ def build(arguments: argparse.Namespace, name: str, folder: Path, seed: int) -> 
     for path, content in files:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
-    by_labels(FolderImages(folder / "pool"), folder / "by_labels.parquet")
+    by_labels(open_images(folder / "pool"), folder / "by_labels.parquet")
 
 
 def run(arguments: argparse.Namespace, name: str, folder: Path, way: str, seed: int) -> dict[str, Any]:
@@ -136,9 +136,9 @@ def command(threads: int, script: str, *arguments: str) -> None:
 
 def read_out(backbone: torch.nn.Module, folder: Path) -> dict[str, float]:
     """Half of each class of the test images learned from, the other half asked; the mean over splits."""
-    images = FolderImages(folder / "test", backbone.spec.in_chans)
+    images = open_images(folder / "test", "folder", backbone.spec.in_chans)
     tokens = extract(backbone, images, range(len(images.names)), backbone.preprocess).class_tokens
-    sizes = Counter(FolderImages(folder / "pool").labels)
+    sizes = Counter(open_images(folder / "pool").labels)
     common = {label for label, _ in sizes.most_common(len(sizes) // 10)}
     labels, found = np.array(images.labels), []
     for split in range(SPLITS):
@@ -185,7 +185,7 @@ def judge_copies(manifest: Path) -> dict[str, float]:
 def effective_labels(root: Path) -> float:
     """exp of the entropy of the classes' shares of the draws; a class is the folder."""
     if root.is_dir():
-        names, weights = FolderImages(root).names, None
+        names, weights = open_images(root).names, None
     else:
         table = pq.read_table(root, columns=["path", "weight"]).to_pydict()
         names, weights = table["path"], np.array(table["weight"])
@@ -193,13 +193,13 @@ def effective_labels(root: Path) -> float:
     return effective_number(np.bincount(numbers, weights=weights))
 
 
-def by_labels(images: FolderImages, path: Path) -> None:
+def by_labels(images: Pool, path: Path) -> None:
     """A manifest in which every class is drawn as often as any other; planted copies are not drawn."""
     labels, copies = np.array(images.labels), np.array(["_copy" in name for name in images.names])
     names, numbers = np.unique(labels, return_inverse=True)
     sizes = np.bincount(numbers[~copies], minlength=len(names))
     weights = np.where(copies, 0.0, (~copies).sum() / len(names) / sizes[numbers])
-    columns = {"path": images.names, "kept": weights > 0, "weight": weights}
+    columns = {"path": list(images.names), "kept": weights > 0, "weight": weights}
     write_manifest(path, columns, str(images.root), "folder")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dino.data import fingerprint, open_images
-from dino.data.omniglot import download
+from dino.data.sources.omniglot import download
 from dino.errors import UserError
 from dino.evaluation import omniglot
 from dino.evaluation.features import cached, content_digest, extract

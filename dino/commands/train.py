@@ -12,7 +12,7 @@ from contextlib import closing
 
 from dino.config import read as configuration
 from dino.config.auto import Pool, keep_resolved, resolve
-from dino.data import estimated_bytes, fingerprint, open_images, visits
+from dino.data import estimated_bytes, fingerprint, open_images, samples_per_epoch
 from dino.distributed import local_processes
 from dino.methods.distill import follow_guide
 from dino.methods.ema import synchronise_buffers
@@ -50,7 +50,7 @@ def main() -> None:
     config, guide, decided = follow_guide(config)
     reasons |= decided
     images = open_images(config.data.root, config.data.kind, config.data.channels)
-    pool = Pool(visits(images), images.channels, images.kind, estimated_bytes(images))
+    pool = Pool(samples_per_epoch(images), images.channels, images.kind, estimated_bytes(images))
     config, resolved = resolve(keep_resolved(config, earlier) if earlier else config, pool, local_processes())
     reasons |= resolved
     if earlier:

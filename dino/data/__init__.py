@@ -1,20 +1,24 @@
-"""Images in: folders, archives and data sets, and the order in which a run visits them."""
+"""Images in: folders, archives and data sets, and the order in which a run reads them."""
 
 from dino.data.decode import UnreadableImage
-from dino.data.pool import Images, fingerprint, open_images, stamp, visits
+from dino.data.pool import Pool, fingerprint, open_images, read_or_reason, samples_per_epoch, stamp
 from dino.data.resident import Canvas, ResidentImages, estimated_bytes
 from dino.data.sampler import EpochStream, MicroBatches
+
+Images = Pool
 
 __all__ = [
     "Canvas",
     "EpochStream",
     "Images",
     "MicroBatches",
+    "Pool",
     "ResidentImages",
     "UnreadableImage",
     "estimated_bytes",
     "fingerprint",
     "open_images",
+    "read_or_reason",
+    "samples_per_epoch",
     "stamp",
-    "visits",
 ]

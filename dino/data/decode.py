@@ -38,29 +38,45 @@ def decode(content: bytes, channels: int, name: str = "") -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and the like: the pixels are what counts
-            array = _read_array(content) if name.lower().endswith(".npy") else _read_picture(content, channels)
+            if name.lower().endswith(".npy"):
+                return to_tensor(_file_array(content), channels)
+            with Image.open(io.BytesIO(content)) as image:
+                return to_tensor(picture_array(image, channels), channels)
     except UnreadableImage:
         raise
-    except UnidentifiedImageError as error:  # whose own message holds an address in memory
-        raise UnreadableImage("it is no image of a format that Pillow reads") from error
     except Exception as error:  # Pillow's plugins raise whatever comes up: OSError, SyntaxError, struct.error …
-        raise UnreadableImage(str(error).replace("\n", " ") or type(error).__name__) from error
-    height, width, found = array.shape
-    if found != channels:
-        raise UnreadableImage(f"it has {found} channels, data.channels is {channels}")
-    if min(height, width) < SMALLEST_SIDE:
-        raise UnreadableImage(f"{width}×{height} pixels are too few: at least {SMALLEST_SIDE} a side are needed")
+        raise UnreadableImage(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be read, in one line, from what a library raised."""
+    if isinstance(error, UnidentifiedImageError):  # whose own message holds an address in memory
+        return "it is no image of a format that Pillow reads"
+    return str(error).replace("\n", " ") or type(error).__name__
+
+
+def to_tensor(array: np.ndarray, channels: int) -> Tensor:
+    """(H, W, C) to a (C, H, W) of its own; raises `UnreadableImage` for too few pixels or other channels."""
+    require_shape(array.transpose(2, 0, 1).shape, channels)
     return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))
 
 
-def _read_picture(content: bytes, channels: int) -> np.ndarray:
-    """A picture as (H, W, 1 or 3) uint8."""
-    with Image.open(io.BytesIO(content)) as image:
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or gain map after it
-            raise UnreadableImage(f"it is animated or has several pages ({frames} frames)")
-        image.load()
-        upright = ImageOps.exif_transpose(image)
+def require_shape(shape: tuple[int, ...], channels: int) -> None:
+    """Raise `UnreadableImage` for a (C, H, W) of too few pixels or of other channels."""
+    depth, height, width = shape
+    if depth != channels:
+        raise UnreadableImage(f"it has {depth} channels, data.channels is {channels}")
+    if min(height, width) < SMALLEST_SIDE:
+        raise UnreadableImage(f"{width}×{height} pixels are too few: at least {SMALLEST_SIDE} a side are needed")
+
+
+def picture_array(image: Image.Image, channels: int) -> np.ndarray:
+    """A picture, upright and opaque, as (H, W, 1 or 3) uint8."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or gain map after it
+        raise UnreadableImage(f"it is animated or has several pages ({frames} frames)")
+    image.load()
+    upright = ImageOps.exif_transpose(image)
     if upright.mode == "F":
         raise UnreadableImage("its pixels are 32-bit fractions of unknown range: save it with 8 or 16 bits")
     if upright.mode.startswith("I"):
@@ -73,7 +89,8 @@ def _read_picture(content: bytes, channels: int) -> np.ndarray:
     return np.asarray(upright.convert("RGB"))
 
 
-def _read_array(content: bytes) -> np.ndarray:
+def _file_array(content: bytes) -> np.ndarray:
+    """What an `.npy` file holds, as (H, W, C) uint8."""
     array = np.load(io.BytesIO(content), allow_pickle=False)
     if array.ndim == 2:
         array = array[:, :, None]

@@ -1,18 +1,21 @@
 """manifest.parquet: what curation decided on each image of a pool, and the pool that training draws by it."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dino.data.sources.source import texts
 from dino.errors import UserError
+from dino.files import replacing
 
 METADATA_KEY = b"dino"
 BESIDE = '{"root": ".", "kind": "folder"}'
+COLUMNS = ["path", "kept", "weight"]
 
 
 class Manifest(NamedTuple):
@@ -20,67 +23,76 @@ class Manifest(NamedTuple):
 
     Attributes:
         root, kind: of the pool, as data.root and data.kind.
-        names: (M,) of the images that are kept.
-        weights: (M,) above 0: how often each is drawn in an epoch, on average.
+        names: (M,) of the images that are kept, as `printable` has them.
+        weights: (M,) above 0: how often each is visited in an epoch, on average.
     """
 
     root: str
     kind: str
-    names: list[str]
+    names: pa.Array
     weights: np.ndarray
 
 
 def printable(name: str) -> str:
-    """As it stands in a manifest: bytes of a file name that are not UTF-8 are written as \\xff."""
+    """As it stands in a manifest: bytes of a file name that are not UTF-8 are written as \\udcff."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) -> None:
-    """One row an image, written aside and renamed.
+    """One row an image.
 
     Args:
         columns: `path`, `kept`, `weight` and whatever else is known.
         root, kind: of the pool; kept relative to the manifest where the pool lies below it.
     """
-    place = Path(root).expanduser().resolve() if root else None
+    pool = Path(root).expanduser().resolve() if root else None
     try:
-        written = place.relative_to(path.resolve().parent).as_posix() if place else ""
+        stored_root = pool.relative_to(path.resolve().parent).as_posix() if pool else ""
     except ValueError:
-        written = str(place)
-    draws = float(np.asarray(columns["weight"], dtype=np.float64)[np.asarray(columns["kept"], dtype=bool)].sum())
-    facts = json.dumps({"root": written, "kind": kind, "draws": draws}, sort_keys=True).encode()
-    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: facts})
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+        stored_root = str(pool)
+    samples = float(np.asarray(columns["weight"], dtype=np.float64)[np.asarray(columns["kept"], dtype=bool)].sum())
+    facts = json.dumps({"root": stored_root, "kind": kind, "draws": samples}, sort_keys=True).encode()
+    with replacing(path) as partial:
+        pq.write_table(pa.table(columns).replace_schema_metadata({METADATA_KEY: facts}), partial)
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: str | Path) -> Manifest:
     """The images that are kept, with their weights.
 
-    An epoch has as many draws as the weights added up to when the manifest was written. One that another program has
-    written says neither that nor where its images are: it has a draw for each image that is kept, and lies beside them.
+    An epoch has as many samples as the weights added up to when the manifest was written. One that another program has
+    written says neither that nor where its images are: it has a sample for each image kept, and lies beside them.
 
     Raises:
         UserError: no manifest, or weights that cannot be drawn by.
     """
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            if missing := set(COLUMNS) - set(file.schema_arrow.names):
+                raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
+            table = file.read(columns=COLUMNS)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from error
-    if missing := {"path", "kept", "weight"} - set(table.column_names):
-        raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
     try:
         facts = json.loads((table.schema.metadata or {}).get(METADATA_KEY, BESIDE))
-        root, kind, draws = str(facts["root"]), str(facts["kind"]), float(facts.get("draws", 0))
+        root, kind, samples = str(facts["root"]), str(facts["kind"]), float(facts.get("draws", 0))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: what it says of its images is damaged: write it by train/curate.py") from error
     if not pa.types.is_boolean(table["kept"].type):
         raise UserError(f"{path}: kept must be true or false, got {table['kept'].type}")
-    kept = table.filter(table["kept"].fill_null(False))
-    names = kept["path"].to_pylist()
+    names, weights = _kept(table, path)
+    if root and not Path(root).is_absolute():
+        root = str(Path(path).resolve().parent / root)
+    return Manifest(root, kind, names, weights * ((samples or len(weights)) / weights.sum()))
+
+
+def _kept(table: pa.Table, path: str | Path) -> tuple[pa.Array, np.ndarray]:
+    """Names and weights of the images that are kept with a weight above 0."""
+    table = table.filter(table["kept"].fill_null(False))
     try:
-        weights = kept["weight"].to_numpy().astype(np.float64)
+        names = table["path"].cast(pa.large_string()).combine_chunks()
+        weights = table["weight"].to_numpy().astype(np.float64)
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: paths must be text, got {table['path'].type}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: weights must be numbers, got {table['weight'].type}") from error
     wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
@@ -89,28 +101,29 @@ def read_manifest(path: Path) -> Manifest:
             f"{path}: the weight of {len(wrong):,} kept image(s) is {weights[wrong[0]]}, for example of "
             f"{names[wrong[0]]}: weights are numbers from 0 on"
         )
-    drawn = np.flatnonzero(weights > 0)
-    if not len(drawn):
+    above_zero = weights > 0
+    if not above_zero.any():
         raise UserError(f"{path} keeps no image with a weight above 0")
-    if root and not Path(root).is_absolute():
-        root = str(path.resolve().parent / root)
-    weights = weights[drawn]
-    return Manifest(root, kind, [names[index] for index in drawn], weights * ((draws or len(drawn)) / weights.sum()))
+    return names.filter(pa.array(above_zero)), weights[above_zero]
 
 
-def places_of(manifest: Manifest, names: Sequence[str], path: Path) -> list[int]:
-    """Where the manifest's images are in the pool; a name that is not one of the pool's can reach no file.
+def rows_of(manifest: Manifest, names: pa.Array, path: str | Path) -> np.ndarray:
+    """(M,) where the manifest's images are among a pool's (packed) names; any other name can reach no file.
 
     Raises:
         UserError: some are not there, or twice in the manifest.
     """
-    places = {printable(name): index for index, name in enumerate(names)}
-    missing = [name for name in manifest.names if name not in places]
-    if missing:
+    try:
+        in_pool = names.cast(pa.large_string())
+    except pa.ArrowInvalid:  # names that are not UTF-8
+        in_pool = pa.array([printable(name) for name in texts(names)], pa.large_string())
+    rows = pc.index_in(manifest.names, value_set=in_pool)
+    if rows.null_count:
+        missing = manifest.names.filter(rows.is_null())
         raise UserError(
-            f"{path}: {len(missing):,} of {len(manifest.names):,} images are not in {manifest.root or manifest.kind}, "
+            f"{path}: {len(missing):,} of {len(rows):,} images are not in {manifest.root or manifest.kind}, "
             f"for example {missing[0]}: put them back, or curate what is there now"
         )
-    if len(set(manifest.names)) < len(manifest.names):
+    if len(rows.unique()) < len(rows):
         raise UserError(f"{path} names some images twice")
-    return [places[name] for name in manifest.names]
+    return rows.to_numpy().astype(np.int64)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dino.data.decode import UnreadableImage
-from dino.data.pool import Images
+from dino.data.pool import Pool, read_or_reason
 from dino.distributed import cores
 from dino.errors import UserError
 
@@ -35,7 +35,7 @@ class Canvas(NamedTuple):
 class ResidentImages:
     """All images of a pool, on a device.
 
-    The place of an unreadable image is taken by the next readable one, as for images that workers read.
+    An unreadable image is replaced by the next readable one, as where workers read.
 
     Args:
         show_progress: a bar while images are decoded.
@@ -47,24 +47,24 @@ class ResidentImages:
         UserError: no image can be read, or they do not fit.
     """
 
-    def __init__(self, images: Images, device: torch.device, show_progress: bool = True):
+    def __init__(self, images: Pool, device: torch.device, show_progress: bool = True):
         decoded, self.unreadable = _decode_all(images, show_progress)
-        readable = [index for index, image in enumerate(decoded) if image is not None]
-        if not readable:
+        pixels = [image for image in decoded if image is not None]
+        if not pixels:
             raise UserError(f"no image of {len(decoded)} can be read; the first: {self.unreadable[0][1]}")
-        following = np.searchsorted(readable, np.arange(len(decoded)))
-        self.row = following % len(readable)  # of image i among the readable ones
-        found = [image for image in decoded if image is not None]
-        self.sizes = np.array([image.shape[1:] for image in found])
-        self.channels = found[0].shape[0]
-        self.starts = np.cumsum([0, *(image.numel() for image in found[:-1])])
+        readable = [index for index, image in enumerate(decoded) if image is not None]
+        next_readable = np.searchsorted(readable, np.arange(len(decoded)))
+        self.row = next_readable % len(readable)  # of image i among the readable ones
+        self.sizes = np.array([image.shape[1:] for image in pixels])
+        self.channels = pixels[0].shape[0]
+        self.starts = np.cumsum([0, *(image.numel() for image in pixels[:-1])])
         try:
-            self.pixels = torch.cat([image.flatten() for image in found]).to(device)
+            self.pixels = torch.cat([image.flatten() for image in pixels]).to(device)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the images do not fit on {device}: set data.cache=none, which decodes them as they are needed"
             ) from error
-        self.background = torch.stack([border_colour(image) for image in found]).to(device)
+        self.background = torch.stack([border_colour(image) for image in pixels]).to(device)
         self.is_uniform = bool((self.sizes == self.sizes[0]).all())
 
     def gather(self, indices: Sequence[int]) -> Canvas:
@@ -89,27 +89,24 @@ def border_colour(image: Tensor) -> Tensor:
     return border.median(dim=1).values
 
 
-def estimated_bytes(images: Images) -> int:
+def estimated_bytes(images: Pool) -> int:
     """What the decoded pool takes, judged by a few of its images."""
-    chosen = range(0, len(images.names), -(-len(images.names) // SAMPLE))
-    found = [image.numel() for index in chosen if (image := _read(images, index)[0]) is not None]
-    return sum(found) * len(images.names) // max(1, len(found))
+    count, sizes = len(images.names), []
+    for index in range(0, count, -(-count // SAMPLE)):
+        image, _ = read_or_reason(images, index)
+        if image is not None:
+            sizes.append(image.numel())
+    return sum(sizes) * count // max(1, len(sizes))
 
 
-def _decode_all(images: Images, show_progress: bool) -> tuple[list[Tensor | None], list[tuple[int, str]]]:
+def _decode_all(images: Pool, show_progress: bool) -> tuple[list[Tensor | None], list[tuple[int, str]]]:
+    """Each image, and (index, reason) of those that cannot be read."""
     count = len(images.names)
     # Filters of warnings are the process's, not the thread's: set here, those that `decode` sets cannot get mixed up.
-    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as threads:
         warnings.simplefilter("ignore")
-        reads = pool.map(lambda index: _read(images, index), range(count))
+        reads = threads.map(partial(read_or_reason, images), range(count))
         bar = tqdm(reads, total=count, desc="decoding", unit="image", leave=False, disable=not show_progress)
         results = list(bar)
-    decoded = [image for image, _ in results]
-    return decoded, [(index, reason) for index, (_, reason) in enumerate(results) if reason]
-
-
-def _read(images: Images, index: int) -> tuple[Tensor | None, str]:
-    try:
-        return images.read(index), ""
-    except UnreadableImage as reason:
-        return None, str(reason) or "unreadable"
+    unreadable = [(index, reason) for index, (image, reason) in enumerate(results) if image is None]
+    return [image for image, _ in results], unreadable

@@ -4,15 +4,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-REPEAT = 1 << 32  # what the epoch of an image's further visits within one epoch is raised by, for views of their own
-RENEWED = 1 << 10  # and visits by new weights within an epoch, as if so many visits had gone before
+REPEAT = 1 << 32  # what the epoch of an image's further samples within one epoch is raised by, for views of their own
+RENEWED = 1 << 10  # and samples by new weights within an epoch, as if so many samples had gone before
+REMEMBERED = 2  # epochs: around an epoch's end, what is read ahead and what is trained on are in different ones
 
 
 class EpochStream:
-    """All epochs, each of as many visits in a fresh order, cut into global batches without regard to epoch ends.
+    """All epochs, each of as many samples in a fresh order, divided into global batches without regard to epoch ends.
 
-    Without weights every image is visited exactly once an epoch; with them as often as its weight says, rounded up or
-    down by systematic sampling. A process takes a contiguous share of each global batch, so the batches of a run do not
+    Without weights every image comes exactly once an epoch; with them as often as its weight says, rounded up or down
+    by systematic sampling. A process takes a contiguous part of each global batch, so the batches of a run do not
     depend on the number of processes, no process keeps to a shard of the data, and the state of the sampler is the step
     (and the weights).
 
@@ -20,54 +21,63 @@ class EpochStream:
         images: size of the pool, N.
         batch_size: global batch, B.
         seed: seed of the orders.
-        weights: (N,) in proportion to which images are visited; None: equal.
-        visits: of an epoch; None: N. Without weights it is N.
+        weights: (N,) in proportion to which images are sampled; None: equal.
+        samples_per_epoch: None: N. Without weights it is N.
     """
 
     def __init__(
-        self, images: int, batch_size: int, seed: int, weights: np.ndarray | None = None, visits: int | None = None
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        weights: np.ndarray | None = None,
+        samples_per_epoch: int | None = None,
     ):
-        self.images, self.batch_size, self.seed, self.visits = images, batch_size, seed, visits or images
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.samples_per_epoch = samples_per_epoch or images
         self.reweigh(weights)
 
     def reweigh(self, weights: np.ndarray | None, renewals: int = 0) -> None:
-        """Visit images by other weights from now on.
+        """Sample images by other weights from now on.
 
         Args:
             renewals: how many times this has been done, so that no view comes twice where it is done within an epoch.
         """
         self.weights, self.renewals = weights, renewals
-        self._epoch, self._visits = -1, np.empty((0, 2), dtype=np.int64)
+        self._epochs: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The global batch of optimizer step `step` (from 0), as (epoch, image index); see `REPEAT`."""
         first = step * self.batch_size
-        return [self._at(position) for position in range(first, first + self.batch_size)]
+        return [self._sample(position) for position in range(first, first + self.batch_size)]
 
-    def _at(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.visits)
-        if epoch != self._epoch:
-            self._epoch, self._visits = epoch, self._of_epoch(epoch)
-        image, visit = self._visits[offset].tolist()
-        return epoch + visit * REPEAT, image
+    def _sample(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.samples_per_epoch)
+        if epoch not in self._epochs:
+            if len(self._epochs) == REMEMBERED:
+                del self._epochs[next(iter(self._epochs))]  # the one that has been there longest
+            self._epochs[epoch] = self._samples_of_epoch(epoch)
+        image, repeat = self._epochs[epoch][offset].tolist()
+        return epoch + repeat * REPEAT, image
 
-    def _of_epoch(self, epoch: int) -> np.ndarray:
-        """(visits, 2): image, and which of its visits within the epoch this is, from 0."""
+    def _samples_of_epoch(self, epoch: int) -> np.ndarray:
+        """(samples, 2): image, and which of its samples within the epoch this is, from 0."""
         generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(self.images)
         if self.weights is None:
-            return np.stack([order, np.zeros_like(order)], axis=1)
+            return np.stack([order, np.zeros_like(order)], axis=1).astype(np.int32)
+        samples = self.samples_per_epoch
         heights = np.cumsum(self.weights[order], dtype=np.float64)
-        ticks = (np.arange(self.visits) + generator.random()) * (heights[-1] / self.visits)
-        drawn = order[np.searchsorted(heights, ticks, side="right").clip(max=self.images - 1)]
-        starts = np.flatnonzero(np.diff(drawn, prepend=-1))
-        visits = np.arange(self.visits) - np.repeat(starts, np.diff(starts, append=self.visits))
-        visits += self.renewals * RENEWED
-        return np.stack([drawn, visits], axis=1)[generator.permutation(self.visits)]
+        ticks = (np.arange(samples) + generator.random()) * (heights[-1] / samples)
+        images = order[np.searchsorted(heights, ticks, side="right").clip(max=self.images - 1)]
+        starts = np.flatnonzero(np.diff(images, prepend=-1))
+        repeats = np.arange(samples) - np.repeat(starts, np.diff(starts, append=samples))
+        repeats += self.renewals * RENEWED
+        return np.stack([images, repeats], axis=1).astype(np.int32)[generator.permutation(samples)]
 
 
 class MicroBatches:
-    """A process's share of an `EpochStream`, micro-batch by micro-batch: what a DataLoader takes as `batch_sampler`.
+    """A process's part of an `EpochStream`, micro-batch by micro-batch: what a DataLoader takes as `batch_sampler`.
 
     Args:
         stream: the global batches.

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from dino.data import Images
-from dino.data.omniglot import TRAINING_DRAWERS, article_subset, held_out, parse
+from dino.data.sources.omniglot import TRAINING_DRAWERS, article_subset, held_out, parse
 from dino.errors import UserError
 from dino.evaluation.readout import Accuracy, knn, tuned_logistic
 from dino.models import Backbone

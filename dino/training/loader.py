@@ -14,7 +14,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dino.config.read import Config
 from dino.config.schema import ViewsConfig
-from dino.data import EpochStream, Images, MicroBatches, ResidentImages, UnreadableImage, visits
+from dino.data import EpochStream, Images, MicroBatches, ResidentImages, UnreadableImage, samples_per_epoch
 from dino.errors import UserError
 from dino.run import RunDirectory
 from dino.training.phases import stretches
@@ -61,7 +61,7 @@ class Batches:
         self.config, self.images, self.directory = config, images, directory
         self.start, self.stop = start, stop
         self.stream = EpochStream(
-            len(images.names), config.train.batch_size, config.train.seed, images.weights, visits(images)
+            len(images.names), config.train.batch_size, config.train.seed, images.weights, samples_per_epoch(images)
         )
         self.process, self.processes, self.device = (
             accelerator.process_index,

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dino.data import fingerprint, open_images, visits
+from dino.data import fingerprint, open_images, samples_per_epoch
 from dino.data.manifest import METADATA_KEY, read_manifest, write_manifest
 from dino.errors import UserError
 
@@ -31,12 +31,12 @@ def test_kept_images_with_their_weights(pool, tmp_path):
     path = write(pool, tmp_path / "manifest.parquet", kept=(True, False, True, True, True), weight=(1, 9, 0.5, 0, 3))
     images = open_images(str(path), "manifest")
     assert images.kind == "manifest"
-    assert images.names == ["class0/0.png", "class0/4.png", "class1/3.png"]
+    assert list(images.names) == ["class0/0.png", "class0/4.png", "class1/3.png"]
     assert images.weights.tolist() == pytest.approx([1, 0.5, 3])
-    assert visits(images) == 4
-    assert images.labels == ["class0", "class0", "class1"]
+    assert samples_per_epoch(images) == 4
+    assert list(images.labels) == ["class0", "class0", "class1"]
     assert [int(images.read(index)[0, 0, 0]) for index in range(3)] == [0, 4, 3]
-    assert open_images(str(path)).names == images.names  # found out by its name
+    assert list(open_images(str(path)).names) == list(images.names)  # found out by its name
 
 
 def test_it_moves_together_with_its_images(pool, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dino.data import fingerprint, open_images
-from dino.data.omniglot import held_out, parse
+from dino.data.sources.omniglot import held_out, parse
 
 
 @pytest.fixture(scope="module")

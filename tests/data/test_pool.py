@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dino.data import Images, UnreadableImage, fingerprint, open_images
-from dino.data.omniglot import Drawing, article_subset, parse
-from dino.data.pool import labels_of
+from dino.data.sources.omniglot import Drawing, article_subset, parse
+from dino.data.sources.source import folder_labels, packed, texts
 from dino.errors import UserError
 
 
@@ -116,7 +116,8 @@ class TestLabels:
         ],
     )
     def test_are_the_first_level_at_which_paths_differ(self, names, labels):
-        assert labels_of(names) == labels
+        found = folder_labels(packed(names))
+        assert (None if found is None else list(texts(found.dictionary_decode()))) == labels
 
     def test_belong_to_the_names(self, tmp_path):
         images = open_images(str(fill(tmp_path, TREE)))
@@ -132,7 +133,7 @@ class TestZip:
         folder, packed = open_images(str(root)), open_images(str(archive(tmp_path / "p.zip", members, compression)))
         assert packed.kind == "zip"
         assert list(packed.names) == list(folder.names)
-        assert packed.labels == folder.labels
+        assert list(packed.labels) == list(folder.labels)
         assert fingerprint(packed) == fingerprint(folder)
         for index in range(len(folder.names)):
             assert torch.equal(packed.read(index), folder.read(index))
@@ -246,7 +247,7 @@ class TestRefusals:
         folder, packed = fill(tmp_path / "pool", TREE), archive(tmp_path / "p.zip", {"a.png": png(0)})
         with pytest.raises(UserError, match=r"data\.kind=zip.* is a folder: use data\.kind=folder"):
             open_images(str(folder), "zip")
-        with pytest.raises(UserError, match=r"data\.kind=folder.* is a file: use data\.kind=zip"):
+        with pytest.raises(UserError, match=r"data\.kind=folder.* is a zip archive: use data\.kind=zip"):
             open_images(str(packed), "folder")
 
     def test_other_layouts_as_omniglot(self, tmp_path):

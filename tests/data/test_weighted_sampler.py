@@ -71,7 +71,7 @@ def test_the_order_is_another_in_each_epoch_and_mixes_repeats():
 
 @pytest.mark.parametrize("visits", [5, 24, 100])
 def test_an_epoch_of_fewer_or_more_visits_than_images(visits):
-    stream = EpochStream(8, 5, seed=0, weights=WEIGHTS, visits=visits)
+    stream = EpochStream(8, 5, seed=0, weights=WEIGHTS, samples_per_epoch=visits)
     drawn = [stream.batch(step) for step in range(2 * visits)]
     for number in range(10):
         own = [image for batch in drawn for when, image in batch if when % REPEAT == number]

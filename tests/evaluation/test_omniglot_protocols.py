@@ -10,8 +10,8 @@ from sklearn.model_selection import train_test_split
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from dino.data import omniglot as names_of_omniglot
-from dino.data.omniglot import article_subset, held_out, parse
+from dino.data.sources import omniglot as names_of_omniglot
+from dino.data.sources.omniglot import article_subset, held_out, parse
 from dino.errors import UserError
 from dino.evaluation import omniglot
 from dino.evaluation.omniglot import article_input, drawings, few_labels, input_size, own_input, splits, standard

@@ -1,12 +1,14 @@
 """Omniglot (Lake, Salakhutdinov & Tenenbaum 2015): whose drawing, of which character, of which alphabet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torchvision.datasets import Omniglot
 
+from dino.data.sources import folder, zip
+from dino.data.sources.source import Kind, Source, text, texts
 from dino.errors import UserError
 from dino.files import cache_directory
 
@@ -49,7 +51,7 @@ def parse(name: str) -> Drawing:
         raise UserError(f"'{name}' is not laid out as Omniglot: <Alphabet>/<characterNN>/<id>_<drawer>.png") from error
 
 
-def held_out(names: Sequence[str], seed: int = 42, by_drawer: bool = True) -> np.ndarray:
+def held_out(names: Iterable[str], seed: int = 42, by_drawer: bool = True) -> np.ndarray:
     """Which drawings are kept for testing, as (N,) bool: those of a fifth of each alphabet's characters, drawn with a
     seed, and those of drawers 15–20 unless `by_drawer` is false. `data.kind=omniglot_train` leaves them out."""
     drawings = [parse(name) for name in names]
@@ -57,20 +59,16 @@ def held_out(names: Sequence[str], seed: int = 42, by_drawer: bool = True) -> np
     for drawing in drawings:
         alphabets.setdefault(drawing.alphabet, set()).add(drawing.character)
     generator = np.random.default_rng(seed)
-    left_out = {
-        (alphabet, character)
-        for alphabet, characters in sorted(alphabets.items())
-        for character in generator.permutation(sorted(characters))[: round(len(characters) / 5)]
-    }
-    return np.array(
-        [
-            (by_drawer and drawing.drawer > TRAINING_DRAWERS) or (drawing.alphabet, drawing.character) in left_out
-            for drawing in drawings
-        ]
-    )
+    test_characters = set()
+    for alphabet, characters in sorted(alphabets.items()):
+        order = generator.permutation(sorted(characters))
+        test_characters |= {(alphabet, character) for character in order[: round(len(characters) / 5)]}
+    of_characters = np.array([(drawing.alphabet, drawing.character) in test_characters for drawing in drawings])
+    of_drawers = np.array([drawing.drawer > TRAINING_DRAWERS for drawing in drawings])
+    return of_characters | of_drawers if by_drawer else of_characters
 
 
-def article_subset(names: Sequence[str], seed: int = 42) -> np.ndarray:
+def article_subset(names: Iterable[str], seed: int = 42) -> np.ndarray:
     """Indices, ascending, of 9,543 drawings: at most 10 of each character, drawn with a seed.
 
     The article's own list is not available; this reconstructs its size and its reach over all alphabets. With the
@@ -81,6 +79,25 @@ def article_subset(names: Sequence[str], seed: int = 42) -> np.ndarray:
     for index, name in enumerate(names):
         drawing = parse(name)
         characters.setdefault((drawing.alphabet, drawing.character), []).append(index)
-    drawn = [generator.permutation(indices)[:DRAWINGS_PER_CHARACTER] for _, indices in sorted(characters.items())]
-    pool = np.concatenate(drawn)
-    return np.sort(generator.permutation(pool)[:ARTICLE_IMAGES])
+    drawings: list[int] = []
+    for _, indices in sorted(characters.items()):
+        drawings.extend(generator.permutation(indices)[:DRAWINGS_PER_CHARACTER])
+    return np.sort(generator.permutation(drawings)[:ARTICLE_IMAGES])
+
+
+def _open(root: str) -> Source:
+    source = folder.KIND.open(root) if folder.KIND.accepts(root) else zip.KIND.open(root)
+    parse(text(source.names[0].as_py()))
+    return source
+
+
+def _accepts(root: str) -> bool:
+    return folder.KIND.accepts(root) or zip.KIND.accepts(root)
+
+
+def _for_training(source: Source) -> np.ndarray:
+    return np.flatnonzero(~held_out(texts(source.names)))
+
+
+KIND = Kind(open=_open, accepts=_accepts, channels=1)
+TRAINING_KIND = Kind(open=_open, accepts=_accepts, channels=1, subset=_for_training)

@@ -1,0 +1,43 @@
+"""All image files below a folder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dino.data.decode import UnreadableImage
+from dino.data.sources.source import Kind, folder_labels, is_image, sorted_files, stamp_of, text, texts
+
+
+class FolderSource:
+    """Image files at every depth, sorted by path; the first folder level is the label, if there are several."""
+
+    def __init__(self, root: str):
+        self.root = Path(root)
+        self.names = sorted_files(_image_paths(self.root), root)
+        self.labels = folder_labels(self.names)
+
+    def read(self, index: int) -> bytes:
+        try:
+            return (self.root / text(self.names[index].as_py())).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(error.strerror or str(error)) from error
+
+    def stamp(self) -> str:
+        return stamp_of(self.root / name for name in texts(self.names))
+
+
+def _image_paths(root: Path) -> Iterator[str]:
+    """Relative POSIX paths; links are followed, a loop of links only once, and what is hidden is passed over."""
+    seen = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        relative = Path(folder).relative_to(root)
+        yield from ((relative / file).as_posix() for file in files if is_image(file) and not file.startswith("."))
+
+
+KIND = Kind(open=FolderSource, accepts=os.path.isdir, noun="a folder")

@@ -1,0 +1,123 @@
+"""What a source of images is, and what those that hold image files have in common."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import Tensor
+
+from dino.data.decode import EXTENSIONS
+from dino.errors import UserError
+
+BLOCK = 1 << 16  # names that are Python strings at the same time
+
+
+class Source(Protocol):
+    """Images by number, the same in every process and on every start; worker processes get it pickled or forked.
+
+    Attributes:
+        names: (N,) unique, as `packed` gives them.
+        labels: (N,) class names; None where they are not known.
+    """
+
+    names: pa.Array
+    labels: pa.DictionaryArray | None
+
+    def read(self, index: int) -> bytes | Tensor:
+        """An image file's bytes, or (C, H, W) uint8; raises `UnreadableImage`."""
+        ...
+
+    def stamp(self) -> str:
+        """Another one when the images' content has changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a root is opened that `data.kind` calls by this kind's name.
+
+    Attributes:
+        open: a root's source; raises `UserError`.
+        accepts: whether a root can be opened so.
+        noun: what such a root is; `data.kind=auto` chooses among kinds that have one.
+        channels: of the images, where data.channels=auto.
+        fixed: whether the images cannot be brought to another number of channels.
+        subset: indices, of the source's images, of those that belong to the pool; None: all.
+    """
+
+    open: Callable[[str], Source]
+    accepts: Callable[[str], bool]
+    noun: str = ""
+    channels: int = 3
+    fixed: bool = False
+    subset: Callable[[Source], np.ndarray] | None = None
+
+
+def packed(names: Iterable[str]) -> pa.Array:
+    """Names as bytes in Arrow: 8 bytes a name more than its letters, where a Python string costs 60 more.
+
+    A file name's bytes that are not UTF-8 are surrogates in Python; they are encoded as such ("surrogatepass"), so that
+    the order of the bytes is the order of the strings, whatever they hold.
+    """
+    encoded = (name.encode("utf-8", "surrogatepass") for name in names)
+    blocks = []
+    while block := list(islice(encoded, BLOCK)):
+        blocks.append(pa.array(block, pa.large_binary()))
+    return pa.concat_arrays(blocks) if blocks else pa.array([], pa.large_binary())
+
+
+def text(name: bytes | str) -> str:
+    """A name or label as Python has it; the inverse of `packed`."""
+    return name if isinstance(name, str) else name.decode("utf-8", "surrogatepass")
+
+
+def texts(names: pa.Array) -> Iterator[str]:
+    """Names one after the other, of which only a block are Python strings at the same time."""
+    for start in range(0, len(names), BLOCK):
+        yield from map(text, names.slice(start, BLOCK).to_pylist())
+
+
+def sorted_files(names: Iterable[str], root: str) -> pa.Array:
+    """Names of image files, packed and in order; raises `UserError` where there is none."""
+    files = packed(names)
+    if not len(files):
+        raise UserError(f"no image in {root}: looked for {', '.join(EXTENSIONS)} at every depth")
+    return files.take(pc.sort_indices(files))
+
+
+def folder_labels(names: pa.Array) -> pa.DictionaryArray | None:
+    """The first level at which paths differ, as class names; None if that is the file itself, or there is one class."""
+    if not len(names):
+        return None
+    extremes = pc.min_max(names).as_py()
+    first, last = (extremes[key].split(b"/")[:-1] for key in ("min", "max"))
+    shared = 0  # what the first and the last in order have in common, all have
+    while shared < min(len(first), len(last)) and first[shared] == last[shared]:
+        shared += 1
+    if pc.min(pc.count_substring(names, "/")).as_py() <= shared:
+        return None
+    parts = pc.split_pattern(names, "/", max_splits=shared + 1)
+    return pc.list_element(parts, shared).dictionary_encode()
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name has the ending of a format that is read."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def stamp_of(files: Iterable[Path]) -> str:
+    """A digest of where files lie, how long they are and when they were written."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            facts = file.stat()
+            digest.update(repr((str(file.resolve()), facts.st_size, facts.st_mtime_ns)).encode("utf-8", "replace"))
+        except OSError:
+            digest.update(b"gone")
+    return digest.hexdigest()[:16]
