@@ -16,7 +16,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from dino.data import Images, UnreadableImage, open_images
+from dino.data import Images, open_images, read_or_reason
 from dino.errors import UserError
 from dino.evaluation.features import extract
 from dino.evaluation.neighbours import nearest
@@ -74,15 +74,14 @@ def main() -> None:
 
 def readable(images: Images, count: int) -> list[tuple[int, torch.Tensor]]:
     """Up to `count` readable images, spread over the pool."""
-    found = []
-    for index in np.linspace(0, len(images.names) - 1, min(4 * count, len(images.names))).astype(int):
-        try:
-            found.append((int(index), images.read(int(index))))
-        except UnreadableImage:
-            continue
-    if not found:
+    candidates = []
+    for index in np.linspace(0, len(images.names) - 1, min(4 * count, len(images.names))).astype(int).tolist():
+        image, _ = read_or_reason(images, index)
+        if image is not None:
+            candidates.append((index, image))
+    if not candidates:
         raise UserError("none of the images looked at can be read")
-    return found[:: max(1, len(found) // count)][:count]
+    return candidates[:: max(1, len(candidates) // count)][:count]
 
 
 def neighbours(images: Images, indices: np.ndarray, tokens: np.ndarray, rows: int) -> report.Picture:

@@ -1,13 +1,16 @@
-"""The manifest: what is written is what training draws by, and what cannot be drawn by is told."""
+"""The manifest: what is written is what training samples by, and what cannot be sampled by is told."""
+
+import os
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pools import fill
 
 from dino.data import fingerprint, open_images, samples_per_epoch
-from dino.data.manifest import METADATA_KEY, read_manifest, write_manifest
+from dino.data.manifest import METADATA_KEY, printable, read_manifest, write_manifest
 from dino.errors import UserError
 
 
@@ -15,155 +18,162 @@ from dino.errors import UserError
 def pool(tmp_path):
     """Five grey images, of which the shade is the number."""
     for index in range(5):
-        place = tmp_path / "images" / f"class{index % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (index, index, index)).save(place / f"{index}.png")
+        path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, index, index)).save(path)
     return tmp_path / "images"
 
 
-def write(pool, path, kept=(True, True, True, True, True), weight=(1.0, 2.0, 0.5, 1.0, 1.0), **columns):
-    names = open_images(str(pool)).names
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "manifest.parquet"
+
+
+def write(pool, path, kept=(True,) * 5, weight=(1.0, 2.0, 0.5, 1.0, 1.0), **columns):
+    names = list(map(printable, open_images(pool).names))
     write_manifest(path, {"path": names, "kept": list(kept), "weight": list(weight), **columns}, str(pool), "folder")
     return path
 
 
-def test_kept_images_with_their_weights(pool, tmp_path):
-    path = write(pool, tmp_path / "manifest.parquet", kept=(True, False, True, True, True), weight=(1, 9, 0.5, 0, 3))
-    images = open_images(str(path), "manifest")
-    assert images.kind == "manifest"
-    assert list(images.names) == ["class0/0.png", "class0/4.png", "class1/3.png"]
-    assert images.weights.tolist() == pytest.approx([1, 0.5, 3])
-    assert samples_per_epoch(images) == 4
-    assert list(images.labels) == ["class0", "class0", "class1"]
-    assert [int(images.read(index)[0, 0, 0]) for index in range(3)] == [0, 4, 3]
-    assert list(open_images(str(path)).names) == list(images.names)  # found out by its name
+def test_kept_images_with_their_weights(pool, path):
+    write(pool, path, kept=(True, False, True, True, True), weight=(1, 9, 0.5, 0, 3))
+    for images in (open_images(path, "manifest"), open_images(str(path))):  # found out by its name
+        assert (images.kind, samples_per_epoch(images)) == ("manifest", 4)
+        assert list(images.names) == ["class0/0.png", "class0/4.png", "class1/3.png"]
+        assert list(images.labels) == ["class0", "class0", "class1"]
+        assert images.weights.tolist() == pytest.approx([1, 0.5, 3])
+        assert [int(images.read(index)[0, 0, 0]) for index in range(3)] == [0, 4, 3]
 
 
-def test_it_moves_together_with_its_images(pool, tmp_path):
-    write(pool, tmp_path / "manifest.parquet")
+def test_order_is_the_manifests(pool, path):
+    names = list(open_images(pool).names)[::-1]
+    write_manifest(path, {"path": names, "kept": [True] * 5, "weight": [1.0] * 5}, str(pool), "folder")
+    images = open_images(path)
+    assert list(images.names) == names
+    assert [int(images.read(index)[0, 0, 0]) for index in range(5)] == [3, 1, 4, 2, 0]
+
+
+def test_it_moves_together_with_its_images(pool, path, tmp_path):
+    assert b'"root": "images"' in pq.read_table(write(pool, path)).schema.metadata[METADATA_KEY]
     moved = tmp_path.with_name(tmp_path.name + "_moved")
     tmp_path.rename(moved)
-    assert len(open_images(str(moved / "manifest.parquet")).names) == 5
+    assert len(open_images(moved / "manifest.parquet").names) == 5
 
 
-def test_other_programs_read_it(pool, tmp_path):
-    table = pq.read_table(write(pool, tmp_path / "manifest.parquet", cluster_1=np.arange(5)))
+def test_other_programs_read_it(pool, path):
+    table = pq.read_table(write(pool, path, cluster_1=np.arange(5)))
     assert table.column_names == ["path", "kept", "weight", "cluster_1"]
     assert table["weight"].to_pylist() == [1, 2, 0.5, 1, 1]
 
 
-def test_weights_are_part_of_the_fingerprint(pool, tmp_path):
-    first, second = (open_images(str(write(pool, tmp_path / f"{w}.parquet", weight=(w, 1, 1, 1, 1)))) for w in (1, 2))
-    assert fingerprint(first) != fingerprint(second)
+def test_of_names_that_are_no_utf_8(path, tmp_path):
+    names = sorted(["a.png", os.fsdecode(b"caf\xe9.png"), "日本.png"])
+    try:
+        pool = fill(tmp_path / "pool", names)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    images = open_images(write(pool, path, (True,) * 3, (1, 2, 3)))
+    assert list(images.names) == names
+    assert [images.read(index).shape for index in range(3)] == [(3, 8, 8)] * 3
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
-def test_a_weight_that_is_none_is_told(pool, tmp_path, weight):
-    path = write(pool, tmp_path / "manifest.parquet", weight=(1, 1, weight, 1, 1))
-    with pytest.raises(UserError, match=r"the weight of 1 kept image\(s\) is .*class0/4.png"):
-        open_images(str(path))
-    write(pool, path, kept=(True, True, False, True, True), weight=(1, 1, weight, 1, 1))
-    assert len(open_images(str(path)).names) == 4
+def test_of_a_part_of_a_pool(omniglot_zip, path):
+    """Indices of the manifest are among the part's images, not among all of its archive."""
+    part = open_images(omniglot_zip, "omniglot_train")
+    names = part.names[::500]
+    columns = {"path": names, "kept": [True] * len(names), "weight": [1.0] * len(names)}
+    write_manifest(path, columns, str(omniglot_zip), "omniglot_train")
+    images = open_images(path)
+    assert (list(images.names), images.channels) == (names, 1)
+    assert all(bool((images.read(row) == part.read(500 * row)).all()) for row in range(len(names)))
 
 
-def test_nothing_to_draw_is_told(pool, tmp_path):
-    with pytest.raises(UserError, match="keeps no image"):
-        open_images(str(write(pool, tmp_path / "manifest.parquet", weight=(0, 0, 0, 0, 0))))
+def test_weights_are_part_of_the_fingerprint(pool, path):
+    digests = {fingerprint(open_images(write(pool, path, weight=(weight, 1, 1, 1, 1)))) for weight in (1, 2)}
+    assert len(digests) == 2
 
 
-def test_moved_images_are_told(pool, tmp_path):
-    path = write(pool, tmp_path / "manifest.parquet")
-    (pool / "class0" / "0.png").rename(pool / "class0" / "other.png")
-    with pytest.raises(UserError, match=r"1 of 5 images are not in .*for example class0/0.png: put them back"):
-        open_images(str(path))
-
-
-@pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "class0/../../outside.png"])
-def test_no_path_leaves_the_pool(pool, tmp_path, name):
-    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
-    path = tmp_path / "manifest.parquet"
-    write_manifest(path, {"path": [name], "kept": [True], "weight": [1.0]}, str(pool), "folder")
-    with pytest.raises(UserError, match="1 of 1 images are not in"):
-        open_images(str(path))
-
-
-def test_an_image_named_twice_is_told(pool, tmp_path):
-    path = tmp_path / "manifest.parquet"
-    columns = {"path": ["class0/0.png"] * 2, "kept": [True] * 2, "weight": [1.0] * 2}
-    write_manifest(path, columns, str(pool), "folder")
-    with pytest.raises(UserError, match="names some images twice"):
-        open_images(str(path))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "cannot be read as a manifest"),
-        (b"no parquet at all", "cannot be read as a manifest"),
-        ({"path": ["a"], "kept": [True]}, "no column weight"),
-        ({"path": ["a"], "kept": [True], "weight": [1.0]}, "no image in "),
-    ],
-)
-def test_other_files_are_told(tmp_path, content, said):
-    path = tmp_path / "manifest.parquet"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        pq.write_table(pa.table(content), path)
-    with pytest.raises(UserError, match=said):
-        open_images(str(path))
-
-
-def test_one_of_another_program_lies_beside_the_images(pool):
-    table = pq.read_table(write(pool, pool / "manifest.parquet"))
-    pq.write_table(table.replace_schema_metadata(None), pool / "mine.parquet")
-    found, wanted = (open_images(str(pool / f"{name}.parquet")) for name in ("mine", "manifest"))
-    assert list(found.names) == list(wanted.names)
-    np.testing.assert_array_equal(found.weights / found.weights.sum(), wanted.weights / wanted.weights.sum())
-
-
-def test_damaged_facts_are_told(pool, tmp_path):
-    path = write(pool, tmp_path / "manifest.parquet")
-    pq.write_table(pq.read_table(path).replace_schema_metadata({METADATA_KEY: b"{"}), path)
-    with pytest.raises(UserError, match="what it says of its images is damaged"):
-        open_images(str(path))
-
-
-def test_a_pool_that_is_gone_is_told(pool, tmp_path):
-    path = write(pool, tmp_path / "manifest.parquet")
-    pool.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"images does not exist"):
-        open_images(str(path))
-
-
-def test_where_the_images_are_is_relative(pool, tmp_path):
-    table = pq.read_table(write(pool, tmp_path / "manifest.parquet"))
-    assert b'"root": "images"' in table.schema.metadata[METADATA_KEY]
-    assert read_manifest(tmp_path / "manifest.parquet").root == str(tmp_path / "images")
-
-
-def test_weights_of_any_scale_from_elsewhere(pool, tmp_path):
-    """An epoch then has a draw for each image that is kept; one that says so keeps to what it says."""
-    path = write(pool, tmp_path / "manifest.parquet", weight=(1, 2, 3, 4, 5))
-    table = pq.read_table(path)
+def test_weights_of_any_scale_from_elsewhere(pool, path):
+    """An epoch then has a sample for each image that is kept; one that says so keeps to what it says."""
+    table = pq.read_table(write(pool, path, weight=(1, 2, 3, 4, 5)))
     scaled = table.set_column(2, "weight", pa.array([0.1, 0.2, 0.3, 0.4, 0.5]))
     facts = {METADATA_KEY: b'{"kind": "folder", "root": "images"}'}
     for metadata, total in ((table.schema.metadata, 15), (facts, 5)):
         pq.write_table(scaled.replace_schema_metadata(metadata), path)
-        weights = read_manifest(path).weights
-        assert weights.tolist() == pytest.approx((np.arange(1, 6) * total / 15).tolist())
+        assert read_manifest(path).weights.tolist() == pytest.approx((np.arange(1, 6) * total / 15).tolist())
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_one_of_another_program_lies_beside_the_images(pool, text):
+    table = pq.read_table(write(pool, pool / "manifest.parquet"))
+    table = table.set_column(0, "path", table["path"].cast(text))
+    pq.write_table(table.replace_schema_metadata(None), pool / "other.parquet")
+    own, other = (open_images(pool / f"{name}.parquet") for name in ("manifest", "other"))
+    assert list(other.names) == list(own.names)
+    np.testing.assert_allclose(other.weights / other.weights.sum(), own.weights / own.weights.sum(), rtol=1e-15)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, None])
+def test_a_weight_that_is_none_is_told(pool, path, weight):
+    weights = (1.0, 1.0, weight, 1.0, 1.0)
+    table = pq.read_table(write(pool, path))
+    for kept, message in (((True,) * 5, r"the weight of 1 kept image\(s\) is .*class0/4.png"), ((1, 1, 0, 1, 1), None)):
+        columns = {"path": table["path"], "kept": pa.array(kept).cast(pa.bool_()), "weight": pa.array(weights)}
+        pq.write_table(pa.table(columns).replace_schema_metadata(table.schema.metadata), path)
+        if message is None:
+            assert len(open_images(path).names) == 4
+        else:
+            with pytest.raises(UserError, match=message):
+                open_images(path)
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "class0/../../outside.png", "class0/5.png", None])
+def test_a_path_that_is_not_in_the_pool_is_told(pool, path, tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    columns = {"path": pa.array(["class0/0.png", name]), "kept": [True] * 2, "weight": [1.0] * 2}
+    write_manifest(path, columns, str(pool), "folder")
+    with pytest.raises(UserError, match=rf"1 of 2 images are not in .*images, for example {name}: put them back"):
+        open_images(path)
+
+
+ONE = {"path": ["a"], "kept": [True], "weight": [1.0]}
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "said"),
+    ("content", "message"),
     [
-        ("kept", [0, 1, 1, 0, 1], "kept must be true or false, got int64"),
-        ("weight", ["one"] * 5, "weights must be numbers, got string"),
+        (b"", "cannot be read as a manifest"),
+        (b"no parquet at all", "cannot be read as a manifest"),
+        ({"path": ["a"], "kept": [True]}, "no column weight"),
+        (ONE, "no image in "),
+        (ONE | {"kept": [1]}, "kept must be true or false, got int64"),
+        (ONE | {"weight": ["one"]}, "weights must be numbers, got string"),
+        (ONE | {"path": [[1]]}, "paths must be text, got list"),
+        (ONE | {"weight": [0.0]}, "keeps no image"),
+        (ONE | {"kept": [False]}, "keeps no image"),
     ],
 )
-def test_columns_of_another_type_are_told(pool, tmp_path, column, values, said):
-    path = write(pool, tmp_path / "manifest.parquet")
-    table = pq.read_table(path)
-    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), path)
-    with pytest.raises(UserError, match=said):
-        read_manifest(path)
+def test_what_is_no_manifest_is_told(path, content, message):
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        pq.write_table(pa.table(content), path)
+    with pytest.raises(UserError, match=message):
+        open_images(path)
+
+
+def test_an_image_named_twice_is_told(pool, path):
+    columns = {"path": ["class0/0.png"] * 2, "kept": [True] * 2, "weight": [1.0] * 2}
+    write_manifest(path, columns, str(pool), "folder")
+    with pytest.raises(UserError, match="names some images twice"):
+        open_images(path)
+
+
+def test_damaged_facts_and_a_pool_that_is_gone_are_told(pool, path, tmp_path):
+    table = pq.read_table(write(pool, path))
+    pool.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"images does not exist"):
+        open_images(path)
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: b"{"}), path)
+    with pytest.raises(UserError, match="what it says of its images is damaged"):
+        open_images(path)

@@ -108,9 +108,9 @@ def _channels_last(image: Any, channels: int) -> np.ndarray:
     array = np.asarray(image)
     if array.ndim == 2:
         return array[:, :, None]
-    if array.shape[0] == channels and (isinstance(image, Tensor) or array.shape[-1] != channels):
-        return array.transpose(1, 2, 0)
-    return array
+    first, last = array.shape[0] == channels, array.shape[-1] == channels
+    is_channels_first = isinstance(image, Tensor) if first == last else first
+    return array.transpose(1, 2, 0) if is_channels_first else array
 
 
 def _labels(dataset: Any) -> np.ndarray | None:

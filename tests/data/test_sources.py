@@ -1,0 +1,367 @@
+"""Sources: what is found in folders, archives and data sets, under which names and labels, read by which process."""
+
+import os
+import pickle
+import zipfile
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pools import archive, fill, png
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+from torchvision.datasets import ImageFolder
+
+from dino.data import Pool, UnreadableImage, fingerprint, open_images, stamp
+from dino.data.sources.omniglot import Drawing, article_subset, held_out, parse
+from dino.data.sources.source import folder_labels, packed, texts
+from dino.errors import UserError
+
+TREE = ["cats/b.png", "cats/a.PNG", "dogs/old/deep/c.jpeg", "dogs/é ü.webp", "birds.v2/d.tif"]
+NOT_IMAGES = [
+    "notes.txt",
+    "cats/png",
+    "dogs/movie.mp4",
+    ".hidden.png",
+    ".cache/x.png",
+    "cats/._a.png",
+    "dogs/.git/y.png",
+]
+
+
+class TestFolder:
+    @pytest.mark.parametrize("root", ["pool", ".pool"])  # a hidden root is no reason to find nothing
+    def test_images_at_every_depth_in_sorted_order_without_hidden_ones(self, tmp_path, root):
+        images = open_images(fill(tmp_path / root, TREE + NOT_IMAGES))
+        assert list(images.names) == sorted(TREE)
+        assert (images.kind, images.channels) == ("folder", 3)
+        assert list(images.labels) == [name.split("/")[0] for name in images.names]
+        for index, name in enumerate(images.names):
+            expected = np.asarray(Image.open(tmp_path / root / name))
+            assert np.array_equal(images.read(index).permute(1, 2, 0).numpy(), expected)
+
+    def test_links_are_followed_and_a_loop_ends(self, tmp_path):
+        root = fill(tmp_path / "pool", ["a/x.png", "b/y.png"])
+        elsewhere = fill(tmp_path / "elsewhere", ["z.png"])
+        (root / "a" / "loop").symlink_to(root, target_is_directory=True)
+        (root / "linked").symlink_to(elsewhere, target_is_directory=True)
+        assert list(open_images(root).names) == ["a/x.png", "b/y.png", "linked/z.png"]
+
+    def test_files_that_are_gone_are_unreadable(self, tmp_path):
+        fill(tmp_path, ["a.png", "b.png"])
+        (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+        images = open_images(tmp_path)
+        (tmp_path / "a.png").unlink()
+        for index in (0, 2):
+            with pytest.raises(UnreadableImage, match="No such file"):
+                images.read(index)
+        images.read(1)
+
+    def test_names_that_are_no_utf_8(self, tmp_path):
+        names = ["a.png", os.fsdecode(b"caf\xe9.png"), "\ue000.png", "日本.png"]
+        try:
+            fill(tmp_path, names)
+        except OSError:
+            pytest.skip("the file system takes UTF-8 names only")
+        images = open_images(tmp_path)
+        assert list(images.names) == sorted(names)
+        assert [images.names[index] for index in range(4)] == sorted(names)
+        assert all(images.read(index).shape == (3, 8, 8) for index in range(4))
+        assert len(fingerprint(images)) == len(stamp(images)) == 16
+
+    def test_stamp_changes_when_a_file_does(self, tmp_path):
+        images, other = open_images(fill(tmp_path / "pool", TREE)), open_images(fill(tmp_path / "other", TREE))
+        before = stamp(images)
+        assert stamp(open_images(tmp_path / "pool")) == before != stamp(other)
+        (tmp_path / "pool" / TREE[0]).write_bytes(png(9) + b"longer")
+        assert stamp(images) != before
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["cats/1.png", "dogs/1.png", "cats/2.png"], ["cats", "dogs", "cats"]),
+        (["photos/cats/1.png", "photos/dogs/x/1.png"], ["cats", "dogs"]),  # a common folder is no class
+        (["train/cats/1.png", "test/cats/1.png"], ["train", "test"]),
+        (["pool/a/1.png", "pool/ab/1.png"], ["a", "ab"]),
+        (["1.png", "2.png"], None),
+        (["all/1.png", "all/2.png"], None),
+        (["1.png", "dogs/2.png"], None),  # one image has no class
+        ([], None),
+    ],
+)
+def test_labels_are_the_first_level_at_which_paths_differ(names, labels):
+    encoded = folder_labels(packed(names))
+    assert (None if encoded is None else list(texts(encoded.dictionary_decode()))) == labels
+
+
+class Pixels(Dataset):
+    def __init__(self, images: Pool):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images.names)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images.read(index)
+
+
+class TestZip:
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    def test_is_the_same_pool_as_the_folder(self, tmp_path, compression):
+        root = fill(tmp_path / "pool", TREE + NOT_IMAGES)
+        members = {name: (root / name).read_bytes() for name in reversed(TREE + NOT_IMAGES)}
+        members["__MACOSX/cats/._a.png"] = b"resource fork"
+        folder, zipped = open_images(root), open_images(archive(tmp_path / "p.zip", members, compression))
+        assert zipped.kind == "zip"
+        assert list(zipped.names) == list(folder.names)
+        assert list(zipped.labels) == list(folder.labels)
+        assert fingerprint(zipped) == fingerprint(folder)
+        copy = pickle.loads(pickle.dumps(zipped))  # as worker processes get it
+        for index in range(len(folder.names)):
+            assert torch.equal(zipped.read(index), folder.read(index))
+            assert torch.equal(copy.read(index), folder.read(index))
+
+    def test_names_that_escape_are_read_in_place_and_nothing_is_written(self, tmp_path):
+        names = ["../../escaped.png", "/absolute.png", "a/../../b.png", "C:\\windows.png", "fine.png"]
+        inside = tmp_path / "deep" / "deeper"
+        inside.mkdir(parents=True)
+        path = archive(inside / "p.zip", {name: png(number) for number, name in enumerate(names)})
+        images = open_images(path)
+        assert list(images.names) == sorted(names)
+        for index in range(len(images.names)):
+            assert images.read(index).shape == (3, 8, 8)
+        assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+    def test_what_comes_after_a_zero_in_a_name_is_read_all_the_same(self, tmp_path):
+        path = archive(tmp_path / "p.zip", {"a.png_x": png(0)})
+        path.write_bytes(path.read_bytes().replace(b"a.png_x", b"a.png\0x"))  # zipfile calls it a.png
+        assert open_images(path).read(0).shape == (3, 8, 8)
+
+    @pytest.mark.parametrize(
+        "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+    )
+    @pytest.mark.parametrize("damaged", [0.0, 0.5])
+    def test_a_damaged_member_is_unreadable_and_the_others_are_not(self, tmp_path, compression, damaged):
+        path = archive(tmp_path / "p.zip", {"a.png": png(0), "b.png": png(1)}, compression)
+        with zipfile.ZipFile(path) as file:
+            first = file.getinfo("a.png")
+        content = bytearray(path.read_bytes())
+        begin = first.header_offset + 30 + len("a.png") + int(damaged * first.compress_size)
+        content[begin : begin + 20] = b"\xff" * 20
+        path.write_bytes(content)
+        images = open_images(path)
+        with pytest.raises(UnreadableImage, match=r"\w"):  # a stored one is caught by the archive's checksum
+            images.read(0)
+        assert images.read(1).shape == (3, 8, 8)
+
+    def test_an_encrypted_member_is_unreadable(self, tmp_path):
+        path = archive(tmp_path / "p.zip", {"a.png": png(0)})
+        content = bytearray(path.read_bytes())
+        content[6] |= 1  # the encryption flag, in the local header and in the directory
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(content)
+        with pytest.raises(UnreadableImage, match="encrypted"):
+            open_images(path).read(0)
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_forked_workers_read_the_same_pixels(self, tmp_path):
+        images = open_images(archive(tmp_path / "p.zip", {f"{number:03d}.png": png(number) for number in range(60)}))
+        expected = [images.read(index) for index in range(60)]  # opens the archive in this process
+        loader = DataLoader(Pixels(images), batch_size=None, num_workers=2, multiprocessing_context="fork")
+        for epoch in range(2):
+            for index, image in enumerate(loader):
+                assert torch.equal(image, expected[index]), (epoch, index)
+
+    def test_photographs_of_a_real_archive(self, caltech_zip):
+        images = open_images(caltech_zip)
+        counts = Counter(images.labels).values()
+        assert (len(set(images.names)), len(counts), max(counts), min(counts)) == (8677, 101, 800, 31)
+        for index in range(0, 8677, 500):
+            channels, *size = images.read(index).shape
+            assert (channels, min(size) <= 128) == (3, True)
+
+
+def test_digits_are_scikit_learns():
+    images, digits = open_images("", "digits"), load_digits()
+    assert (len(set(images.names)), images.channels, images.kind) == (1797, 1, "digits")
+    for index in (0, 100, 1796):
+        pixels = images.read(index)
+        assert (pixels.shape, pixels.dtype) == ((1, 8, 8), torch.uint8)
+        assert images.labels[index] == str(digits.target[index])
+        np.testing.assert_allclose(pixels[0] / 255 * 16, digits.images[index], atol=0.04)
+    assert max(int(images.read(index).max()) for index in range(50)) == 255  # 16 of 16 is all ink
+
+
+class Items(Dataset):
+    """A user's data set of the items given; an exception among them is raised."""
+
+    def __init__(self, *items: object, **attributes: object):
+        self.items = items
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> object:
+        if isinstance(self.items[index], Exception):
+            raise self.items[index]
+        return self.items[index]
+
+
+HWC = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+CHW = torch.from_numpy(HWC.transpose(2, 0, 1).copy())
+
+
+class TestDataset:
+    def test_torchvisions_image_folder_is_the_same_pool_as_the_folder(self, tmp_path):
+        names = ["cats/a.png", "cats/b.png", "dogs/c.png"]
+        folder, dataset = open_images(fill(tmp_path, names)), open_images(ImageFolder(str(tmp_path)))
+        assert (dataset.kind, dataset.channels, len(dataset.names)) == ("dataset", 3, len(set(dataset.names)))
+        assert list(dataset.labels) == list(folder.labels)
+        assert all(torch.equal(dataset.read(index), folder.read(index)) for index in range(3))
+        first, _ = random_split(ImageFolder(str(tmp_path)), [2, 1], torch.Generator().manual_seed(1))
+        assert [folder.labels[index] for index in first.indices] == list(open_images(first).labels or ["cats"] * 2)
+
+    @pytest.mark.parametrize(
+        "item",
+        [HWC, CHW, Image.fromarray(HWC), torch.from_numpy(HWC), CHW.numpy(), (HWC, 1), (CHW,), [CHW, "cat"]],
+        ids=["HWC", "CHW", "PIL", "HWC tensor", "CHW array", "labelled", "tuple of one", "list"],
+    )
+    @pytest.mark.parametrize("channels", ["auto", 3])
+    def test_items_in_any_form(self, item, channels):
+        images = open_images(Items(item, item), channels=channels)
+        assert images.channels == 3
+        assert torch.equal(images.read(1), CHW)
+
+    def test_one_channel(self):
+        grey = HWC[..., 0]
+        for item, channels in ((grey, "auto"), (CHW[:1], "auto"), (HWC[..., :1], "auto"), (Image.fromarray(grey), 1)):
+            images = open_images(Items(item), channels=channels)
+            assert images.channels == 1
+            assert torch.equal(images.read(0), CHW[:1])
+
+    @pytest.mark.parametrize(
+        ("dataset", "labels"),
+        [
+            (Items(CHW, CHW, CHW, targets=[1, 0, 1]), ["1", "0", "1"]),
+            (Items(CHW, CHW, CHW, targets=torch.tensor([1, 0, 1]), classes=["cat", "dog"]), ["dog", "cat", "dog"]),
+            (Subset(Items(CHW, CHW, CHW, targets=[2, 0, 1], classes=["a", "b", "c"]), [2, 0]), ["b", "c"]),
+            (TensorDataset(CHW.repeat(3, 1, 1, 1), torch.tensor([5, 5, 7])), ["5", "5", "7"]),
+            (Items((HWC, "cat"), (HWC, "dog")), ["cat", "dog"]),
+            (Items((HWC, 3), (HWC, 3)), None),  # one class is none
+            (Items((HWC, 3), OSError()), None),
+            (Items((HWC, {"boxes": []}), (HWC, {"boxes": []})), None),
+            (Items(HWC, HWC), None),
+        ],
+    )
+    def test_labels(self, dataset, labels):
+        images = open_images(dataset)
+        assert (None if images.labels is None else list(images.labels)) == labels
+
+    def test_what_cannot_be_read_is_unreadable(self):
+        items = Items(CHW, OSError("torn\nfile"), CHW.float(), CHW[:2], "x.png", CHW[:, :3])
+        reasons = ["torn file", "torch.float32", "2 channels", "a str", "9×3 pixels are too few"]
+        for index, reason in enumerate(reasons, 1):
+            with pytest.raises(UnreadableImage, match=reason):
+                open_images(items).read(index)
+
+    @pytest.mark.parametrize(
+        ("dataset", "message"), [(Items(), "empty"), (Items(CHW / 255), "ToTensor"), (Items("a.png"), "a str")]
+    )
+    def test_what_is_no_data_set_of_images_is_told(self, dataset, message):
+        with pytest.raises(UserError, match=message):
+            open_images(dataset)
+
+    def test_stamp_changes_with_the_pixels(self):
+        stamps = [stamp(open_images(items)) for items in (Items(CHW), Items(CHW), Items(255 - CHW), Items(CHW, CHW))]
+        assert stamps[0] == stamps[1]
+        assert len(set(stamps)) == 3
+
+
+def drawers(names, selected) -> dict[str, dict[str, list[int]]]:
+    """The drawers of each character of each alphabet, of the drawings selected."""
+    table = defaultdict(lambda: defaultdict(list))
+    for name, is_selected in zip(names, selected, strict=True):
+        if is_selected:
+            alphabet, character, drawer = parse(name)
+            table[alphabet][character].append(drawer)
+    return table
+
+
+@pytest.fixture(scope="module")
+def drawings(omniglot_zip) -> list[str]:
+    """The names of Omniglot's drawings."""
+    return list(open_images(omniglot_zip, "omniglot").names)
+
+
+class TestOmniglot:
+    def test_path_says_alphabet_character_and_drawer(self):
+        name = "images_background/Early_Aramaic/character07/0123_19.png"
+        assert parse(name) == Drawing("Early_Aramaic", "character07", 19)
+
+    @pytest.mark.parametrize("name", ["a.png", "x/y/z.png", "Greek/character01/0123_x.png", "0123_01.png"])
+    def test_other_paths_are_refused(self, name, tmp_path):
+        for refused in (lambda: parse(name), lambda: open_images(fill(tmp_path, [name]), "omniglot")):
+            with pytest.raises(UserError, match="not laid out as Omniglot"):
+                refused()
+
+    def test_the_background_set(self, omniglot_zip, drawings):
+        images = open_images(omniglot_zip, "omniglot")
+        everything = drawers(drawings, [True] * len(drawings))
+        assert (images.channels, images.kind, len(drawings), len(everything)) == (1, "omniglot", 19280, 30)
+        assert sum(map(len, everything.values())) == 964
+        assert all(sorted(own) == list(range(1, 21)) for alphabet in everything.values() for own in alphabet.values())
+        assert list(images.labels) == [parse(name).alphabet for name in drawings]
+        image = images.read(0)  # black ink on white
+        assert (image.shape, set(image.unique().tolist()), image.float().mean() > 200) == (
+            (1, 105, 105),
+            {0, 255},
+            True,
+        )
+
+    def test_article_subset(self, drawings):
+        """9,543 drawings of all 30 alphabets, at most 10 of each character."""
+        indices = article_subset(drawings)
+        parsed = [parse(drawings[index]) for index in indices]
+        assert len(set(indices.tolist())) == 9543
+        assert np.array_equal(indices, np.sort(indices))
+        assert max(Counter((drawing.alphabet, drawing.character) for drawing in parsed).values()) == 10
+        assert len({drawing.alphabet for drawing in parsed}) == 30
+        assert len({drawing.drawer for drawing in parsed}) == 20
+        assert np.array_equal(indices, article_subset(drawings))
+        assert not np.array_equal(indices, article_subset(drawings, seed=43))
+
+    def test_held_out_are_six_drawers_and_a_fifth_of_the_characters_of_each_alphabet(self, drawings):
+        everything, test = drawers(drawings, [True] * len(drawings)), drawers(drawings, held_out(drawings))
+        characters_only, ranks = drawers(drawings, held_out(drawings, by_drawer=False)), set()
+        for alphabet, characters in everything.items():
+            whole = {character for character in characters if len(test[alphabet][character]) == 20}
+            assert len(whole) == round(len(characters) / 5), alphabet
+            assert all(sorted(test[alphabet][other]) == list(range(15, 21)) for other in characters.keys() - whole)
+            assert {character: len(own) for character, own in characters_only[alphabet].items()} == dict.fromkeys(
+                whole, 20
+            )
+            ranks |= {sorted(characters).index(character) for character in whole}
+        assert len(ranks) > 30  # they are not the first ones of each alphabet
+
+    def test_held_out_depends_on_the_seed_and_not_on_order_or_folder(self, drawings):
+        expected, order = held_out(drawings), np.random.default_rng(0).permutation(len(drawings))
+        assert not np.array_equal(held_out(drawings, seed=43), expected)
+        moved = ["somewhere/" + "/".join(drawings[index].split("/")[-3:]) for index in order]
+        assert np.array_equal(held_out(moved), expected[order])
+
+    def test_the_training_part_is_the_rest(self, omniglot_zip, drawings):
+        whole, part = (open_images(omniglot_zip, kind) for kind in ("omniglot", "omniglot_train"))
+        rest = np.flatnonzero(~held_out(drawings))
+        assert (part.kind, part.channels) == ("omniglot_train", 1)
+        assert list(part.names) == [drawings[index] for index in rest]
+        assert 0.5 < len(rest) / len(drawings) < 0.6  # 14 of 20 drawers, four fifths of the characters
+        assert fingerprint(part) != fingerprint(whole), "a run must not be resumed with the other pool"
+        copy = pickle.loads(pickle.dumps(part))
+        for index in range(0, len(rest), 397):
+            assert part.labels[index] == whole.labels[rest[index]]
+            assert torch.equal(part.read(index), whole.read(rest[index]))
+            assert torch.equal(copy.read(index), whole.read(rest[index]))
