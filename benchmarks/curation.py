@@ -49,7 +49,10 @@ CURATED = {
     "hierarchical": ["rebalance.method=hierarchical"],
 }
 RECIPES = {"omniglot": "omniglot_cpu", "caltech": "caltech101_dinov2"}
-SHORT = ["objective.momentum=0.99", "objective.momentum_end=0.99"]  # best in short runs: configs/README.md
+SHORT = [
+    "objective.teacher_momentum=0.99",
+    "objective.teacher_momentum_end=0.99",
+]  # best in short runs: configs/README.md
 AS_IT_IS = "as it is"
 
 

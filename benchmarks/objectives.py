@@ -40,14 +40,17 @@ OBJECTIVES = {"DINO": DINO, "DINOv2": DINOV2 | {"objective.koleo_weight": 0.02},
 ABLATION = {
     "without iBOT": DINOV2 | {"objective.ibot_weight": 0},
     "without KoLeo": DINOV2 | {"objective.koleo_weight": 0},
-    "centre instead of Sinkhorn": DINOV2 | {"objective.centering": "centre"},
+    "centre instead of Sinkhorn": DINOV2 | {"objective.centering": "center"},
     "without registers": DINOV2 | {"model.registers": 0},
-    "all global crops masked": DINOV2 | {"objective.mask_share": 1.0},
+    "all global crops masked": DINOV2 | {"objective.mask_fraction": 1.0},
     "masks of 30 to 70 %": DINOV2 | {"objective.mask_ratio": "[0.3,0.7]"},
     "separate heads": DINOV2 | {"objective.ibot_head": "separate"},
 }
 RECIPES = {"omniglot": "omniglot_cpu", "caltech": "caltech101_dinov2"}
-SHORT = {"objective.momentum": 0.99, "objective.momentum_end": 0.99}  # best in short runs: configs/README.md
+SHORT = {
+    "objective.teacher_momentum": 0.99,
+    "objective.teacher_momentum_end": 0.99,
+}  # best in short runs: configs/README.md
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from dino.config import read as configuration
-from dino.config.auto import Pool, resolve
+from dino.config.auto import PoolFacts, resolve
 from dino.config.schema import Config
+from dino.training.settings import load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("DINO_TEST_DATA", REPOSITORY / "../shared/data"))
@@ -72,14 +72,14 @@ TINY = {
     "objective.head_layers": 2,
     "objective.head_hidden": 24,
     "objective.head_bottleneck": 8,
-    "objective.centering": "centre",
+    "objective.centering": "center",
     "objective.teacher_temperature": 0.07,
     "objective.teacher_temperature_warmup": 2,
-    "objective.momentum": 0.9,
-    "objective.momentum_end": 1.0,
+    "objective.teacher_momentum": 0.9,
+    "objective.teacher_momentum_end": 1.0,
     "optim.lr": 0.01,
     "optim.warmup_steps": 1,
-    "optim.freeze_last_layer_steps": 0,
+    "objective.freeze_last_layer_steps": 0,
     "train.batch_size": 8,
     "train.steps": 10,
 }
@@ -91,7 +91,7 @@ def tiny() -> Callable[..., Config]:
 
     def build(changes: dict | None = None) -> Config:
         values = TINY | (changes or {})
-        config = configuration.load(None, [f"{key}={value}" for key, value in values.items()])
-        return resolve(config, Pool(images=64, channels=3, kind="folder"))[0]
+        config = load(None, [f"{key}={value}" for key, value in values.items()])
+        return resolve(config, PoolFacts(images=64, channels=3, kind="folder"))[0]
 
     return build

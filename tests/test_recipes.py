@@ -7,24 +7,29 @@ import pytest
 import yaml
 
 from dino.config import read as configuration
-from dino.config.auto import Pool, resolve
+from dino.config.auto import PoolFacts, resolve
 from dino.training.schedules import schedules
+from dino.training.settings import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "curate.yaml"})
 IMAGES = 1_281_167
-IMAGENET = Pool(images=IMAGES, channels=3, kind="folder", bytes=700_000_000_000)
+IMAGENET = PoolFacts(images=IMAGES, channels=3, kind="folder", bytes=700_000_000_000)
 # reference: main_dino.py's defaults and the README's commands (meta-systems.md §2a).
 VIT_100 = {
     **{"model.arch": "vit_small", "model.patch_size": 16, "model.drop_path": 0.1, "train.batch_size": 512},
     **{"optim.name": "adamw", "optim.lr": 0.0005 * 512 / 256, "optim.lr_end": 1e-6, "train.steps": 250_228},
     **{"optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "optim.clip_grad": 3.0},
     **{"optim.clip_scope": "parameter", "optim.decay_tokens": True, "optim.betas": [0.9, 0.999]},
-    **{"optim.warmup_steps": 10 * IMAGES // 512, "optim.freeze_last_layer_steps": IMAGES // 512},
-    **{"objective.prototypes": 65536, "objective.centering": "centre", "objective.center_momentum": 0.9},
+    **{"optim.warmup_steps": 10 * IMAGES // 512, "objective.freeze_last_layer_steps": IMAGES // 512},
+    **{"objective.prototypes": 65536, "objective.centering": "center", "objective.center_momentum": 0.9},
     **{"objective.student_temperature": 0.1, "objective.teacher_temperature_start": 0.04},
     **{"objective.teacher_temperature_warmup": 0, "train.accumulation": 1},
-    **{"objective.teacher_temperature": 0.04, "objective.momentum": 0.996, "objective.momentum_end": 1.0},
+    **{
+        "objective.teacher_temperature": 0.04,
+        "objective.teacher_momentum": 0.996,
+        "objective.teacher_momentum_end": 1.0,
+    },
     **{"objective.norm_last_layer": True, "objective.head_layers": 3, "objective.head_hidden": 2048},
     **{"objective.head_bottleneck": 256, "views.preset": "dino", "views.global_size": 224, "views.local_size": 96},
     **{"views.local_crops": 8, "views.global_scale": [0.4, 1.0], "views.local_scale": [0.05, 0.4]},
@@ -35,7 +40,7 @@ PUBLISHED = {
     "dino_vits16_imagenet_300ep": VIT_100
     | {"train.batch_size": 1024, "optim.lr": 0.002, "train.steps": 375_342, "objective.norm_last_layer": False}
     | {"objective.teacher_temperature": 0.07, "objective.teacher_temperature_warmup": 37_534}
-    | {"optim.warmup_steps": 10 * IMAGES // 1024, "optim.freeze_last_layer_steps": IMAGES // 1024},
+    | {"optim.warmup_steps": 10 * IMAGES // 1024, "objective.freeze_last_layer_steps": IMAGES // 1024},
     "dino_resnet50_imagenet": {key: value for key, value in VIT_100.items() if not key.startswith("model.")}
     | {"model.arch": "resnet50", "optim.name": "sgd", "optim.lr": 0.03 * 512 / 256}
     | {"optim.weight_decay": 1e-4, "optim.weight_decay_end": 1e-4}
@@ -49,13 +54,13 @@ VITL16_SHORT = {
     **{"optim.name": "adamw", "optim.lr": 4e-3 * 2**0.5, "optim.lr_end": 1e-6, "optim.betas": [0.9, 0.999]},
     **{"optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "optim.decay_tokens": True},
     **{"optim.layer_decay": 0.9, "optim.patch_embed_lr": 0.2, "optim.warmup_steps": 10 * 1250},
-    **{"optim.clip_grad": 3.0, "optim.clip_scope": "module", "optim.freeze_last_layer_steps": 1250},
+    **{"optim.clip_grad": 3.0, "optim.clip_scope": "module", "objective.freeze_last_layer_steps": 1250},
     **{"objective.ibot_weight": 1.0, "objective.koleo_weight": 0.1, "objective.koleo_scope": "process"},
-    **{"objective.mask_share": 0.5, "objective.mask_ratio": [0.1, 0.5], "objective.ibot_head": "shared"},
+    **{"objective.mask_fraction": 0.5, "objective.mask_ratio": [0.1, 0.5], "objective.ibot_head": "shared"},
     **{"objective.prototypes": 65536, "objective.head_layers": 3, "objective.head_hidden": 2048},
     **{"objective.head_bottleneck": 256, "objective.norm_last_layer": False, "objective.student_temperature": 0.1},
-    **{"objective.centering": "centre", "objective.center_momentum": 0.9, "objective.momentum": 0.992},
-    **{"objective.momentum_end": 1.0, "objective.teacher_temperature_start": 0.04},
+    **{"objective.centering": "center", "objective.center_momentum": 0.9, "objective.teacher_momentum": 0.992},
+    **{"objective.teacher_momentum_end": 1.0, "objective.teacher_temperature_start": 0.04},
     **{"objective.teacher_temperature": 0.07, "objective.teacher_temperature_warmup": 30 * 1250},
     **{"views.preset": "dinov2", "views.inverted_blur": True, "views.global_size": 224, "views.local_size": 96},
     **{"views.local_crops": 8, "views.global_scale": [0.32, 1.0], "views.local_scale": [0.05, 0.32]},
@@ -65,7 +70,7 @@ PUBLISHED |= {
     "dinov2_vitl14_imagenet22k": VITL16_SHORT
     | {"model.patch_size": 14, "model.ffn": "swiglu", "model.drop_path": 0.4, "views.local_size": 98}
     | {"train.batch_size": 3072, "train.steps": 500 * 1250, "optim.lr": 2e-4 * 3**0.5, "optim.warmup_steps": 80 * 1250}
-    | {"optim.weight_decay_end": 0.2, "optim.layer_decay": 1.0, "objective.momentum": 0.994}
+    | {"optim.weight_decay_end": 0.2, "optim.layer_decay": 1.0, "objective.teacher_momentum": 0.994}
     | {"objective.prototypes": 131072, "objective.head_bottleneck": 384, "objective.centering": "sinkhorn"}
     | {"objective.ibot_head": "separate", "objective.ibot_prototypes": 131072, "objective.ibot_head_bottleneck": 256},
 }
@@ -74,7 +79,7 @@ PUBLISHED |= {
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_loads_and_says_how_it_is_run(path):
     """By a command in the comment at its head, which names the file, or by `make`, whose rule does."""
-    config = configuration.load(path)
+    config = load(path)
     assert config.run.dir.startswith("runs/")
     header = re.match(r"(?:#.*\n)+", path.read_text())
     assert header, "no comment at the head"
@@ -91,7 +96,7 @@ def test_loads_and_says_how_it_is_run(path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_is_what_was_published(name):
-    config, _ = resolve(configuration.load(CONFIGS / f"{name}.yaml"), IMAGENET)
+    config, _ = resolve(load(CONFIGS / f"{name}.yaml"), IMAGENET)
     for key, value in PUBLISHED[name].items():
         found = configuration.get(config, key)
         assert found == (pytest.approx(value) if isinstance(value, float) else value), key
@@ -110,7 +115,7 @@ def test_sets_nothing_that_was_not_published(name):
 )
 def test_schedules_run_as_published(name, batches):
     """Epoch by epoch, as main_dino.py has them (which leaves out the rest of a batch at the end of each epoch)."""
-    config, _ = resolve(configuration.load(CONFIGS / f"{name}.yaml"), IMAGENET)
+    config, _ = resolve(load(CONFIGS / f"{name}.yaml"), IMAGENET)
     plan, epoch = schedules(config), batches / config.train.epochs
     assert plan.lr(round(5 * epoch)) == pytest.approx(config.optim.lr / 2, rel=1e-3)
     assert plan.lr(round(10 * epoch)) == pytest.approx(config.optim.lr, rel=1e-4)

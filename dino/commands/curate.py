@@ -15,6 +15,7 @@ import numpy as np
 
 from dino.commands import common
 from dino.config import read as configuration
+from dino.config.describe import describe
 from dino.curation import settings
 from dino.curation.pipeline import Curation
 from dino.data import open_images
@@ -88,8 +89,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings, in YAML as groups and keys or as key=value:\n"
-        + configuration.describe(settings.CurateConfig),
+        epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(settings.CurateConfig()),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, for example configs/curate.yaml")
     parser.add_argument(

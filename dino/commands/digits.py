@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dino.config import read as configuration
 from dino.data import open_images
 from dino.errors import UserError
 from dino.evaluation.features import extract
@@ -32,7 +31,7 @@ def main() -> None:
     directory = RunDirectory(parser.parse_args().run)
 
     trained = load_backbone(directory.path)
-    config = configuration.load(directory.config)
+    config = directory.read_config()
     if config.data.kind != "digits":
         raise UserError(f"{directory.path} was trained on data.kind={config.data.kind}; this readout is for digits")
     torch.manual_seed(config.train.seed)

@@ -1,33 +1,89 @@
-"""Reads and checks settings: the defaults of `dino.config.schema`, then a YAML file, then `key=value` arguments."""
+"""Reads and checks settings: the defaults of a schema, then a YAML file, then `key=value` arguments."""
 
+import copy
 import dataclasses
 import difflib
 import functools
-import itertools
-import math
-from collections.abc import Iterable, Iterator
+import logging
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dino.config.schema import AUTO, Config
+from dino.config.schema import AUTO, CHOICES, method_settings
 from dino.errors import UserError
-from dino.models.vit import SIZES
 
 Tree = TypeVar("Tree")
+METHOD = "objective.name"  # the setting that chooses the class of its group
+REMOVED = {"views.backend": "device"}  # settings of earlier versions, with the value that asked for what is done now
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
+logger = logging.getLogger(__name__)
 
 
-def leaves(schema: Any = Config) -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every setting of a tree as (`group.key`, its dataclass field), in the order of its file."""
-    for group in dataclasses.fields(schema):
-        if not dataclasses.is_dataclass(group.type):
-            yield group.name, group
+class Leaf(NamedTuple):
+    """One setting of a tree.
+
+    Attributes:
+        key: `group.key`.
+        types: what its value may be: `int`, `str`, `NoneType`, `list[float]` …
+        metadata: what `dino.config.schema.setting` says of it.
+    """
+
+    key: str
+    types: tuple[Any, ...]
+    metadata: Mapping[str, Any]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names it may have; none where it is no name."""
+        return self.metadata["choices"] or tuple(CHOICES.get(self.key, ()))
+
+    @property
+    def may_be_auto(self) -> bool:
+        """Whether it is a number, or `auto` until it is resolved."""
+        return str in self.types and (int in self.types or float in self.types)
+
+    @property
+    def type_name(self) -> str:
+        """What may stand there, in words."""
+        if self.choices:
+            return " | ".join(self.choices)
+        if self.may_be_auto:
+            return f"{TYPE_NAMES[self.types[0]]} or '{AUTO}'"
+        return " or ".join(_type_name(kind) for kind in self.types)
+
+
+def _type_name(kind: Any) -> str:
+    if kind in TYPE_NAMES:
+        return TYPE_NAMES[kind]
+    entry = typing.get_args(kind)[-1]
+    if dataclasses.is_dataclass(entry):
+        return f"a list of {{{', '.join(field.name for field in dataclasses.fields(entry))}}}"
+    return str(kind)
+
+
+def leaves(config: Any) -> dict[str, Leaf]:
+    """Every setting of a tree by its key, in the order of its file."""
+    settings = {}
+    for group in dataclasses.fields(config):
+        value = getattr(config, group.name)
+        if not dataclasses.is_dataclass(value):
+            settings[group.name] = _leaf(group.name, type(config), group)
             continue
-        for field in dataclasses.fields(group.type):
-            yield f"{group.name}.{field.name}", field
+        for field in dataclasses.fields(value):
+            settings[f"{group.name}.{field.name}"] = _leaf(f"{group.name}.{field.name}", type(value), field)
+    return settings
+
+
+def _leaf(key: str, owner: Any, field: dataclasses.Field) -> Leaf:
+    hint = typing.get_type_hints(owner)[field.name]
+    is_container = typing.get_origin(hint) in (list, dict)
+    alternatives = () if is_container else typing.get_args(hint)
+    return Leaf(key, alternatives or (hint,), field.metadata)
 
 
 def get(config: Any, key: str) -> Any:
@@ -41,145 +97,98 @@ def assign(config: Any, key: str, value: Any) -> None:
     setattr(functools.reduce(getattr, groups, config), name, value)
 
 
-def describe(schema: Any = Config) -> str:
-    """The table of keys that `--help` prints: key, type, default, meaning."""
-    blank = schema()
-    lines = []
-    for key, field in leaves(schema):
-        value = get(blank, key)
-        kind = " | ".join(field.metadata["choices"]) or _type_name(field)
-        lines.append(
-            f"  {key} ({kind}; default {'none' if value is None else value})\n      {field.metadata['meaning']}"
-        )
-    return "\n".join(lines)
+def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Tree:
+    """Settings of a tree of dataclasses. Whether values can work is not looked at: see `out_of_bounds`.
 
-
-def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """A run's settings: defaults, then the YAML file, then `key=value` overrides.
-
-    Raises:
-        UserError: see `read`; or an impossible value.
-    """
-    loaded = read(Config, path, overrides)
-    check(loaded)
-    return loaded
-
-
-def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable[str] = ()) -> Tree:
-    """Settings of any tree of dataclasses; whether the values can work is not looked at.
+    Args:
+        schema: the tree's class.
+        overrides: `key=value` texts of a command line, or values by key; they take precedence over the file.
 
     Raises:
         UserError: unreadable YAML, unknown key (with the nearest valid one), or wrong type; all are listed at once.
     """
-    fields = dict(leaves(schema))
-    given = dict(_read_yaml(path, schema)) if path else {}
-    for argument in overrides:
-        key, separator, text = argument.partition("=")
-        if not separator:
-            raise UserError(f"'{argument}' is not a setting: write key=value, for example train.batch_size=128")
-        given[key.strip()] = _parse(text, fields.get(key.strip()))
-
-    errors = []
-    config = OmegaConf.structured(schema)
+    given = _renamed(dict(_read_yaml(path, schema)) if path else {}, schema, str(path))
+    texts: dict[str, str] = {}
+    if isinstance(overrides, Mapping):
+        given |= _renamed(dict(overrides), schema, "")
+    else:
+        texts = _renamed(dict(map(_key_and_text, overrides)), schema, "")
+    tree = _with_method(schema(), texts.get(METHOD, given.get(METHOD)))
+    settings = leaves(tree)
+    given |= {key: _parse(text, settings[key]) if key in settings else text for key, text in texts.items()}
+    config, errors = OmegaConf.structured(tree), []
     for key, value in given.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.3)
+        if key not in settings:
+            near = difflib.get_close_matches(key, settings, n=1, cutoff=0.3)
             errors.append(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             continue
         try:
-            OmegaConf.update(config, key, _number(value) if _takes_number(fields[key]) else value)
+            OmegaConf.update(config, key, _number(value) if float in settings[key].types else value)
             OmegaConf.select(config, key, throw_on_missing=True)  # ${…} and ??? mean something to OmegaConf
         except OmegaConfBaseException:
-            errors.append(f"{key} must be {_type_name(fields[key])}, got {value!r}")
+            errors.append(f"{key} must be {settings[key].type_name}, got {value!r}")
     refuse(errors)
     return cast(Tree, OmegaConf.to_object(config))
 
 
 def dump(config: Any) -> str:
-    """`config` as YAML that `load` reads back to an equal one."""
+    """`config` as YAML that `read` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def check(config: Config, weights_known: bool = False) -> None:
-    """Raise a `UserError` that lists every value that cannot work, whatever the data set.
+def follow(config: Tree, values: Mapping[str, object], source: str) -> tuple[Tree, dict[str, str]]:
+    """Take over what `source`, weights that exist, decides.
 
-    Args:
-        weights_known: what the weights of `model.init` decide is in `config` by now.
+    Returns:
+        The config, and the reason of each setting.
+
+    Raises:
+        UserError: a setting that is not at its default says otherwise.
     """
-    views, model, train = config.views, config.model, config.train
-    errors = [
-        *check_choices(config),
-        *_check_sizes(config, weights_known or config.model.init is None),
-    ]  # text that is not auto is told there
+    followed, blank = copy.deepcopy(config), type(config)()
+    for key, value in values.items():
+        given = get(config, key)
+        if given not in (get(blank, key), value):
+            raise UserError(f"{key}={given}, but {source} has {value}: leave {key} out")
+        assign(followed, key, value)
+    return followed, dict.fromkeys(values, f"of {source}")
 
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            errors.append(message)
 
-    for key in ("train.batch_size", "train.accumulation", "train.keep_checkpoints", "monitor.log_every",
-                "model.patch_size", "objective.head_layers",
-                "objective.head_hidden", "objective.head_bottleneck", "objective.sinkhorn_iterations"):  # fmt: skip
-        require(get(config, key) >= 1, f"{key} must be at least 1, got {get(config, key)}")
-    for key in ("data.channels", "objective.prototypes", "train.steps", "train.checkpoint_every", "train.cpu_threads"):
-        value = get(config, key)
-        require(isinstance(value, str) or value >= 1, f"{key} must be auto or at least 1, got {value}")
-    for key in ("data.workers", "monitor.health_every", "optim.warmup_steps", "optim.freeze_last_layer_steps",
-                "optim.freeze_backbone_steps", "data.rebalance_every",
-                "views.local_crops", "objective.teacher_temperature_warmup", "model.registers"):  # fmt: skip
-        value = get(config, key)
-        require(isinstance(value, str) or value >= 0, f"{key} must not be negative, got {value}")
-    for key in ("objective.student_temperature", "objective.teacher_temperature", "optim.lr",
-                "objective.teacher_temperature_start", "train.epochs"):  # fmt: skip
-        value = get(config, key)
-        require(isinstance(value, str) or value > 0, f"{key} must be above 0, got {value}")
-    for key in ("objective.ibot_weight", "objective.koleo_weight", "optim.layer_decay", "optim.patch_embed_lr"):
-        require(0 <= get(config, key) < math.inf, f"{key} must be finite and not negative, got {get(config, key)}")
-    for key in ("objective.ibot_prototypes", "objective.ibot_head_hidden", "objective.ibot_head_bottleneck"):
-        value = get(config, key)
-        require(value is None or value >= 1, f"{key} must be at least 1, got {value}")
-        require(
-            value is None or config.objective.ibot_head == "separate",
-            f"{key} is of a head of its own: it needs objective.ibot_head=separate",
-        )
-    errors += _check_masks(config)
-    for key in ("objective.momentum", "objective.momentum_end", "objective.center_momentum", "data.max_unreadable"):
-        value = get(config, key)
-        require(isinstance(value, str) or 0 <= value <= 1, f"{key} must lie between 0 and 1, got {value}")
-    require(0 <= model.drop_path < 1, f"model.drop_path must lie in [0, 1), got {model.drop_path}")
+def out_of_bounds(config: Any) -> Iterator[str]:
+    """What is wrong with values that can be judged by themselves: bounds, and names that are no choice."""
+    for key, leaf in leaves(config).items():
+        value, choices = get(config, key), leaf.choices
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            yield f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}"
+        elif leaf.may_be_auto and isinstance(value, str) and value != AUTO:
+            yield f"{key} must be {leaf.type_name}, got {value!r}"
+        elif not _within(value, **leaf.metadata["bounds"]):
+            auto = f"{AUTO} or " if leaf.may_be_auto else ""
+            yield f"{key} must be {auto}{bounds_text(leaf)}, got {value}"
 
-    require(0 <= train.seed < 2**63, f"train.seed must lie in [0, 2^63), got {train.seed}")
-    for key in ("model.embed_dim", "model.depth", "model.num_heads"):
-        require(get(config, key) is None or get(config, key) >= 1, f"{key} must be at least 1, got {get(config, key)}")
-    if named := SIZES.get(model.arch):
-        heads, width = model.num_heads or named.num_heads, model.embed_dim or named.embed_dim
-        require(width % heads == 0, f"model.embed_dim={width} is not divisible by model.num_heads={heads}")
-    if train.shard:
-        require(model.arch.startswith("vit"), f"train.shard cuts up transformer blocks, not model.arch={model.arch}")
-        require(config.optim.name == "adamw", f"train.shard works with optim.name=adamw, not {config.optim.name}")
-    require(train.epochs < math.inf, "train.epochs must be finite, got inf")
-    betas = config.optim.betas
-    require(
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-        f"optim.betas must be two numbers in [0, 1), got {betas}",
+
+def _within(value: Any, low: float | None, high: float | None, above: float | None, below: float | None) -> bool:
+    """Whether a number, or every number of a list, lies within bounds; what is no number does."""
+    if isinstance(value, list):
+        return all(_within(entry, low, high, above, below) for entry in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    # Written so that NaN, for which no comparison holds, is out of any bounds.
+    return (
+        (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+        and (below is None or value < below)
     )
-    require(views.std is None or all(value > 0 for value in views.std), f"views.std must be above 0, got {views.std}")
-    for key in ("views.affine", "views.stroke"):
-        value = get(config, key)
-        require(value is None or 0 <= value <= 4, f"{key} must lie between 0 and 4, got {value}")
-    require(config.optim.clip_grad >= 0, f"optim.clip_grad must not be negative, got {config.optim.clip_grad}")
 
-    for key in ("views.global_scale", "views.local_scale"):
-        scale = get(config, key)
-        require(
-            len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
-            f"{key} must be two shares of the area, 0 < least <= greatest <= 1, got {scale}",
-        )
-    require(
-        train.batch_size % max(train.accumulation, 1) == 0,
-        f"train.batch_size={train.batch_size} cannot be divided into train.accumulation={train.accumulation} equal "
-        "micro-batches: change one of them",
-    )
-    refuse(errors)
+
+def bounds_text(leaf: Leaf) -> str:
+    """The bounds of a setting in words; empty where it has none."""
+    bounds = leaf.metadata["bounds"]
+    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    return " and ".join(f"{word} {bounds[name]}" for name, word in words.items() if bounds[name] is not None)
 
 
 def refuse(errors: list[str]) -> None:
@@ -190,67 +199,36 @@ def refuse(errors: list[str]) -> None:
         raise UserError("\n  ".join([f"{len(errors)} settings cannot be used:", *errors]))
 
 
-def _check_sizes(config: Config, patches_known: bool) -> Iterator[str]:
-    """Crops that cannot be cut, or not into patches; phases out of order."""
-    views, model, phases = config.views, config.model, config.train.phases
-    begins = [0.0, *(phase.begin for phase in phases), 1.0]
-    if any(later <= earlier for earlier, later in itertools.pairwise(begins)):
-        yield f"train.phases must begin one after the other, between 0 and 1, got {begins[1:-1]}"
-    named = [("views", views.global_size, views.local_size)]
-    named += [(f"train.phases[{i}]", phase.global_size, phase.local_size) for i, phase in enumerate(phases)]
-    sizes = [(f"{name}.global_size", size) for name, size, _ in named]
-    if model.position_size is not None:
-        sizes.append(("model.position_size", model.position_size))
-    if views.local_crops:
-        sizes += [(f"{name}.local_size", size) for name, _, size in named]
-    yield from (f"{key} must be at least 2, got {size}" for key, size in sizes if size < 2)
-    if not patches_known or not model.arch.startswith("vit") or model.patch_size < 1:
-        return
-    for key, size in sizes:
-        if 1 <= size < model.patch_size:
-            yield f"{key}={size} is smaller than one patch (model.patch_size={model.patch_size})"
-        elif size >= 1 and size % model.patch_size:
-            below = size - size % model.patch_size
-            yield (
-                f"{key}={size} is not divisible by model.patch_size={model.patch_size}: "
-                f"use {below} or {below + model.patch_size}"
-            )
+def _with_method(tree: Tree, name: Any) -> Tree:
+    """The tree with the settings of the method that is asked for; an unknown name is told with the other choices."""
+    if hasattr(tree, "objective") and name in CHOICES["objective.name"]:
+        tree.objective = method_settings(name)
+    return tree
 
 
-def _check_masks(config: Config) -> Iterator[str]:
-    """What the masked-patch loss needs."""
-    objective, model = config.objective, config.model
-    ratio = objective.mask_ratio
-    if len(ratio) != 2 or not 0 <= ratio[0] <= ratio[1] <= 1:
-        yield f"objective.mask_ratio must be two shares of the patches, 0 <= least <= greatest <= 1, got {ratio}"
-    if not 0 < objective.mask_share <= 1:
-        yield f"objective.mask_share must lie in (0, 1], got {objective.mask_share}"
-    if objective.ibot_weight and not model.arch.startswith("vit"):
-        yield f"objective.ibot_weight needs patches, which model.arch={model.arch} has not: use a ViT, or 0"
+def _renamed(given: dict[str, Any], schema: Any, source: str) -> dict[str, Any]:
+    """Settings under the keys and names that they have now; says so where a person may have written the old ones."""
+    names = {}
+    for key, leaf in leaves(_with_method(schema(), given.get(METHOD))).items():
+        if leaf.metadata["was"]:
+            names[leaf.metadata["was"]] = key
+        new_names = leaf.metadata["new_names"]
+        for old_key in (key, leaf.metadata["was"]):
+            if isinstance(given.get(old_key), str) and given[old_key] in new_names:
+                names[f"{old_key}={given[old_key]}"] = f"{key}={new_names[given[old_key]]}"
+                given = given | {old_key: new_names[given[old_key]]}
+    for old, new in names.items():
+        if old in given or "=" in old:
+            logger.info("%s%s is called %s now", f"{source}: " if source else "", old, new)
+    given = {names.get(key, key): value for key, value in given.items()}
+    return {key: value for key, value in given.items() if REMOVED.get(key, given) != value}
 
 
-def check_choices(config: Any) -> Iterator[str]:
-    """What is wrong with values that must be one of some names."""
-    for key, field in leaves(type(config)):
-        value, choices = get(config, key), field.metadata["choices"]
-        if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            yield f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}"
-        elif isinstance(value, str) and value != AUTO and _takes_auto(field):
-            yield f"{key} must be {_type_name(field)}, got {value!r}"
-
-
-def _takes_auto(field: dataclasses.Field) -> bool:
-    return str(field.type) in ("int | str", "float | str")
-
-
-def _type_name(field: dataclasses.Field) -> str:
-    if str(field.type).startswith("list[dino."):
-        return "a list of {begin: share, global_size: pixels, local_size: pixels}"
-    name = field.type.__name__ if isinstance(field.type, type) and "[" not in str(field.type) else str(field.type)
-    name = name.replace("| str", "or 'auto'").replace("| None", "or none")
-    return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}.get(name, name)
+def _key_and_text(argument: str) -> tuple[str, str]:
+    key, separator, text = argument.partition("=")
+    if not separator:
+        raise UserError(f"'{argument}' is not a setting: write key=value, for example train.batch_size=128")
+    return key.strip(), text
 
 
 def _read_yaml(path: str | Path, schema: Any) -> Iterator[tuple[str, Any]]:
@@ -274,19 +252,15 @@ def _read_yaml(path: str | Path, schema: Any) -> Iterator[tuple[str, Any]]:
             yield str(group), settings
 
 
-def _parse(text: str, field: dataclasses.Field | None) -> Any:
+def _parse(text: str, leaf: Leaf) -> Any:
     """A `key=value` argument's value: text as it stands where text is wanted, else YAML's reading of it."""
-    if field is not None and str(field.type) in ("<class 'str'>", "str | None"):
-        return None if text.lower() in ("none", "null") and "None" in str(field.type) else text
+    if str in leaf.types and not leaf.may_be_auto:
+        return None if text.lower() in ("none", "null") and type(None) in leaf.types else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
     return None if isinstance(value, str) and value.lower() == "none" else value
-
-
-def _takes_number(field: dataclasses.Field) -> bool:
-    return "float" in str(field.type) and "list" not in str(field.type)
 
 
 def _number(value: Any) -> Any:

@@ -3,14 +3,14 @@
 import dataclasses
 from dataclasses import dataclass
 
-from dino.config.read import check_choices, refuse
-from dino.config.schema import AUTO, KINDS, setting
+from dino.config.read import out_of_bounds, refuse
+from dino.config.schema import AUTO, setting
 
 
 @dataclass
 class Pool:
     root: str = setting("", "folder of images (searched recursively), a .zip of one, or a manifest.parquet")
-    kind: str = setting(AUTO, "how root is read; auto: by what it is", KINDS)
+    kind: str = setting(AUTO, "how root is read; auto: by what it is")
 
 
 @dataclass
@@ -82,7 +82,7 @@ class CurateConfig:
 
 def check(config: CurateConfig) -> None:
     """Raise a `UserError` that lists every value that cannot work, whatever the images."""
-    errors = list(check_choices(config))
+    errors = list(out_of_bounds(config))
 
     def require(holds: bool, message: str) -> None:
         if not holds:

@@ -23,6 +23,7 @@ from dino.data import Images, UnreadableImage
 from dino.distributed import cores
 from dino.files import cache_directory
 from dino.models import Backbone, ResNet
+from dino.models.weights import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -155,14 +156,6 @@ def _read(file: Path) -> Features | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("%s is damaged (%s): its features are computed anew", file, error)
         return None
-
-
-def weights_digest(backbone: Backbone) -> str:
-    """A digest of all of a backbone's tensors and of its architecture."""
-    digest = hashlib.sha256(repr(backbone.spec).encode())
-    for name, tensor in sorted(backbone.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def content_digest(images: Images, indices: Sequence[int] | np.ndarray) -> str:

@@ -113,3 +113,33 @@ def _by_faiss(
 
 def _unit(rows: np.ndarray | Tensor) -> np.ndarray:
     return F.normalize(as_floats(rows), dim=1).cpu().numpy()
+
+
+def nearest_allowed(queries: Tensor, keys: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and indices, (N, k) each, of the nearest of the keys (M, D) that `allowed` (N, M) permits a query."""
+    return cosines(queries, keys).masked_fill(~allowed, -torch.inf).topk(min(k, len(keys)), dim=1)
+
+
+def weighted_knn(
+    queries: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    classes: int,
+    allowed: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """The k nearest by cosine vote with weight e^(similarity / τ) (Wu et al. 2018; as DINO evaluates).
+
+    Args:
+        queries: (N, D).
+        keys: (M, D), with labels (M,) of 0 … classes − 1.
+        allowed: (N, M) bool, which keys may vote for a query.
+
+    Returns:
+        (N,) predicted labels.
+    """
+    similarity, nearest = nearest_allowed(queries, keys, allowed, k)
+    weights = (similarity / temperature).exp()  # of a key that may not vote: e^−∞
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    return votes.scatter_add_(1, key_labels[nearest], weights).argmax(dim=1)

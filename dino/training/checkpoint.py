@@ -1,8 +1,8 @@
 """Complete training state on disk: written aside, renamed when whole, the newest few kept.
 
-checkpoints/step-00000500/student.safetensors      parameters and buffers
+checkpoints/step-00000500/student.safetensors      parameters and buffers; a file for each part of the method's state
                           teacher.safetensors
-                          targets.safetensors      the centre
+                          targets.safetensors      the center
                           optimizer.safetensors    moments, by parameter name
                           random-0.safetensors     random state, one file a process
                           state.json               step, scaler, data fingerprint
@@ -12,9 +12,7 @@ Tensors are whole, whether the run is sharded or not: a checkpoint opens with an
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dino.errors import UserError
-from dino.models.weights.load import load_strictly
+from dino.files import sync_folder
+from dino.models.weights import load_strictly
+from dino.run import whole_checkpoints
 from dino.training.sharding import gathered, scattered
+
+SAMPLING_WEIGHTS = "draws"  # the file of rebalancing's state, by the name it has always had
 
 
 class Checkpoints:
@@ -34,7 +36,7 @@ class Checkpoints:
 
     Args:
         folder: RUN/checkpoints.
-        modules: what is saved by its state dict: student, teacher, targets.
+        modules: what is saved by its state dict, by the name of its file; one of them is the student.
         optimizer: its state is saved under the names of the student's parameters.
         keep: how many of the newest are kept.
     """
@@ -62,41 +64,35 @@ class Checkpoints:
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".step-{step:08d}.partial"
-        accelerator = self.accelerator
-        failure = _failure(self._begin, partial) if accelerator.is_main_process else ""
-        accelerator.wait_for_everyone()
+        failure = ""
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        except OSError as error:
+            failure = error.strerror or str(error)
+        self.accelerator.wait_for_everyone()
+        # Every process must take part in gathering, even where the folder could not be made.
         contents = {name: self._gathered(module.state_dict()) for name, module in self.modules.items()}
         contents["optimizer"] = self._gathered(self._optimizer_state())
-        failure = failure or _failure(self._write_share, partial, contents, {"step": step, **facts})
-        failed = accelerator.gather(torch.tensor([int(bool(failure))], device=accelerator.device))
-        if int(failed.max()):
-            if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            newest = self.newest()
-            before = f"{newest} is whole" if newest else "there is no earlier one"
-            raise UserError(
-                f"the checkpoint of step {step} could not be written ({failure or 'by another process'}); {before}. "
-                "Make room on the disk and start the same command again"
-            )
-        if accelerator.is_main_process:
+        try:
+            if not failure:
+                self._write_own_part(partial, contents, {"step": step, **facts})
+        except OSError as error:
+            failure = error.strerror or str(error)
+        self._agree_on_success(partial, step, failure)
+        if self.accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            _sync_folder(self.folder)
-            for old in self.all()[: -self.keep]:
-                gone = old.with_name(f".{old.name}.removed")
-                old.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
-        accelerator.wait_for_everyone()
+            sync_folder(self.folder)
+            self._remove_old()
+        self.accelerator.wait_for_everyone()
         return final
-
-    def _begin(self, partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return gathered(tensors, self.accelerator.is_main_process)
 
-    def _write_share(self, partial: Path, contents: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _write_own_part(self, partial: Path, contents: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """This process's files: its random state, and on the first process everything that all have in common."""
         _write(partial / f"random-{self.accelerator.process_index}.safetensors", _tensor_bytes(self._random_state()))
         if not self.accelerator.is_main_process:
@@ -106,13 +102,34 @@ class Checkpoints:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         _write(partial / "state.json", json.dumps({"scaler": scaler, **state}, indent=1, sort_keys=True).encode())
 
+    def _agree_on_success(self, partial: Path, step: int, failure: str) -> None:
+        """Raise a `UserError` in every process if one of them could not write."""
+        failed = self.accelerator.gather(torch.tensor([int(bool(failure))], device=self.accelerator.device))
+        if not int(failed.max()):
+            return
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        newest = self.newest()
+        before = f"{newest} is whole" if newest else "there is no earlier one"
+        raise UserError(
+            f"the checkpoint of step {step} could not be written ({failure or 'by another process'}); {before}. "
+            "Make room on the disk and start the same command again"
+        )
+
+    def _remove_old(self) -> None:
+        for old in whole_checkpoints(self.folder)[: -self.keep]:
+            removed = old.with_name(f".{old.name}.removed")  # first out of sight: what is half removed is not whole
+            old.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
     def load(self, path: Path) -> dict[str, Any]:
         """Put the state of a checkpoint back; returns the facts given to `save`, with `step`.
 
         Raises:
             UserError: damaged, or of a run with other networks.
         """
-        if "draws" in self.modules and path.is_dir() and not (path / "draws.safetensors").exists():
+        weights_file = path / f"{SAMPLING_WEIGHTS}.safetensors"
+        if SAMPLING_WEIGHTS in self.modules and path.is_dir() and not weights_file.exists():
             raise UserError(f"{path} is of a run that does not rebalance: set data.rebalance_every=0, as it did")
         try:
             state = json.loads((path / "state.json").read_text())
@@ -133,18 +150,15 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The last whole checkpoint."""
-        return next(reversed(self.all()), None)
-
-    def all(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        return whole_checkpoints(self.folder)
+        checkpoints = whole_checkpoints(self.folder)
+        return checkpoints[-1] if checkpoints else None
 
     def _optimizer_state(self) -> dict[str, Tensor]:
-        return {
-            f"{self.names[parameter]}/{key}": value
-            for parameter, values in self.optimizer.state.items()
-            for key, value in values.items()
-        }
+        state = {}
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                state[f"{self.names[parameter]}/{key}"] = value
+        return state
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         by_name: dict[str, dict[str, Tensor]] = {}
@@ -170,20 +184,6 @@ class Checkpoints:
             torch.cuda.set_rng_state(state["cuda"], self.accelerator.device)
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in RUN/checkpoints, oldest first; partial ones have other names."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def _failure(work: Callable[..., None], *arguments: Any) -> str:
-    """Why `work` could not write, or nothing."""
-    try:
-        work(*arguments)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
 def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
@@ -193,11 +193,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,15 +2,11 @@
 
 import copy
 
-import torch
-from torch import nn
-
-from dino.config.read import Config, assign, check, get
-from dino.config.schema import ModelConfig
-from dino.errors import UserError
+from dino.config.read import assign, follow, get
+from dino.config.schema import Config, ModelConfig
 from dino.models import SIZES, Backbone, ResNetSpec, ViTSpec, load_backbone
 from dino.models.vit import Size
-from dino.models.weights.load import load_strictly
+from dino.training.settings import check
 
 OF_THE_WEIGHTS = (  # settings that the weights decide
     "model.arch",
@@ -46,9 +42,9 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
     if name is None:
         return config, None, {}
     if earlier is not None:
-        followed = copy.deepcopy(config)
+        followed, blank = copy.deepcopy(config), Config()
         for key in OF_THE_WEIGHTS if earlier.model.init == name else ():
-            if get(config, key) == get(Config(), key):
+            if get(config, key) == get(blank, key):
                 assign(followed, key, get(earlier, key))
         check(followed, weights_known=True)
         return followed, None, {}
@@ -59,21 +55,6 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
     followed, reasons = follow(config, values, f"model.init={name}")
     check(followed, weights_known=True)
     return followed, backbone, reasons
-
-
-def follow(config: Config, values: dict[str, object], source: str) -> tuple[Config, dict[str, str]]:
-    """Take over what `source` decides; returns the config and the reason of each setting.
-
-    Raises:
-        UserError: a setting that is not at its default says otherwise.
-    """
-    followed = copy.deepcopy(config)
-    for key, value in values.items():
-        given = get(config, key)
-        if given not in (get(Config(), key), value):
-            raise UserError(f"{key}={given}, but {source} has {value}: leave {key} out")
-        assign(followed, key, value)
-    return followed, dict.fromkeys(values, f"of {source}")
 
 
 def _of_spec(spec: ViTSpec | ResNetSpec, given: ModelConfig) -> dict[str, object]:
@@ -100,20 +81,3 @@ def vit_size(model: ModelConfig) -> Size | None:
     if (named := SIZES.get(model.arch)) is None:
         return None
     return Size(model.embed_dim or named.embed_dim, model.depth or named.depth, model.num_heads or named.num_heads)
-
-
-def copy_weights(backbone: Backbone, network: Backbone, source: str) -> None:
-    """Give `network` the weights of `backbone`; its mask token, if it has one more or one fewer, is set aside."""
-    state = dict(backbone.state_dict())
-    wanted = network.state_dict()
-    if "mask_token" in wanted:
-        state.setdefault("mask_token", torch.zeros_like(wanted["mask_token"]))
-    else:
-        state.pop("mask_token", None)
-    load_strictly(network, state, source)
-
-
-def freeze(module: nn.Module) -> None:
-    """Leave this step's gradients of a module out, so that the optimizer passes it over."""
-    for parameter in module.parameters():
-        parameter.grad = None

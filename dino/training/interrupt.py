@@ -2,8 +2,8 @@
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,8 @@ class Stop(IntEnum):
 class Interrupt:
     """Turns SIGTERM and SIGINT, the end of the launcher, and the time limit into a request to stop after this step.
 
-    The same signal a second time ends the process at once, as without this class.
+    The same signal a second time ends the process at once, as without this class. Used as a context: what handled the
+    signals before does so again afterwards.
     """
 
     def __init__(self, accelerator: Accelerator, time_limit: float | None):
@@ -45,29 +46,37 @@ class Interrupt:
         self.signalled = False
         # Accelerate's launcher does not hand a SIGTERM on; that it is gone shows in this process's parent.
         self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+
+    def __enter__(self) -> "Interrupt":
+        # Python lets only the main thread handle signals; a run in another one is stopped by its program.
+        signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self._handle) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
-    def asked(self, too_many_unreadable: Callable[[], bool], together: bool) -> Stop:
-        """Whether to stop now.
+    def reason(self, too_many_unreadable: bool, synchronise: bool) -> Stop:
+        """Why to stop now, if at all.
 
         Args:
-            too_many_unreadable: looked at by every process.
-            together: whether all processes ask at this step; at the others, a process of several does not stop.
+            too_many_unreadable: as this process sees it.
+            synchronise: whether all processes ask at this step; at the others, a process of several does not stop.
         """
         alone = self.accelerator.num_processes == 1
-        if not (alone or together):
+        if not (alone or synchronise):
             return Stop.NO
         mine = Stop.NO
         if self.deadline is not None and time.monotonic() > self.deadline:
             mine = Stop.TIME
         if self.signalled or (self.launcher is not None and os.getppid() != self.launcher):
             mine = Stop.SIGNAL
-        if together and too_many_unreadable():
+        if too_many_unreadable:
             mine = Stop.UNREADABLE
         if alone:
             return mine

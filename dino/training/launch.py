@@ -1,20 +1,21 @@
 """Starts Accelerate as the launcher and the config say: processes, device, precision, CPU threads, seeds."""
 
 import os
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from dino.config.read import AUTO, Config
-from dino.config.schema import TrainConfig
+from dino.config.schema import AUTO, Config, TrainConfig
+from dino.distributed import is_distributed
 from dino.errors import UserError
+from dino.methods import Method
 from dino.methods.network import Network
-from dino.models import VisionTransformer
-from dino.models.layers import Block
 from dino.training.sharding import is_sharded, shard
+from dino.training.trackers import check_trackers
 
 LAUNCHER_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16"}
 
@@ -28,25 +29,30 @@ def start(config: Config) -> Accelerator:
     """
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     precision = choose_precision(config.train.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), has_accelerator)
+    check_trackers(config.tracking.backends)
+    if PartialState._shared_state and not is_distributed():
+        # A run before this one, in the same process, may have had another precision: it leaves nothing behind.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
     accelerator = Accelerator(
         cpu=not has_accelerator,
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with=_trackers(config.tracking.backends),
+        log_with=config.tracking.backends or None,
         project_dir=config.run.dir,
     )
-    if config.train.shard and precision == "fp16":
-        raise UserError("train.shard cannot watch fp16 gradients for overflow: use train.precision=bf16 or fp32")
-    shares = accelerator.num_processes * config.train.accumulation
-    if config.train.batch_size % shares:
-        below = max(shares, config.train.batch_size // shares * shares)
+    if config.train.fsdp and precision == "fp16":
+        raise UserError("train.fsdp cannot watch fp16 gradients for overflow: use train.precision=bf16 or fp32")
+    parts = accelerator.num_processes * config.train.accumulation
+    if config.train.batch_size % parts:
+        below = max(parts, config.train.batch_size // parts * parts)
         raise UserError(
             f"train.batch_size={config.train.batch_size} cannot be shared equally by {accelerator.num_processes} "
-            f"process(es) × {config.train.accumulation} micro-batch(es): use {below} or {below + shares}"
+            f"process(es) × {config.train.accumulation} micro-batch(es): use {below} or {below + parts}"
         )
     return accelerator
 
 
-def choose_precision(wanted: str, launcher: str | None, has_accelerator: bool) -> str:
+def choose_precision(asked: str, launcher: str | None, has_accelerator: bool) -> str:
     """fp32, bf16 or fp16.
 
     A launcher that was told nothing says `no`, which is therefore read as no wish.
@@ -55,46 +61,16 @@ def choose_precision(wanted: str, launcher: str | None, has_accelerator: bool) -
         UserError: the config names another precision than the launcher.
     """
     launched = LAUNCHER_NAMES.get(launcher or "no", launcher)
-    if launched is not None and wanted not in (AUTO, launched):
+    if launched is not None and asked not in (AUTO, launched):
         raise UserError(
-            f"train.precision={wanted}, but the launcher was started with --mixed_precision {launched}: "
+            f"train.precision={asked}, but the launcher was started with --mixed_precision {launched}: "
             "leave one of them out, or make them agree"
         )
-    precision = launched or (wanted if wanted != AUTO else ("bf16" if has_accelerator else "fp32"))
+    own = ("bf16" if has_accelerator else "fp32") if asked == AUTO else asked
+    precision = launched or own
     if precision == "fp16" and not has_accelerator:
         raise UserError("train.precision=fp16 needs a GPU: use bf16 or fp32 on CPU")
     return precision
-
-
-def place(
-    accelerator: Accelerator, networks: tuple[Network, Network], settings: TrainConfig
-) -> tuple[Network, Network]:
-    """Networks on this process's device, if asked compiled or sharded; BatchNorm takes its statistics over all GPUs."""
-    student, teacher = networks
-    sharded = settings.shard and accelerator.num_processes > 1
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks)
-    for network in (student, teacher):
-        if isinstance(network.backbone, VisionTransformer):
-            for block in cast(Iterable[Block], network.backbone.blocks):
-                block.recompute = settings.checkpoint_blocks
-                if settings.compile:
-                    # Block by block: the one compiled graph serves all of them, and start-up stays short.
-                    block.compile(dynamic=False)
-        if sharded:
-            shard(network, accelerator)
-        else:
-            network.to(accelerator.device)
-    return student, teacher
-
-
-def prepare(
-    accelerator: Accelerator, student: Network, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Both as Accelerate wants them; a sharded student exchanges gradients itself."""
-    if is_sharded(student):
-        return student, accelerator.prepare(optimizer)
-    return accelerator.prepare(student, optimizer)
 
 
 def precision_of(accelerator: Accelerator) -> str:
@@ -102,26 +78,53 @@ def precision_of(accelerator: Accelerator) -> str:
     return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
 
 
-def set_threads_and_seed(config: Config) -> None:
-    """CPU threads of this process (launchers ask for one), and the seed that all processes build their weights from."""
-    torch.set_num_threads(int(config.train.cpu_threads))
-    torch.manual_seed(config.train.seed)
+def place(accelerator: Accelerator, method: Method, settings: TrainConfig) -> None:
+    """Put all that a method keeps on this process's device; networks compiled or sharded where that is asked for."""
+    for module in method.state().values():
+        if isinstance(module, Network):
+            _place_network(accelerator, module, settings)
+        else:
+            module.to(accelerator.device)
+
+
+def _place_network(accelerator: Accelerator, network: Network, settings: TrainConfig) -> None:
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of all GPUs; replaces the parts in place
+    for block in getattr(network.backbone, "blocks", ()):
+        block.recompute = settings.activation_checkpointing
+        if settings.compile:
+            # Block by block: the one compiled graph serves all of them, and start-up stays short.
+            block.compile(dynamic=False)
+    if settings.fsdp and accelerator.num_processes > 1:
+        shard(network, accelerator)
+    else:
+        network.to(accelerator.device)
+
+
+def prepare(accelerator: Accelerator, method: Method, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Wrap the student for the exchange of gradients, which a sharded one does itself; the optimizer as prepared."""
+    method.autocast = accelerator.autocast
+    if is_sharded(method.student):
+        method.forward = method.student
+        return accelerator.prepare(optimizer)
+    method.forward, prepared = accelerator.prepare(method.student, optimizer)
+    return prepared
+
+
+@contextmanager
+def process_state(config: Config) -> Iterator[None]:
+    """CPU threads and random state are the run's while it lasts, and the program's again afterwards."""
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(config.train.cpu_threads)  # launchers ask for one
+    torch.manual_seed(config.train.seed)  # all processes build their weights from it
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(random)
 
 
 def seed_process(seed: int, process: int) -> None:
     """Give stochastic depth a stream of its own in each process."""
+    # CPython's hash of a pair of integers, which is the same everywhere: another seed would change runs that resume.
     torch.manual_seed(hash((seed, process)) & 0xFFFFFFFF)
-
-
-def _trackers(names: list[str]) -> list[str] | None:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    available = [str(tracker.value) for tracker in get_available_trackers()]
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(
-                f"unknown tracker '{name}' in tracking.backends: choose of {', '.join(LOGGER_TYPE_TO_CLASS)}"
-            )
-        if name not in available:
-            raise UserError(f"tracking.backends asks for {name}, which is not installed: pip install {name}")
-    return names or None

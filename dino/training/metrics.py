@@ -1,9 +1,7 @@
 """What a run says of itself while it trains: metrics.jsonl, the trackers and the progress bar, by the same names."""
 
-import io
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Generator, Iterable
@@ -11,14 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dino.config.read import Config, get, leaves
+from dino.config.schema import Config
+from dino.methods import METHODS
 from dino.monitor.health import Health
-from dino.monitor.verdict import Verdict, judge
+from dino.monitor.verdict import Verdict, judge, measured_lines
 from dino.run import RunDirectory
+from dino.training.trackers import log_pictures, start_trackers
 
 T = TypeVar("T")
 
@@ -33,21 +32,21 @@ class Metrics:
 
     def __init__(self, accelerator: Accelerator, config: Config, directory: RunDirectory, width: int, start: int):
         self.accelerator, self.config, self.directory, self.width = accelerator, config, directory, width
-        self.measured = [line for line in directory.read_metrics() if "health/entropy_ratio" in line]
+        self.main_loss = next(iter(METHODS[config.objective.name].watched(config)))
+        self.measured = measured_lines(directory.read_metrics())
         self.verdict = Verdict(self.measured[-1].get("health/verdict", "") if self.measured else "")
-        self.images_per_step = config.train.batch_size
         self.sums: dict[str, Tensor] = {}
         self.noted: dict[str, float] = {}
         self.count, self.waited, self.since = 0, 0.0, time.perf_counter()
         self.bar = tqdm(
-            total=int(config.train.steps),
+            total=config.train.steps,
             initial=start,
             unit="step",
             dynamic_ncols=True,
             disable=not accelerator.is_main_process,
             mininterval=0.5 if os.isatty(2) else 10.0,
         )
-        self._start_trackers()
+        start_trackers(accelerator, config, directory)
 
     def timing(self, batches: Iterable[T]) -> Generator[T, None, None]:
         """The same batches; counts the time spent waiting for them."""
@@ -72,9 +71,7 @@ class Metrics:
         """Write what the run begins with, weights that are trained already, as step 0."""
         line: dict[str, Any] = {"step": 0, "epoch": 0.0, **indicators}
         self.measured.append(line)
-        if self.accelerator.is_main_process:
-            with self.directory.metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        self._write(line)
         self.accelerator.log(indicators, step=0)
         self.since = time.perf_counter()
 
@@ -87,9 +84,7 @@ class Metrics:
             rates: values of this step that the host knows: the schedules'.
             health: asked for its indicators where they are due.
         """
-        names = sorted(self.sums)
-        means = self.accelerator.reduce(torch.stack([self.sums[name].float() for name in names]), "mean") / self.count
-        averages = dict(zip(names, means.tolist(), strict=True))  # waits for the device
+        averages = self._averages()  # waits for the device
         began = time.perf_counter()
         indicators = health.measure(step) if health.is_due(step) else {}
         now = time.perf_counter()
@@ -101,34 +96,41 @@ class Metrics:
             **rates,
             **indicators,
             **self.noted,
-            "time/images_per_second": round(self.count * self.images_per_step / elapsed, 2),
+            "time/images_per_second": round(self.count * self.config.train.batch_size / elapsed, 2),
             "time/data_wait": round(self.waited / elapsed, 4),
         }
         if indicators:
             line["time/health"] = round((now - began) / elapsed, 4)
             self._judge(line)
         self.sums, self.noted, self.count, self.waited, self.since = {}, {}, 0, 0.0, now
+        self._write(line)
+        self.bar.set_postfix_str(
+            f"loss {line[self.main_loss]:.4f}, {self.verdict.state or 'starting'}, "
+            f"{line['time/images_per_second']:.0f} images/s, {line['time/data_wait']:.0%} waiting for data",
+            refresh=False,
+        )
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+
+    def show(self, step: int, pictures: dict[str, bytes]) -> None:
+        """Send pictures (PNG), by name, to W&B, if it is a tracker."""
+        log_pictures(self.accelerator, pictures, step)
+
+    def _averages(self) -> dict[str, float]:
+        """Means over the steps since the last line, and over processes."""
+        names = sorted(self.sums)
+        sums = torch.stack([self.sums[name].float() for name in names])
+        means = self.accelerator.reduce(sums, "mean") / self.count
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _write(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             with self.directory.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            self.bar.set_postfix_str(
-                f"loss {line['loss/dino']:.4f}, {self.verdict.state or 'starting'}, "
-                f"{line['time/images_per_second']:.0f} images/s, {line['time/data_wait']:.0%} waiting for data",
-                refresh=False,
-            )
-        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
-
-    def show(self, step: int, images: dict[str, bytes]) -> None:
-        """Send pictures (PNG) to W&B, if it is a tracker."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "wandb":
-                values = {f"pictures/{name}": [Image.open(io.BytesIO(png))] for name, png in images.items()}
-                tracker.log_images(values, step=step)
 
     def _judge(self, line: dict[str, Any]) -> None:
         """Put the verdict into the line, and say so where it has changed."""
         self.measured.append(line)
-        verdict = judge(self.measured, int(self.config.train.steps), int(self.config.objective.prototypes), self.width)
+        verdict = judge(self.measured, self.config, self.width)
         if verdict.state != self.verdict.state and self.accelerator.is_main_process:
             text = f"{verdict.state}: {verdict.advice}" if verdict.advice else verdict.state
             self.bar.write(f"step {line['step']}: {text}", file=sys.stderr)
@@ -142,33 +144,3 @@ class Metrics:
         self.bar.close()
         if kind is None:  # trackers of a process that failed end with it; ending them may need the other processes
             self.accelerator.end_training()
-
-    def _start_trackers(self) -> None:
-        tracking = self.config.tracking
-        if not tracking.backends:
-            return
-        settings = {}
-        if "wandb" in tracking.backends:
-            settings["wandb"] = self._wandb_settings()
-        flat = {
-            key: value if isinstance(value := get(self.config, key), int | float | str) else str(value)
-            for key, _ in leaves()
-        }
-        self.accelerator.init_trackers(tracking.project, config=flat, init_kwargs=settings)
-
-    def _wandb_settings(self) -> dict[str, Any]:
-        """One W&B run for one run directory, whatever the number of starts; offline where there is no key."""
-        import wandb
-
-        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
-        identity = self.directory.path / "wandb_id"
-        if not identity.exists() and self.accelerator.is_main_process:
-            identity.write_text(secrets.token_hex(8))
-        self.accelerator.wait_for_everyone()
-        return {
-            "id": identity.read_text(),
-            "resume": "allow",
-            "name": self.config.tracking.name or self.directory.path.name,
-            "dir": str(self.directory.path),
-            **({"mode": "offline"} if offline else {}),
-        }

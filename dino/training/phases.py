@@ -6,7 +6,7 @@ from typing import NamedTuple
 from dino.config.schema import Config, ViewsConfig
 
 
-class Stretch(NamedTuple):
+class Span(NamedTuple):
     """Optimizer steps `start` to `stop` − 1, and the views that they have."""
 
     start: int
@@ -14,18 +14,20 @@ class Stretch(NamedTuple):
     views: ViewsConfig
 
 
-def stretches(config: Config) -> list[Stretch]:
-    """The whole run, cut where `train.phases` begin; schedules go on over all of it. Needs resolved steps."""
-    steps = int(config.train.steps)
-    starts = [0, *(round(phase.begin * steps) for phase in config.train.phases), steps]
-    views = [config.views]
+def spans(config: Config) -> list[Span]:
+    """The whole run, divided where `train.phases` begin; schedules go on over all of it. Needs a resolved config."""
+    steps = config.train.steps
+    views, starts = [config.views], [0]
     for phase in config.train.phases:
         views.append(replace(config.views, global_size=phase.global_size, local_size=phase.local_size))
-    return [Stretch(*three) for three in zip(starts, starts[1:], views, strict=False)]
+        starts.append(round(phase.begin * steps))
+    stops = [*starts[1:], steps]
+    return [Span(start, stop, of_span) for start, stop, of_span in zip(starts, stops, views, strict=True)]
 
 
 def views_at(config: Config, step: int) -> ViewsConfig:
     """The views of an optimizer step, or of the end of the run."""
-    return next(
-        (found.views for found in stretches(config) if found.start <= step < found.stop), stretches(config)[-1].views
-    )
+    for span in spans(config):
+        if span.start <= step < span.stop:
+            return span.views
+    return spans(config)[-1].views

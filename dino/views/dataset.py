@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     crops: list[Tensor]
     keys: np.ndarray
     skipped: list[tuple[int, str]]
+    unreadable: str = ""
 
     def pin_memory(self) -> "Batch":
         """For the DataLoader's pinning thread."""
@@ -50,7 +51,7 @@ class ViewsDataset(Dataset):
         finished: whole views; otherwise only crops, which `DeviceViews.retouch` finishes on the device.
     """
 
-    def __init__(self, images: Images, spec: MultiCrop, seed: int, finished: bool = True):
+    def __init__(self, images: Images, spec: MultiCrop, seed: int, finished: bool = False):
         self.images, self.spec, self.seed = images, spec, seed
         self.make = make_views if finished else cut_views
 

@@ -32,12 +32,12 @@ class DeviceViews:
         edges = [0, *(v for v in range(1, len(sizes)) if sizes[v] != sizes[v - 1]), len(sizes)]
         self.groups = [slice(first, last) for first, last in pairwise(edges)]
 
-    def cut(self, canvas: Canvas, keys: np.ndarray) -> list[Tensor]:
+    def crop(self, canvas: Canvas, keys: np.ndarray) -> list[Tensor]:
         """Crops by size, (V·B, C, size, size) uint8, view by view; nothing else is done to their pixels."""
         geometry = draw_geometry(self.spec.views, keys, canvas.sizes)
         return [self._cut(canvas, geometry, group) for group in self.groups]
 
-    def retouch(self, crops: Sequence[Tensor], keys: np.ndarray) -> list[Tensor]:
+    def photometric(self, crops: Sequence[Tensor], keys: np.ndarray) -> list[Tensor]:
         """Strokes, colours, blur and solarisation of crops by size, as `cut` or the workers make them."""
         appearance = draw_appearance(self.spec.views, keys)
         return [

@@ -84,3 +84,17 @@ def multi_crop(
     if stroke is not None:
         first, second, local = (replace(view, stroke=stroke) for view in (first, second, local))
     return MultiCrop(globals_=(first, second), locals_=(local,) * local_crops)
+
+
+def view_spec(views):
+    return multi_crop(
+        views.preset,
+        views.global_size,
+        (views.global_scale[0], views.global_scale[1]),
+        views.local_size,
+        (views.local_scale[0], views.local_scale[1]),
+        views.local_crops,
+        views.inverted_blur,
+        views.affine,
+        views.stroke,
+    )

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from dino.config import auto
-from dino.config.auto import Pool, keep_resolved, resolve
+from dino.config.auto import PoolFacts, keep_resolved, resolve
 from dino.config.read import assign, get, leaves
 from dino.config.schema import AUTO, Config
 from dino.errors import UserError
 
-IMAGENET = Pool(images=1_281_167, channels=3, kind="folder", bytes=700_000_000_000)
-OMNIGLOT = Pool(images=19_280, channels=1, kind="omniglot")
+IMAGENET = PoolFacts(images=1_281_167, channels=3, kind="folder", bytes=700_000_000_000)
+OMNIGLOT = PoolFacts(images=19_280, channels=1, kind="omniglot")
 FOLLOWS_LAUNCHER_OR_RUN = {"train.precision", "train.resume"}  # `auto` stays: it means something at every start
 
 
@@ -29,13 +29,13 @@ class TestPublished:
         config, _ = resolve(with_settings(train__batch_size=1024, train__epochs=300.0), IMAGENET)
         assert config.objective.prototypes == 65536
         assert config.objective.centering == "centre"
-        assert config.objective.momentum == pytest.approx(0.996, abs=1e-4)
-        assert config.objective.momentum_end == 1.0
+        assert config.objective.teacher_momentum == pytest.approx(0.996, abs=1e-4)
+        assert config.objective.teacher_momentum_end == 1.0
         assert config.objective.teacher_temperature == 0.07
         assert config.train.steps == round(300 * 1_281_167 / 1024)
         assert config.objective.teacher_temperature_warmup == pytest.approx(30 / 300 * config.train.steps, abs=1)
         assert config.optim.warmup_steps == pytest.approx(10 * 1_281_167 / 1024, abs=1)
-        assert config.optim.freeze_last_layer_steps == pytest.approx(1_281_167 / 1024, abs=1)
+        assert config.objective.freeze_last_layer_steps == pytest.approx(1_281_167 / 1024, abs=1)
         assert (config.views.mean, config.views.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
     def test_learning_rate_of_sgd_is_dinos_for_resnet50(self):
@@ -52,7 +52,7 @@ class TestPublished:
 
     def test_momentum_advised_for_small_batches(self):
         """main_dino.py: 'we recommend setting a higher value with small batches: 0.9995 with batch size of 256'."""
-        small = resolve(with_settings(train__batch_size=128), IMAGENET)[0].objective.momentum
+        small = resolve(with_settings(train__batch_size=128), IMAGENET)[0].objective.teacher_momentum
         assert small == pytest.approx(0.9995, abs=1e-4)
 
     def test_omniglot(self):
@@ -62,8 +62,8 @@ class TestPublished:
         assert config.objective.prototypes == 1024
         assert config.objective.centering == "sinkhorn"
         assert config.objective.teacher_temperature == 0.04
-        assert config.objective.momentum == pytest.approx(1 - 5 * 128 / 19_280, abs=1e-6)
-        assert config.objective.momentum_end == config.objective.momentum
+        assert config.objective.teacher_momentum == pytest.approx(1 - 5 * 128 / 19_280, abs=1e-6)
+        assert config.objective.teacher_momentum_end == config.objective.teacher_momentum
         assert config.train.steps == round(50 * 19_280 / 128)
         assert (config.views.mean, config.views.std) == ([0.5], [0.5])
 
@@ -78,18 +78,18 @@ class TestRange:
     def test_every_pool_gets_values_that_can_work(self, images, batch):
         if batch > images:
             return
-        config, _ = resolve(with_settings(train__batch_size=batch), Pool(images, 3, "folder"))
+        config, _ = resolve(with_settings(train__batch_size=batch), PoolFacts(images, 3, "folder"))
         prototypes = config.objective.prototypes
         assert isinstance(prototypes, int)
         assert 256 <= prototypes <= 65536
         assert math.log2(prototypes).is_integer()
-        assert 0.9 <= config.objective.momentum < config.objective.momentum_end + 1e-12 <= 1 + 1e-12
+        assert 0.9 <= config.objective.teacher_momentum < config.objective.teacher_momentum_end + 1e-12 <= 1 + 1e-12
         assert config.train.steps >= 1
         assert config.train.checkpoint_every >= 1
         for warmup in (
             config.optim.warmup_steps,
             config.objective.teacher_temperature_warmup,
-            config.optim.freeze_last_layer_steps,
+            config.objective.freeze_last_layer_steps,
         ):
             assert 0 <= warmup <= config.train.steps // 10
 
@@ -101,7 +101,7 @@ class TestRange:
         assert resolve(Config(), OMNIGLOT)[0].data.rebalance_every == 0
 
     def test_unusual_numbers_of_channels(self):
-        config, _ = resolve(Config(), Pool(1000, 5, "folder"))
+        config, _ = resolve(Config(), PoolFacts(1000, 5, "folder"))
         assert (config.views.mean, config.views.std) == ([0.5] * 5, [0.5] * 5)
 
     def test_ten_checkpoints_a_run_but_never_over_1000_steps_apart(self):
@@ -129,7 +129,7 @@ class TestRange:
         ],
     )
     def test_images_stay_on_a_cpu_up_to_one_gibibyte(self, decoded, backend, cache):
-        pool = Pool(10_000, 3, "folder", decoded)
+        pool = PoolFacts(10_000, 3, "folder", decoded)
         config, reasons = resolve(with_settings(views__backend=backend), pool)
         assert config.data.cache == cache
         assert (config.data.workers == 0) == (cache == "device"), "nobody else is there to decode them"
@@ -164,7 +164,7 @@ class TestResolving:
 
     def test_later_rules_follow_what_was_given(self):
         config, _ = resolve(with_settings(train__steps=200, objective__momentum=0.95), OMNIGLOT)
-        assert config.objective.momentum_end == 0.95
+        assert config.objective.teacher_momentum_end == 0.95
         assert config.objective.teacher_temperature_warmup == 20
 
     def test_the_config_given_is_not_changed(self):
@@ -174,7 +174,7 @@ class TestResolving:
 
     def test_resolving_again_changes_nothing(self):
         once, _ = resolve(Config(), IMAGENET)
-        twice, reasons = resolve(once, Pool(images=5_000, channels=3, kind="zip"))
+        twice, reasons = resolve(once, PoolFacts(images=5_000, channels=3, kind="zip"))
         assert twice == once
         assert reasons == {}
 
@@ -187,8 +187,8 @@ class TestResolving:
 
     def test_a_batch_larger_than_the_data_set_is_refused_with_both_numbers(self):
         with pytest.raises(UserError, match=r"train\.batch_size=256 .* 255 images: use at most 255"):
-            resolve(Config(), Pool(255, 3, "folder"))
-        resolve(Config(), Pool(256, 3, "folder"))
+            resolve(Config(), PoolFacts(255, 3, "folder"))
+        resolve(Config(), PoolFacts(256, 3, "folder"))
 
 
 class TestResuming:
@@ -199,7 +199,7 @@ class TestResuming:
 
     def test_takes_over_what_was_resolved(self):
         earlier = self.earlier()
-        config, _ = resolve(keep_resolved(Config(), earlier), Pool(images=500_000, channels=1, kind="zip"))
+        config, _ = resolve(keep_resolved(Config(), earlier), PoolFacts(images=500_000, channels=1, kind="zip"))
         for key, _ in leaves():
             if not key.startswith(("data.workers", "train.cpu_threads")):
                 assert get(config, key) == get(earlier, key), key

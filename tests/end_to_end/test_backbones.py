@@ -22,7 +22,7 @@ RESNET = (
     "train.batch_size=8",
     "train.checkpoint_every=2",
 )
-SGD = (*RESNET, "optim.name=sgd", "optim.freeze_last_layer_steps=1")
+SGD = (*RESNET, "optim.name=sgd", "objective.freeze_last_layer_steps=1")
 IMAGES = ("train.batch_size=8", "views.global_size=16", "views.local_size=8")
 
 

@@ -192,7 +192,7 @@ def test_run_directory_that_cannot_be_written(runs, tmp_path):
     assert "cannot be written" in error_of(runs.run("train.steps=2", f"run.dir={tmp_path / 'run'}"))
 
 
-BREAKS = ("optim.lr=1e30", "optim.clip_grad=0", "optim.warmup_steps=0", "optim.freeze_last_layer_steps=0")
+BREAKS = ("optim.lr=1e30", "optim.clip_grad=0", "optim.warmup_steps=0", "objective.freeze_last_layer_steps=0")
 
 
 def test_broken_loss_ends_the_run_and_reaches_no_checkpoint(runs, tmp_path):

@@ -7,7 +7,7 @@ from launching import TINY, backbone, metrics
 
 pytestmark = pytest.mark.slow
 
-CENTRE = ("train.steps=300", "model.initialisation=fan_in", "objective.centering=centre", "monitor.log_every=10")
+CENTRE = ("train.steps=300", "model.weight_init=fan_in", "objective.centering=center", "monitor.log_every=10")
 COLLAPSES = {  # state: (settings, words of the published remedy)
     "collapsed: uniform": (
         ("objective.teacher_temperature=0.5", "objective.teacher_temperature_start=0.5"),
@@ -68,7 +68,7 @@ from dino.report import run as reporting
 reporting.Reporter.is_due = lambda self: False
 """
 KINDS = {
-    "vit": ("model.drop_path=0.2", "objective.centering=centre"),
+    "vit": ("model.drop_path=0.2", "objective.centering=center"),
     "resnet": ("model.arch=resnet18", "views.global_size=32", "views.local_size=16", "train.batch_size=8"),
     "workers": ("model.drop_path=0.2", "data.cache=none", "data.workers=1"),
 }

@@ -24,11 +24,11 @@ SETTINGS = (
     "objective.prototypes=256",
     "objective.head_hidden=64",
     "objective.head_bottleneck=32",
-    "objective.momentum=0.99",
+    "objective.teacher_momentum=0.99",
 )
 # Rates at which the losses still move at the end: a curve that has come to rest would agree with any other.
 CURVES = {
-    "centre": (*SETTINGS, "objective.centering=centre", "optim.lr=0.0003"),
+    "centre": (*SETTINGS, "objective.centering=center", "optim.lr=0.0003"),
     "sinkhorn": (*SETTINGS, "objective.centering=sinkhorn", "optim.lr=0.0001"),
 }
 

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 12
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=4", "model.drop_path=0", "optim.lr=0.003")
-CENTRE = (*SETTINGS, "objective.centering=centre", "data.cache=device")
+CENTRE = (*SETTINGS, "objective.centering=center", "data.cache=device")
 SINKHORN = (*SETTINGS, "objective.centering=sinkhorn", "data.cache=none")
 
 

@@ -27,7 +27,7 @@ def done(runs, tmp_path_factory):
         "two": SETTINGS,
         "workers": (*SETTINGS, "data.cache=none", "data.workers=1"),
         "never": (*SETTINGS, "data.rebalance_every=0"),
-        "sharded": (*SETTINGS, "train.shard=true"),
+        "sharded": (*SETTINGS, "train.fsdp=true"),
     }
     commands = {name: (*settings, f"run.dir={folder / name}") for name, settings in commands.items()}
     for process in runs.together(commands, two="torchrun", sharded="torchrun").values():

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 60
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=7", "model.drop_path=0.2")
-CENTRE = (*SETTINGS, "objective.centering=centre", "data.cache=device")
+CENTRE = (*SETTINGS, "objective.centering=center", "data.cache=device")
 SINKHORN = (*SETTINGS, "objective.centering=sinkhorn", "train.cpu_threads=2", "data.cache=none")
 
 

@@ -21,7 +21,7 @@ SETTINGS = (
     "objective.koleo_weight=0.1",
     "objective.koleo_scope=all",
 )
-SHARDED = (*SETTINGS, "train.shard=true")
+SHARDED = (*SETTINGS, "train.fsdp=true")
 LOSSES = ("loss/dino", "loss/ibot", "loss/koleo")
 
 
@@ -32,7 +32,7 @@ def done(runs, tmp_path_factory):
     commands = {
         "alone": SETTINGS,
         "sharded": SHARDED,
-        "recomputed": (*SHARDED, "train.checkpoint_blocks=true"),
+        "recomputed": (*SHARDED, "train.activation_checkpointing=true"),
         "random": (*SHARDED, "model.drop_path=0.3", "model.drop_path_kind=subset"),
     }
     commands = {name: (*settings, f"run.dir={folder / name}") for name, settings in commands.items()}
@@ -99,7 +99,7 @@ def test_its_backbone_is_whole_and_its_page_written(done):
 def test_fp16_is_refused(runs, tmp_path):
     before = "import torch; torch.cuda.is_available = lambda: True"
     refused = runs.run(*SHARDED, "train.precision=fp16", f"run.dir={tmp_path / 'run'}", before=before)
-    assert "train.shard cannot watch fp16 gradients for overflow" in error_of(refused)
+    assert "train.fsdp cannot watch fp16 gradients for overflow" in error_of(refused)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from launching import checkpoints, contents, metrics
 
 import dino
 from dino.config import read as configuration
+from dino.training.settings import load
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_run_directory_holds_what_the_contract_says(smoke):
 
 def test_config_of_the_run_is_resolved_and_can_be_loaded(smoke):
     run, _, _ = smoke
-    config = configuration.load(run / "config.yaml")
+    config = load(run / "config.yaml")
     assert config.train.steps == 4
     unresolved = [key for key, _ in configuration.leaves() if configuration.get(config, key) == "auto"]
     assert set(unresolved) <= {"train.resume", "train.precision"}

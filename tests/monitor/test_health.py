@@ -93,14 +93,14 @@ class TestTargets:
         found = watch.measure(1)
         assert found["health/teacher_entropy"] == pytest.approx(math.log(K), rel=1e-5)
         assert found["health/entropy_ratio"] == pytest.approx(1, rel=1e-5)
-        assert found["health/kl_to_centre"] == pytest.approx(0, abs=1e-5)
+        assert found["health/kl_to_center"] == pytest.approx(0, abs=1e-5)
 
     def test_one_prototype(self, health):
         watch = health()
         watch.observe(output(torch.eye(K)[3].expand(2, B, K)), range(B))
         found = watch.measure(1)
         assert found["health/entropy_ratio"] == pytest.approx(0, abs=1e-6)
-        assert found["health/kl_to_centre"] == pytest.approx(0, abs=1e-6)
+        assert found["health/kl_to_center"] == pytest.approx(0, abs=1e-6)
         assert found["health/prototypes_in_use"] == pytest.approx(1 / K)
 
     def test_certain_and_balanced(self, health):
@@ -110,7 +110,7 @@ class TestTargets:
         watch.observe(output(targets), range(B))
         found = watch.measure(1)
         assert found["health/entropy_ratio"] == pytest.approx(0, abs=1e-6)
-        assert found["health/kl_to_centre"] == pytest.approx(entropy(targets.mean(dim=(0, 1)).numpy()), rel=1e-5)
+        assert found["health/kl_to_center"] == pytest.approx(entropy(targets.mean(dim=(0, 1)).numpy()), rel=1e-5)
         assert found["health/prototypes_in_use"] == 1
 
     def test_against_scipy_and_of_the_last_step_alone(self, health):
@@ -123,9 +123,9 @@ class TestTargets:
         assert found["health/teacher_entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
         assert found["health/entropy_ratio"] == pytest.approx(np.mean(entropies) / np.log(K), rel=1e-5)
         divergences = [entropy(row, rows.mean(axis=0)) for row in rows]
-        assert found["health/kl_to_centre"] == pytest.approx(np.mean(divergences), rel=1e-4)
+        assert found["health/kl_to_center"] == pytest.approx(np.mean(divergences), rel=1e-4)
         mean = last.logits.flatten(0, 1).numpy().mean(axis=0)
-        assert found["health/centre_norm"] == pytest.approx(np.linalg.norm(mean), rel=1e-5)
+        assert found["health/center_norm"] == pytest.approx(np.linalg.norm(mean), rel=1e-5)
 
     def test_fewer_views_than_prototypes_can_still_use_all_they_could(self, health):
         watch = health()
@@ -308,6 +308,6 @@ def test_two_processes_find_what_one_does(accelerator, tiny, tmp_path):
             wanted = np.mean([part[name] for part in parts]) if name in own else one[name]
             assert value == pytest.approx(wanted, rel=1e-4), name
     assert both[0][1].keys() >= own
-    for name in ("health/kl_to_centre", "health/prototypes_in_use", "health/centre_norm"):
+    for name in ("health/kl_to_center", "health/prototypes_in_use", "health/center_norm"):
         means = np.mean([half[1][name] for half in halves])
         assert both[0][1][name] != pytest.approx(means, rel=0.05), f"{name}: the halves are too much alike to tell"

@@ -12,15 +12,15 @@ K, WIDTH, STEPS = 1024, 192, 1000
 HEALTHY = {
     "loss/dino": 6.1,
     "health/entropy_ratio": 0.7,
-    "health/kl_to_centre": 2.0,
+    "health/kl_to_center": 2.0,
     "health/prototypes_in_use": 0.6,
     "health/rank_me": 50.0,
     "health/feature_std": 0.8,
     "health/knn": 0.5,
 }
 ILL = {
-    "collapsed: uniform": {"health/entropy_ratio": 0.999, "health/kl_to_centre": 0.0, "loss/dino": math.log(K)},
-    "collapsed: constant": {"health/entropy_ratio": 0.0, "health/kl_to_centre": 0.0, "loss/dino": 0.0},
+    "collapsed: uniform": {"health/entropy_ratio": 0.999, "health/kl_to_center": 0.0, "loss/dino": math.log(K)},
+    "collapsed: constant": {"health/entropy_ratio": 0.0, "health/kl_to_center": 0.0, "loss/dino": 0.0},
     "collapsed: features": {"health/feature_std": 0.01},
     "stuck": {"loss/dino": math.log(K) - 0.001},
     "few prototypes": {"health/prototypes_in_use": 0.01},
@@ -85,9 +85,9 @@ def test_a_run_that_recovers_is_healthy_again(state):
 
 
 VARIETY = {  # runs of different kinds that learn: nothing of it is an illness
-    "certain teacher": {"health/entropy_ratio": 0.03, "health/kl_to_centre": 6.2},
-    "cautious teacher": {"health/entropy_ratio": 0.95, "health/kl_to_centre": 0.3},
-    "one image in each batch for a prototype": {"health/prototypes_in_use": 1.0, "health/kl_to_centre": 6.9},
+    "certain teacher": {"health/entropy_ratio": 0.03, "health/kl_to_center": 6.2},
+    "cautious teacher": {"health/entropy_ratio": 0.95, "health/kl_to_center": 0.3},
+    "one image in each batch for a prototype": {"health/prototypes_in_use": 1.0, "health/kl_to_center": 6.9},
     "a twentieth of the prototypes": {"health/prototypes_in_use": 0.06},
     "few dimensions": {"health/rank_me": 9.0, "health/feature_std": 0.25},
     "all dimensions": {"health/rank_me": 191.0, "health/feature_std": 1.01},
@@ -108,7 +108,7 @@ def test_runs_that_learn_in_their_own_way_are_healthy(kind):
 def test_limits_follow_the_size_of_the_network(prototypes, width):
     """The same state of a small and of a large network, whatever its figures in nats and dimensions."""
     nats = math.log(prototypes)
-    good = {"loss/dino": 0.8 * nats, "health/kl_to_centre": 0.2 * nats, "health/rank_me": width / 4}
+    good = {"loss/dino": 0.8 * nats, "health/kl_to_center": 0.2 * nats, "health/rank_me": width / 4}
 
     def state(**changes: float) -> str:
         lines = [{**HEALTHY, **good, **changes, "step": step} for step in (10, 500, 600)]
@@ -116,7 +116,7 @@ def test_limits_follow_the_size_of_the_network(prototypes, width):
 
     assert state() == "healthy"
     assert state(**{"loss/dino": nats}) == "stuck"
-    assert state(**{"health/kl_to_centre": 0.005 * nats}) == "collapsed: constant"
+    assert state(**{"health/kl_to_center": 0.005 * nats}) == "collapsed: constant"
     assert state(**{"health/rank_me": 1.1}) == "collapsed: features"
 
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dino.training.artifacts import write_backbone
 from PIL import Image
 from torch import Tensor
 
-from dino.config import read as configuration
-from dino.config.auto import Pool, resolve
+from dino.config.auto import PoolFacts, resolve
 from dino.config.schema import Config
 from dino.data import Images, UnreadableImage, open_images
 from dino.methods.network import build_backbone
 from dino.report import run as reporting
 from dino.report.run import Reporter, write_report
 from dino.run import RunDirectory
-from dino.training.artifacts import write_backbone
+from dino.training.settings import load
 
 TINY = (
     *("views.preset=line_art", "views.global_size=8", "views.local_size=4", "views.local_crops=2", "train.steps=10000"),
@@ -57,8 +57,8 @@ class Run:
     """A run of a tiny network that has been prepared: its directory, config, backbone and reporter."""
 
     def __init__(self, folder: Path, images: Images, *settings: str, is_main_process: bool = True):
-        config = configuration.load(None, [*TINY, *settings])
-        self.config: Config = resolve(config, Pool(len(images.names), images.channels, images.kind))[0]
+        config = load(None, [*TINY, *settings])
+        self.config: Config = resolve(config, PoolFacts(len(images.names), images.channels, images.kind))[0]
         self.directory = RunDirectory(folder)
         self.directory.prepare(self.config, 0)
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ def line(step: int, **changes: object) -> dict:
     values = {
         "loss/dino": 3.1,
         "health/entropy_ratio": 0.7,
-        "health/kl_to_centre": 1.0,
+        "health/kl_to_center": 1.0,
         "health/prototypes_in_use": 0.6,
     }
     values |= {"health/rank_me": 20.0, "health/feature_std": 0.8, "optim/lr": 0.001, "health/verdict": "healthy"}
@@ -135,7 +135,7 @@ class TestPage:
 
     def test_a_collapse_is_explained_with_the_way_out(self, run, text_only):
         made = run()
-        ill = {"health/entropy_ratio": 1.0, "health/kl_to_centre": 0.0}
+        ill = {"health/entropy_ratio": 1.0, "health/kl_to_center": 0.0}
         made.log(line(2000), line(3000, **ill), line(4000, **ill))
         made.write()
         assert ">collapsed: uniform<" in made.page

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from dino.training.targets import Targets
 from test_step import Trainer, assert_same, build, packed, views_of_batch, weights
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from dino.methods.network import Network, Normalise, build_networks
 from dino.training.optimizer import build_optimizer, clip_gradients, set_rates
 from dino.training.schedules import schedules
 from dino.training.step import Step
-from dino.training.targets import Targets
 
 DINOV2 = {
     "objective.ibot_weight": 0.8,
@@ -52,8 +52,8 @@ OPTIONS = {
     "SwiGLU": {"model.ffn": "swiglu"},
     "no local crops": {"views.local_crops": 0},
     "local crops of the global size": {"views.local_size": 16},
-    "all crops masked": {"objective.mask_share": 1.0, "objective.mask_ratio": "[0.0,1.0]"},
-    "one masked crop": {"objective.mask_share": 0.1},
+    "all crops masked": {"objective.mask_fraction": 1.0, "objective.mask_ratio": "[0.0,1.0]"},
+    "one masked crop": {"objective.mask_fraction": 0.1},
     "one patch a crop": {  # those masked are then all alike, which KoLeo's definition has no number for
         "objective.koleo_weight": 0,
         "views.global_size": 8,
@@ -66,7 +66,7 @@ OPTIONS = {
     "clipping by module": BY_MODULE,
     "clipping by module, separate heads": SEPARATE | BY_MODULE,
     "learned prototype lengths": SEPARATE | {"objective.norm_last_layer": False},
-    "prototypes that stand still at first": SEPARATE | {"optim.freeze_last_layer_steps": 2},
+    "prototypes that stand still at first": SEPARATE | {"objective.freeze_last_layer_steps": 2},
     "backbone that stands still at first": {"optim.freeze_backbone_steps": 1},
     "backbone that stands still at first, clipping by module": BY_MODULE | {"optim.freeze_backbone_steps": 1},
     "two micro-batches": {"train.accumulation": 2},
@@ -133,7 +133,7 @@ class Reference:
         sum(losses.values()).backward()
         for name, value in self.trained.items():
             optim = self.config.optim
-            if "last_layer" in name and number < optim.freeze_last_layer_steps:
+            if "last_layer" in name and number < self.config.objective.freeze_last_layer_steps:
                 value.grad = None
             if name.startswith("backbone.") and number < optim.freeze_backbone_steps:
                 value.grad = None
@@ -405,7 +405,7 @@ class PlainDINO:
 def test_without_masks_and_koleo_it_is_dino_to_the_bit(centering, accelerator, tiny):
     """In fp32, as runs are; whatever is said of masks and of patches' heads, and with stochastic depth."""
     common = {"objective.centering": centering, "model.drop_path": 0.3}
-    unused = {"objective.mask_share": 0.9, "objective.mask_ratio": "[0.2,0.3]", "objective.koleo_scope": "all"}
+    unused = {"objective.mask_fraction": 0.9, "objective.mask_ratio": "[0.2,0.3]", "objective.koleo_scope": "all"}
     off = {"objective.ibot_weight": 0, "objective.koleo_weight": 0}
     plain, config = PlainDINO(tiny(common)), tiny(common | unused | SEPARATE | off)
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from dino.training.artifacts import write_backbone
 from test_dinov2_step import DINOV2, SEPARATE, SINKHORN, Reference, hidden_patches, named
 from test_initial import MEAN, OWN, STD, random_backbone, trainer_of, with_settings, write_file, write_own
 from test_step import Trainer, assert_same, assert_untouched, build, packed, views_of_batch, weights
@@ -22,7 +23,6 @@ from dino.methods.distill import Guide, TokenPrototypes, follow_guide
 from dino.methods.network import Network
 from dino.models import Backbone, ResNetSpec, ViTSpec
 from dino.run import RunDirectory
-from dino.training.artifacts import write_backbone
 from dino.training.checkpoint import Checkpoints
 
 DINO_FILE = ViTSpec(64, 2, 1, 4, 16)

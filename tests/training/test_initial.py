@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dino.training.targets import Targets
 from test_step import Trainer, assert_same, assert_untouched, packed, views_of_batch, weights
 from torch import Tensor
 
 from dino import load_backbone
-from dino.config import read as configuration
-from dino.config.auto import Pool, resolve
+from dino.config.auto import PoolFacts, resolve
 from dino.config.read import assign, get
 from dino.config.schema import Config
 from dino.errors import UserError
@@ -21,8 +21,8 @@ from dino.training.initial import OF_THE_WEIGHTS, follow_weights
 from dino.training.metrics import Metrics
 from dino.training.optimizer import build_optimizer
 from dino.training.schedules import schedules
+from dino.training.settings import load
 from dino.training.step import Step
-from dino.training.targets import Targets
 
 OWN = ViTSpec(24, 3, 3, 4, 12, in_chans=1, ffn="swiglu", layer_scale=0.5, registers=2, mask_token=True)
 DINOV2 = ViTSpec(128, 2, 2, 7, 21, layer_scale=1.0, mask_token=True, position_interpolation="offset")
@@ -76,7 +76,7 @@ def with_settings(**values) -> Config:
 
 
 def resolved(config: Config) -> Config:
-    return resolve(config, Pool(images=1000, channels=int(config.data.channels), kind="folder"))[0]
+    return resolve(config, PoolFacts(images=1000, channels=int(config.data.channels), kind="folder"))[0]
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_saying_the_same_size_in_other_words_is_fine(spec, said, tmp_path):
 
 
 def test_crops_need_only_fit_the_patches_of_the_weights(own):
-    config = configuration.load(None, [f"model.init={own}", "views.global_size=20", "views.local_size=12"])
+    config = load(None, [f"model.init={own}", "views.global_size=20", "views.local_size=12"])
     assert follow_weights(config, None)[0].model.patch_size == 4
 
 
@@ -211,7 +211,7 @@ def test_crops_need_only_fit_the_patches_of_the_weights(own):
 def test_what_the_weights_cannot_do_is_told_at_once(spec, settings, said, tmp_path):
     name = write_file(tmp_path / "weights.pth", random_backbone(spec))
     with pytest.raises(UserError, match=said):
-        follow_weights(configuration.load(None, [f"model.init={name}", *settings]), None)
+        follow_weights(load(None, [f"model.init={name}", *settings]), None)
 
 
 class TestResumed:
@@ -354,7 +354,7 @@ def test_auto_rules(steps, frozen):
     assert continued.optim.lr == pytest.approx(new.optim.lr / 10, rel=1e-4)
 
 
-POOL = Pool(images=10_000, channels=3, kind="folder")
+POOL = PoolFacts(images=10_000, channels=3, kind="folder")
 
 
 class Indicators:
@@ -369,7 +369,7 @@ class Indicators:
 
 HEALTHY = {
     "health/entropy_ratio": 0.5,
-    "health/kl_to_centre": 1.0,
+    "health/kl_to_center": 1.0,
     "health/prototypes_in_use": 0.9,
     "health/rank_me": 12.0,
     "health/feature_std": 0.9,

@@ -11,7 +11,7 @@ from PIL import Image
 from dino.run import RunDirectory
 from dino.training.metrics import Metrics
 
-GOOD = {"health/entropy_ratio": 0.7, "health/kl_to_centre": 1.0, "health/prototypes_in_use": 0.6}
+GOOD = {"health/entropy_ratio": 0.7, "health/kl_to_center": 1.0, "health/prototypes_in_use": 0.6}
 UNIFORM = GOOD | {"health/entropy_ratio": 0.999}
 
 

@@ -155,7 +155,7 @@ class TestSGD:
                 torch.testing.assert_close(one, other)
 
     def test_prototypes_that_stood_still_begin_to_move(self):
-        """As after `optim.freeze_last_layer_steps`: until then the last layer has no gradient."""
+        """As after `objective.freeze_last_layer_steps`: until then the last layer has no gradient."""
         mine, optimizer, peer, plain = self.pair()
         set_rates(optimizer, 0.1, 0.3)
         for step in range(4):

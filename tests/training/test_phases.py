@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dino.training.artifacts import write_backbone
 from PIL import Image
 from test_dinov2_step import DINOV2, Reference
 from test_loader import WAYS, batches
@@ -14,9 +15,9 @@ from dino.data import open_images
 from dino.errors import UserError
 from dino.methods.network import build_networks
 from dino.run import RunDirectory
-from dino.training.artifacts import write_backbone
 from dino.training.loader import Batches
 from dino.training.phases import stretches, views_at
+from dino.training.settings import load
 
 STEPS, BOUNDARY = 6, 3
 LATE = "{begin: 0.5, global_size: 24, local_size: 12}"
@@ -146,21 +147,19 @@ BAD = {
 def test_phases_that_cannot_be_are_refused(kind):
     phases, said = BAD[kind]
     with pytest.raises(UserError) as error:
-        configuration.load(None, [f"train.phases=[{phases}]", *(["model.patch_size=1"] if kind == "too small" else [])])
+        load(None, [f"train.phases=[{phases}]", *(["model.patch_size=1"] if kind == "too small" else [])])
     assert said in str(error.value)
 
 
 def test_local_sizes_of_phases_do_not_matter_without_local_crops():
-    config = configuration.load(
-        None, ["views.local_crops=0", "train.phases=[{begin: 0.5, global_size: 32, local_size: 1}]"]
-    )
+    config = load(None, ["views.local_crops=0", "train.phases=[{begin: 0.5, global_size: 32, local_size: 1}]"])
     assert config.train.phases == [Phase(0.5, 32, 1)]
 
 
 def test_config_with_phases_is_read_back_equal(tiny, tmp_path):
     config = tiny(PHASED | {"train.phases": f"[{{begin: 0.25, global_size: 20, local_size: 8}}, {LATE}]"})
     (tmp_path / "config.yaml").write_text(configuration.dump(config))
-    again = configuration.load(tmp_path / "config.yaml")
+    again = load(tmp_path / "config.yaml")
     assert again == config
     assert again.train.phases == [Phase(0.25, 20, 8), Phase(0.5, 24, 12)]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from dino import run as run_directory
-from dino.config import read as configuration
-from dino.config.auto import Pool, resolve
+from dino.config.auto import PoolFacts, resolve
 from dino.config.read import assign, get, leaves
 from dino.config.schema import AUTO, Config
 from dino.errors import UserError
 from dino.run import RunDirectory
+from dino.training.settings import load
 
 
 def resolved(**values) -> Config:
@@ -21,7 +21,7 @@ def resolved(**values) -> Config:
     config.data.root = "images"
     for key, value in values.items():
         assign(config, key.replace("__", "."), value)
-    return resolve(config, Pool(10_000, 3, "folder"))[0]
+    return resolve(config, PoolFacts(10_000, 3, "folder"))[0]
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ class TestOtherConfig:
             "train.keep_checkpoints",
             "train.resume",
             "train.cpu_threads",
-            "train.shard",
-            "train.checkpoint_blocks",
+            "train.fsdp",
+            "train.activation_checkpointing",
             "run.dir",
         ),
     )
@@ -149,7 +149,7 @@ class TestPrepare:
     def test_writes_a_config_that_repeats_the_run(self, tmp_path):
         directory, config = RunDirectory(tmp_path / "deep" / "run"), resolved(optim__lr=1e-5, tracking__name="1e-3")
         directory.prepare(config, 0)
-        assert configuration.load(directory.config) == config
+        assert load(directory.config) == config
         assert AUTO not in {get(config, key) for key in ("optim.lr", "train.steps", "objective.prototypes")}
 
     def test_sweeps_up_what_a_killed_run_left_half_done(self, directory):

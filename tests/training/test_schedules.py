@@ -76,7 +76,7 @@ def run(**values) -> Config:
     config.train.steps = 1000
     config.optim.lr, config.optim.warmup_steps = 0.002, 100
     config.objective.teacher_temperature, config.objective.teacher_temperature_warmup = 0.07, 300
-    config.objective.momentum, config.objective.momentum_end = 0.996, 1.0
+    config.objective.teacher_momentum, config.objective.teacher_momentum_end = 0.996, 1.0
     for key, value in values.items():
         group, name = key.split("__")
         setattr(getattr(config, group), name, value)

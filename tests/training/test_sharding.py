@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from worlds import run
 
-from dino.config import read as configuration
 from dino.config.schema import OptimConfig, TrainConfig
 from dino.errors import UserError
 from dino.methods.ema import update_teacher
@@ -19,6 +18,7 @@ from dino.models import VisionTransformer, ViTSpec
 from dino.training import launch
 from dino.training.checkpoint import Checkpoints
 from dino.training.optimizer import build_optimizer, clip_gradients, set_rates, step_unless
+from dino.training.settings import load
 from dino.training.sharding import gathered, is_sharded, scattered, whole_backbone
 
 SPEC = ViTSpec(24, 3, 3, 4, 16, ffn="swiglu", layer_scale=0.1, registers=2, mask_token=True)
@@ -179,10 +179,10 @@ def there_and_back(rank: int, processes: int) -> bool:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["model.arch=resnet18"], "train.shard cuts up transformer blocks"),
-        (["optim.name=sgd"], "train.shard works with optim.name=adamw"),
+        (["model.arch=resnet18"], "train.fsdp cuts up transformer blocks"),
+        (["optim.name=sgd"], "train.fsdp works with optim.name=adamw"),
     ],
 )
 def test_what_cannot_be_sharded_is_told(settings, said):
     with pytest.raises(UserError, match=said):
-        configuration.load(None, ["train.shard=true", *settings])
+        load(None, ["train.fsdp=true", *settings])

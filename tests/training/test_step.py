@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from dino.training.targets import Targets
 from torch import Tensor, nn
 
 from dino.config.schema import Config
@@ -20,7 +21,6 @@ from dino.training import step as step_module
 from dino.training.optimizer import build_optimizer
 from dino.training.schedules import schedules
 from dino.training.step import Step
-from dino.training.targets import Targets
 
 
 class Trainer(NamedTuple):
@@ -239,7 +239,7 @@ class TestTeacher:
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_last_layer_stands_still_while_frozen(steps, accelerator, tiny):
     """Neither gradients, nor weight decay, nor moments gathered meanwhile move the prototypes; all else moves."""
-    config = tiny({"optim.freeze_last_layer_steps": steps, "objective.norm_last_layer": False})
+    config = tiny({"objective.freeze_last_layer_steps": steps, "objective.norm_last_layer": False})
     trainer = build(accelerator, config)
     for number in range(3):
         before = weights(trainer.student)

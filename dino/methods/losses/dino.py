@@ -46,10 +46,10 @@ def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature
     return total / pairs
 
 
-class Centre(nn.Module):
-    """Teacher softmax, centred by an EMA of the teacher's logits (Caron et al. 2021, eq. 4).
+class Center(nn.Module):
+    """Teacher softmax, centered by an EMA of the teacher's logits (Caron et al. 2021, eq. 4).
 
-    The targets of optimizer step t use the centre of the steps before it: `probabilities` reads the centre, `update`
+    The targets of optimizer step t use the center of the steps before it: `probabilities` reads the center, `update`
     moves it afterwards, once per optimizer step, by the mean over all processes.
     """
 
@@ -66,7 +66,7 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def update(self, logits: Tensor) -> None:
-        """Move the centre towards the mean of this step's logits (N, K), N of this process, which may be 0.
+        """Move the center towards the mean of this step's logits (N, K), N of this process, which may be 0.
 
         A mean that is not finite is ignored.
         """
@@ -75,7 +75,7 @@ class Centre(nn.Module):
             dist.all_reduce(total)
         mean = (total[:-1] / total[-1])[None]
         moved = torch.lerp(mean, self.center, self.momentum)
-        # On the device, so that a broken step can neither reach the centre nor make the host wait.
+        # On the device, so that a broken step can neither reach the center nor make the host wait.
         self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
 
 

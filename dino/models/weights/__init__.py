@@ -1,5 +1,25 @@
 """Weights on disk: by which names they are known, in which layouts they come, loaded strictly, exported."""
 
-from dino.models.weights.load import Backbone, load_backbone, load_strictly, random_like, save_backbone
+from dino.models.weights.digest import weights_digest
+from dino.models.weights.load import (
+    BACKBONE_FILE,
+    Backbone,
+    directory_of,
+    load_backbone,
+    load_heads,
+    load_strictly,
+    random_like,
+    save_backbone,
+)
 
-__all__ = ["Backbone", "load_backbone", "load_strictly", "random_like", "save_backbone"]
+__all__ = [
+    "BACKBONE_FILE",
+    "Backbone",
+    "directory_of",
+    "load_backbone",
+    "load_heads",
+    "load_strictly",
+    "random_like",
+    "save_backbone",
+    "weights_digest",
+]

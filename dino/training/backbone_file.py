@@ -1,26 +1,30 @@
 """RUN/backbone.safetensors, what a run is for."""
 
-from dino.config.read import Config
+from dino.config.schema import Config
 from dino.errors import UserError
+from dino.methods import METHODS
 from dino.models import Backbone, save_backbone
-from dino.models.weights.load import BACKBONE_FILE
+from dino.models.weights import BACKBONE_FILE
 from dino.run import RunDirectory
 from dino.training.phases import views_at
-from dino.training.summary import objective_name
 
 
 def write_backbone(directory: RunDirectory, config: Config, backbone: Backbone, step: int, fingerprint: str) -> None:
-    """RUN/backbone.safetensors: the teacher's backbone after `step` steps, with all that is needed to use it."""
+    """Write the result's backbone after `step` steps, with all that is needed to use it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     views = views_at(config, max(0, step - 1))
     preprocessing = {"image_size": views.global_size, "mean": views.mean, "std": views.std}
     training = {
-        "objective": objective_name(config),
+        "objective": METHODS[config.objective.name].describe(config),
         "arch": config.model.arch,
         "steps": step,
         "batch_size": config.train.batch_size,
         "seed": config.train.seed,
         "preset": config.views.preset,
-        "initialisation": config.model.initialisation,
+        "initialisation": config.model.weight_init,
         "images": fingerprint,
     }
     try:

@@ -1,0 +1,151 @@
+"""What can be set of DINO and DINOv2, and what `auto` becomes there."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dino.config.auto import SMALL, PoolFacts, Rule
+from dino.config.schema import AUTO, Auto, Config, setting
+
+
+@dataclass
+class Settings:
+    """Of DINO and DINOv2."""
+
+    name: str = setting("dino", "method of learning; the other settings of this group are its own")
+    distill: str | None = setting(
+        None,
+        "frozen teacher to learn from: a released name, a run or a full checkpoint; none: the student's own average",
+    )
+    ibot_weight: float = setting(
+        0.0, "weight of the masked-patch loss; 0: none (DINO), 1 (DINOv2)", low=0, below=math.inf
+    )
+    koleo_weight: float = setting(
+        0.0, "weight of KoLeo, which spreads features out; 0: none (DINO), 0.1 (DINOv2)", low=0, below=math.inf
+    )
+    koleo_scope: str = setting(
+        "process", "where KoLeo looks for neighbours: in a process's own micro-batch, or in all", ("process", "all")
+    )
+    mask_fraction: float = setting(
+        0.5, "fraction of the global crops that are masked", above=0, high=1, was="objective.mask_share"
+    )
+    mask_ratio: list[float] = setting(
+        [0.1, 0.5], "least and greatest fraction of a masked crop's patches", low=0, high=1
+    )
+    prototypes: Auto[int] = setting(AUTO, "outputs of the DINO head, K; auto: by number of images", low=1)
+    head_layers: int = setting(3, "layers of the head's MLP", low=1)
+    head_hidden: int = setting(2048, "width of the head's MLP", low=1)
+    head_bottleneck: int = setting(256, "width of the head's L2-normalised bottleneck", low=1)
+    ibot_head: str = setting("shared", "head of the patches: the DINO head or one of their own", ("shared", "separate"))
+    ibot_prototypes: int | None = setting(None, "outputs of a separate patch head; none: as the DINO head", low=1)
+    ibot_head_hidden: int | None = setting(None, "width of a separate patch head's MLP; none: as the DINO head", low=1)
+    ibot_head_bottleneck: int | None = setting(
+        None, "width of a separate patch head's bottleneck; none: as the DINO head", low=1
+    )
+    norm_last_layer: bool = setting(True, "keep prototypes at unit length (steadier); false may gain with long runs")
+    student_temperature: float = setting(0.1, "temperature of the student's softmax", above=0)
+    teacher_temperature: Auto[float] = setting(
+        AUTO, "temperature of the teacher's softmax after warm-up; auto: by number of images", above=0
+    )
+    teacher_temperature_start: float = setting(0.04, "temperature of the teacher's softmax at the first step", above=0)
+    teacher_temperature_warmup: Auto[int] = setting(
+        AUTO, "over which the teacher's temperature changes; auto: 10 % of the run", low=0, unit="steps"
+    )
+    centering: str = setting(
+        AUTO,
+        "what keeps the teacher from collapsing: center (EMA of its logits) or sinkhorn; auto: by number of images",
+        (AUTO, "center", "sinkhorn"),
+        new_names={"centre": "center"},
+    )
+    center_momentum: float = setting(0.9, "EMA rate of the center", low=0, high=1)
+    sinkhorn_iterations: int = setting(3, "Sinkhorn-Knopp iterations", low=1)
+    teacher_momentum: Auto[float] = setting(
+        AUTO,
+        "EMA rate of the teacher at the first step; auto: by images and batch",
+        low=0,
+        high=1,
+        was="objective.momentum",
+    )
+    teacher_momentum_end: Auto[float] = setting(
+        AUTO,
+        "EMA rate of the teacher at the last step; auto: 1.0, or constant on a small data set",
+        low=0,
+        high=1,
+        was="objective.momentum_end",
+    )
+    freeze_last_layer_steps: Auto[int] = setting(
+        AUTO,
+        "during which the prototypes stand still; auto: 1 epoch",
+        low=0,
+        unit="steps",
+        was="optim.freeze_last_layer_steps",
+    )
+
+
+def problems(config: Config) -> Iterator[str]:
+    """What cannot work in these settings together."""
+    objective = config.objective
+    for key in ("ibot_prototypes", "ibot_head_hidden", "ibot_head_bottleneck"):
+        if getattr(objective, key) is not None and objective.ibot_head != "separate":
+            yield f"objective.{key} is of a head of its own: it needs objective.ibot_head=separate"
+    ratio = objective.mask_ratio
+    if len(ratio) != 2 or ratio[0] > ratio[1]:
+        yield f"objective.mask_ratio must be two fractions of the patches, 0 <= least <= greatest <= 1, got {ratio}"
+    if objective.ibot_weight and not config.model.arch.startswith("vit"):
+        yield f"objective.ibot_weight needs patches, which model.arch={config.model.arch} has not: use a ViT, or 0"
+
+
+def _prototypes(config: Config, pool: PoolFacts) -> tuple[int, str]:
+    nearest = 2 ** round(math.log2(pool.images / 20))
+    return min(65536, max(256, nearest)), f"one per 20 of {pool.images:,} images (65,536 for ImageNet), power of two"
+
+
+def _centering(config: Config, pool: PoolFacts) -> tuple[str, str]:
+    if pool.images < SMALL:
+        return "sinkhorn", f"{pool.images:,} images: on small sets EMA centering hardly learns"
+    return "center", "as published for DINO"
+
+
+def _teacher_temperature(config: Config, pool: PoolFacts) -> tuple[float, str]:
+    if pool.images < SMALL:
+        return 0.04, f"{pool.images:,} images: as DINO's 100-epoch recipe, without the rise to 0.07"
+    return 0.07, "as DINO's 300-epoch recipe"
+
+
+def _temperature_warmup(config: Config, pool: PoolFacts) -> tuple[int, str]:
+    return config.train.steps // 10, "10 % of the run (DINO: 30 of 300 epochs)"
+
+
+def _teacher_momentum(config: Config, pool: PoolFacts) -> tuple[float, str]:
+    per_step = 5 * config.train.batch_size / pool.images
+    return round(1 - min(0.1, max(0.0005, per_step)), 6), "memory of a fifth of an epoch (DINO: 0.996 at batch 1024)"
+
+
+def _teacher_momentum_end(config: Config, pool: PoolFacts) -> tuple[float, str]:
+    if pool.images < SMALL:
+        start = config.objective.teacher_momentum
+        return start, "constant: on a small set a teacher that stops moving stops learning"
+    return 1.0, "as published"
+
+
+def _freeze_last_layer(config: Config, pool: PoolFacts) -> tuple[int, str]:
+    epoch = pool.images // config.train.batch_size
+    return min(epoch, config.train.steps // 10), "1 epoch, at most 10 % of the run"
+
+
+AUTO_RULES: dict[str, Rule] = {
+    "objective.prototypes": _prototypes,
+    "objective.centering": _centering,
+    "objective.teacher_temperature": _teacher_temperature,
+    "objective.teacher_temperature_warmup": _temperature_warmup,
+    "objective.teacher_momentum": _teacher_momentum,
+    "objective.teacher_momentum_end": _teacher_momentum_end,
+    "objective.freeze_last_layer_steps": _freeze_last_layer,
+}
+REMEDIES = {  # published, for what the verdict may find
+    "uniform": "a lower objective.teacher_temperature (0.02), objective.centering=sinkhorn, half of optim.lr with a "
+    "longer optim.warmup_steps; on small sets fewer objective.prototypes and objective.teacher_momentum=0.99",
+    "peaked": "objective.centering=sinkhorn, or a faster center (objective.center_momentum=0.9), and a higher "
+    "objective.teacher_temperature",
+    "worse": "a lower optim.lr, a higher objective.teacher_momentum, milder views",
+}

@@ -1,0 +1,124 @@
+"""Going on where a run stopped, and the refusal to mix two runs in one place."""
+
+import json
+import shutil
+from pathlib import Path
+
+from dino.config.read import dump, get, leaves
+from dino.config.schema import Config
+from dino.errors import UserError
+from dino.files import write_text
+from dino.run import RunDirectory, whole_checkpoints
+
+MAY_DIFFER = (  # on resume
+    "train.steps",
+    "train.epochs",
+    "train.time_limit",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.resume",
+    "train.cpu_threads",
+    "train.fsdp",
+    "train.activation_checkpointing",
+    "data.cache",
+    "data.workers",
+    "run.dir",
+)
+MAY_DIFFER_GROUPS = ("tracking.", "monitor.")
+
+
+def earlier_config(directory: RunDirectory, resume: str) -> Config | None:
+    """The config of the run that is already there, or None for a fresh directory.
+
+    Raises:
+        UserError: the directory holds something else, or a run while `train.resume=never`.
+    """
+    path = directory.path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run.dir={path} is a file: name another directory")
+    if not path.exists() or not any(_is_somebodys(entry, directory) for entry in path.iterdir()):
+        return None
+    if not directory.config.exists():
+        raise UserError(f"run.dir={path} is not empty and holds no run: name another directory")
+    if resume == "never":
+        raise UserError(
+            f"run.dir={path} already holds a run and train.resume=never: "
+            "name another directory, or go on from its newest checkpoint with train.resume=auto"
+        )
+    return directory.read_config()
+
+
+def _is_somebodys(path: Path, directory: RunDirectory) -> bool:
+    """Whether it is more than what a run leaves that is killed before it has written its config."""
+    if path.name.endswith(".partial"):
+        return False
+    return path != directory.checkpoints or any(path.iterdir())
+
+
+def refuse_other_config(directory: RunDirectory, config: Config, earlier: Config) -> None:
+    """Raise a `UserError` if resuming with `config` would make another run of it."""
+    if config.objective.name != earlier.objective.name:
+        changes = [f"objective.name: {earlier.objective.name} there, {config.objective.name} now"]
+    else:
+        changes = [
+            f"{key}: {get(earlier, key)} there, {get(config, key)} now"
+            for key in leaves(config)
+            if _must_agree(key) and get(earlier, key) != get(config, key)
+        ]
+    if changes:
+        listed = "\n  ".join(changes)
+        raise UserError(
+            f"run.dir={directory.path} holds a run with other settings:\n  {listed}\n"
+            "Use its settings to resume it, or name another directory with run.dir=…; nothing was changed"
+        )
+
+
+def _must_agree(key: str) -> bool:
+    return key not in MAY_DIFFER and not key.startswith(MAY_DIFFER_GROUPS)
+
+
+def starting_point(directory: RunDirectory, resume: str) -> Path | None:
+    """The checkpoint to go on from: the newest of the run, the one named by `resume`, or None."""
+    checkpoints = whole_checkpoints(directory.checkpoints)
+    newest = checkpoints[-1] if checkpoints else None
+    if resume in ("auto", "never"):
+        return newest
+    path = Path(resume)
+    if newest is not None and path.resolve().parent != directory.checkpoints.resolve():
+        return newest  # an earlier start of this command went on from `path`
+    if not (path / "state.json").exists():
+        raise UserError(f"train.resume={resume} is no checkpoint: name a folder like RUN/checkpoints/step-00000500")
+    return path
+
+
+def prepare(directory: RunDirectory, config: Config, step: int) -> None:
+    """Write the config, sweep up what a killed run left half done, and drop what came after `step`.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    try:
+        directory.checkpoints.mkdir(parents=True, exist_ok=True)
+        for remains in [*directory.checkpoints.glob(".*"), *directory.path.glob(".*.partial")]:
+            if remains.is_dir():
+                shutil.rmtree(remains)
+            else:
+                remains.unlink()
+        for checkpoint in whole_checkpoints(directory.checkpoints):
+            if int(checkpoint.name.removeprefix("step-")) > step:
+                shutil.rmtree(checkpoint)
+        write_text(directory.config, dump(config))
+        if directory.metrics.exists():
+            lines = [line for line in directory.read_metrics() if line["step"] <= step and step > 0]
+            write_text(directory.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:
+        raise UserError(f"run.dir={directory.path} cannot be written: {error.strerror or error}") from error
+
+
+def refuse_other_images(before: str, now: str, checkpoint: Path) -> None:
+    """Raise a `UserError` if a checkpoint was made with another set of images; both by their fingerprints."""
+    if before != now:
+        raise UserError(
+            f"the images are not those that {checkpoint} was made with (files were added, removed or renamed): "
+            "restore them, or start a new run in another run.dir"
+        )

@@ -1,0 +1,84 @@
+"""The settings of a pre-training run: read, and checked across all rooms."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dino.config.read import out_of_bounds, read, refuse
+from dino.config.schema import Config
+from dino.methods import METHODS
+from dino.models.vit import SIZES
+
+
+def load(path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """A run's settings: defaults, then the YAML file, then what takes precedence over it; see `dino.config.read.read`.
+
+    Raises:
+        UserError: what cannot be read, or cannot work.
+    """
+    config = read(Config, path, overrides)
+    check(config)
+    return config
+
+
+def check(config: Config, weights_known: bool = False) -> None:
+    """Raise a `UserError` that lists every value that cannot work, whatever the data set.
+
+    Args:
+        weights_known: what the weights of `model.init` decide is in `config` by now.
+    """
+    problems = list(out_of_bounds(config))
+    problems += _problems_of_training(config)
+    problems += _problems_of_sizes(config, weights_known or config.model.init is None)
+    problems += METHODS[config.objective.name].problems(config) if config.objective.name in METHODS else []
+    refuse(problems)
+
+
+def _problems_of_training(config: Config) -> Iterator[str]:
+    views, model, train, optim = config.views, config.model, config.train, config.optim
+    for key, scale in (("views.global_scale", views.global_scale), ("views.local_scale", views.local_scale)):
+        if len(scale) != 2 or scale[0] > scale[1]:
+            yield f"{key} must be two fractions of the area, 0 < least <= greatest <= 1, got {scale}"
+    if len(optim.betas) != 2:
+        yield f"optim.betas must be two numbers in [0, 1), got {optim.betas}"
+    if train.batch_size % max(train.accumulation, 1):
+        yield (
+            f"train.batch_size={train.batch_size} cannot be divided into train.accumulation={train.accumulation} "
+            "equal micro-batches: change one of them"
+        )
+    if train.fsdp and optim.name != "adamw":
+        yield f"train.fsdp works with optim.name=adamw, not {optim.name}"
+    if train.fsdp and not model.arch.startswith("vit"):
+        yield f"train.fsdp shards transformer blocks, which model.arch={model.arch} has not"
+    if named := SIZES.get(model.arch):
+        heads, width = model.num_heads or named.num_heads, model.embed_dim or named.embed_dim
+        if heads > 0 and width % heads:
+            yield f"model.embed_dim={width} is not divisible by model.num_heads={heads}"
+    begins = [0.0, *(phase.begin for phase in train.phases), 1.0]
+    if any(later <= earlier for earlier, later in itertools.pairwise(begins)):
+        yield f"train.phases must begin one after the other, between 0 and 1, got {begins[1:-1]}"
+
+
+def _problems_of_sizes(config: Config, patches_known: bool) -> Iterator[str]:
+    """Crops that cannot be cut, or not into patches."""
+    views, model, phases = config.views, config.model, config.train.phases
+    named = [("views", views.global_size, views.local_size)]
+    named += [(f"train.phases[{i}]", phase.global_size, phase.local_size) for i, phase in enumerate(phases)]
+    sizes = [(f"{name}.global_size", size) for name, size, _ in named]
+    if model.position_size is not None:
+        sizes.append(("model.position_size", model.position_size))
+    if views.local_crops:
+        sizes += [(f"{name}.local_size", size) for name, _, size in named]
+    yield from (f"{key} must be at least 2, got {size}" for key, size in sizes if size < 2)
+    if not patches_known or not model.arch.startswith("vit") or model.patch_size < 1:
+        return
+    for key, size in sizes:
+        if 1 <= size < model.patch_size:
+            yield f"{key}={size} is smaller than one patch (model.patch_size={model.patch_size})"
+        elif size >= 1 and size % model.patch_size:
+            below = size - size % model.patch_size
+            yield (
+                f"{key}={size} is not divisible by model.patch_size={model.patch_size}: "
+                f"use {below} or {below + model.patch_size}"
+            )

@@ -1,0 +1,90 @@
+"""Pre-training, from Python and from the command line: from settings to a finished run."""
+
+from pathlib import Path
+from typing import Any
+
+from dino.config.auto import PoolFacts, keep_resolved, resolve
+from dino.config.read import follow
+from dino.config.schema import Config
+from dino.data import estimated_bytes, open_images, samples_per_epoch
+from dino.methods import METHODS
+from dino.run import Run, RunDirectory
+from dino.training import launch, resume
+from dino.training.initial import follow_weights
+from dino.training.settings import load
+from dino.training.summary import summary
+from dino.training.trainer import Trainer
+
+
+def train(
+    data: Any = None,
+    run: str | Path | None = None,
+    recipe: str | Path | None = None,
+    *,
+    transform: Any = None,
+    dry_run: bool = False,
+    **settings: Any,
+) -> Run:
+    """Pre-train a vision backbone; called again with the same run, it goes on where that stopped.
+
+    Args:
+        data: folder, archive or manifest, as `data.root`; or a map-style data set of your own, whose entries are
+            images (PIL, uint8 arrays or tensors), or tuples that begin with one.
+        run: directory of the run, as `run.dir`.
+        recipe: a recipe's name (`omniglot_cpu`) or a YAML file of settings.
+        transform: what is done to each decoded image, uint8 (C, H, W) to uint8 (C, H, W), before it is cropped: for
+            example a torchvision v2 transform.
+        dry_run: check everything and take two steps; write nothing.
+        settings: any other setting by its key: `train("images", "runs/mine", **{"train.epochs": 20})`.
+
+    Raises:
+        UserError: something only you can put right; the message says how.
+    """
+    values = dict(settings)
+    is_path = isinstance(data, str | Path)
+    if is_path:
+        values["data.root"] = str(data)
+    if run is not None:
+        values["run.dir"] = str(run)
+    return run_training(load(recipe, values), None if is_path else data, transform, dry_run)
+
+
+def run_training(config: Config, data_set: Any = None, transform: Any = None, dry_run: bool = False) -> Run:
+    """The run that a config describes.
+
+    Args:
+        config: as `dino.training.settings.load` gives it; what is `auto` in it is resolved here.
+        data_set: to be used instead of `data.root`; see `train`.
+        transform, dry_run: see `train`.
+    """
+    accelerator = launch.start(config)
+    config.train.precision = launch.precision_of(accelerator)
+    directory = RunDirectory(config.run.dir)
+    earlier = resume.earlier_config(directory, config.train.resume)
+    checkpoint = resume.starting_point(directory, config.train.resume)
+
+    # Weights to start from and to learn from, data, and the settings that depend on them.
+    config, initial, reasons = follow_weights(config, earlier if checkpoint else None)
+    outside = METHODS[config.objective.name].outside(config)
+    if outside is not None:
+        config, outside_reasons = follow(config, outside.settings, outside.source)
+        reasons |= outside_reasons
+    source = config.data.root if data_set is None else data_set
+    images = open_images(source, config.data.kind, config.data.channels, transform)
+    pool = PoolFacts(samples_per_epoch(images), images.channels, images.kind, estimated_bytes(images))
+    config, auto_reasons = resolve(keep_resolved(config, earlier) if earlier else config, pool)
+    if earlier:
+        resume.refuse_other_config(directory, config, earlier)
+
+    # Networks, optimizer, the state of a checkpoint; then the steps.
+    with launch.process_state(config):
+        trainer = Trainer(config, accelerator, directory, images, initial, outside)
+        start = trainer.restore(checkpoint)
+        text = summary(config, pool, trainer.method, accelerator, directory, start, reasons | auto_reasons)
+        accelerator.print(text)
+        if dry_run:
+            trainer.rehearse(start)
+        else:
+            stop = trainer.run(start, is_continued=initial is not None)
+            accelerator.print(stop.farewell(directory.path))
+    return Run(directory.path)

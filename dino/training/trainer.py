@@ -1,0 +1,164 @@
+"""A run's parts, and the loop that takes its steps."""
+
+from contextlib import closing
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dino.config.schema import Config
+from dino.data import Images, fingerprint, samples_per_epoch
+from dino.methods import METHODS, Outside
+from dino.methods.ema import synchronise_buffers
+from dino.models import Backbone
+from dino.monitor.health import QUEUE, Health
+from dino.report.run import Reporter
+from dino.run import RunDirectory
+from dino.training import faults, launch, resume
+from dino.training.backbone_file import write_backbone
+from dino.training.checkpoint import SAMPLING_WEIGHTS, Checkpoints
+from dino.training.interrupt import Interrupt, Stop
+from dino.training.loader import Batches
+from dino.training.metrics import Metrics
+from dino.training.normalise import Normalise
+from dino.training.optimizer import build_optimizer
+from dino.training.rebalancing import Rebalancer
+from dino.training.schedules import optimizer_schedules
+from dino.training.sharding import whole_backbone
+from dino.training.step import Step
+
+
+class Trainer:
+    """Method, optimizer, checkpoints and what else takes part in every step, on this process's device.
+
+    Args:
+        config: resolved.
+        initial: the backbone that the student begins with; None: random weights.
+        outside: weights besides the student's own that the method learns from.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        directory: RunDirectory,
+        images: Images,
+        initial: Backbone | None = None,
+        outside: Outside | None = None,
+    ):
+        self.config, self.accelerator, self.directory, self.images = config, accelerator, directory, images
+        self.method = METHODS[config.objective.name](config, initial, outside)
+        launch.place(accelerator, self.method, config.train)
+        self.optimizer = build_optimizer(self.method.student, config.optim)
+        self.method.prepare(images, accelerator.device)
+        self.rebalancer = Rebalancer(config, images, accelerator)
+        modules = self.method.state()
+        if config.data.rebalance_every:
+            modules[SAMPLING_WEIGHTS] = self.rebalancer
+        keep = config.train.keep_checkpoints
+        self.checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, self.optimizer, keep)
+        self.facts = {"images": fingerprint(images), **self.method.checkpoint_facts()}
+        self.schedules = optimizer_schedules(config)
+        normalise = Normalise(config.views.mean or (), config.views.std or ()).to(accelerator.device)
+        prepared = launch.prepare(accelerator, self.method, self.optimizer)
+        self.take_step = Step(accelerator, config, self.method, prepared, normalise, self.schedules)
+        launch.seed_process(config.train.seed, accelerator.process_index)
+
+    def restore(self, checkpoint: Path | None) -> int:
+        """Put the state of a checkpoint back; returns the step to go on from.
+
+        Raises:
+            UserError: damaged, or made with other images or weights.
+        """
+        if checkpoint is None:
+            return 0
+        state = self.checkpoints.load(checkpoint)
+        resume.refuse_other_images(state["images"], self.facts["images"], checkpoint)
+        self.method.check_state(state, checkpoint)
+        return state["step"]
+
+    def rehearse(self, start: int) -> None:
+        """Check images and take two steps; nothing is written."""
+        batches = Batches(self.config, self.images, self.accelerator, start, start + 2, directory=None)
+        faults.rehearse(self.take_step, batches, self.accelerator)
+
+    def run(self, start: int, is_continued: bool) -> Stop:
+        """Train from step `start` to the end, or until something asks to stop; gives the reason.
+
+        Args:
+            is_continued: the student began with trained weights: how good these are is measured first.
+        """
+        config, accelerator, directory = self.config, self.accelerator, self.directory
+        self._prepare_directory(start)
+        batches = Batches(config, self.images, accelerator, start, config.train.steps, directory)
+        self.rebalancer.steer(batches.stream, start)
+        health = Health(accelerator, config, self.method, self.images.labels, start)
+        reporter = Reporter(directory, config, self.images, accelerator.is_main_process)
+        backbone = whole_backbone(self.method.result, accelerator)
+        width = self.method.student.backbone.embed_dim
+        steps, stop = start, Stop.NO
+        with (
+            Interrupt(accelerator, config.train.time_limit) as interrupt,
+            Metrics(accelerator, config, directory, width, start) as metrics,
+            closing(metrics.timing(batches)) as micro_batches_by_step,
+        ):
+            if is_continued and start == 0:
+                metrics.begin(self._first_look(batches, health))
+            for step, micro_batches in enumerate(micro_batches_by_step, start):
+                metrics.add(self.take_step(step, micro_batches))
+                health.observe(batches.indices(step))
+                steps = step + 1
+                logs = steps % config.monitor.log_every == 0 or steps == config.train.steps
+                saves = steps % config.train.checkpoint_every == 0 or steps == config.train.steps
+                rebalances = self.rebalancer.is_due(steps)
+                stop = interrupt.reason(logs and batches.skipped.are_too_many(), synchronise=logs)
+                if logs or saves or stop or rebalances:
+                    faults.raise_if_broken(self.take_step, batches, directory)
+                if rebalances:
+                    metrics.note(self.rebalancer.update(self.method.result, steps))
+                    self.rebalancer.steer(batches.stream, steps)
+                if logs:
+                    metrics.log(steps, self._epoch(steps), self._rates(step), health)
+                    if reporter.is_due():
+                        metrics.show(steps, reporter.write(backbone, "running", alive=True))
+                if stop == Stop.UNREADABLE:
+                    raise batches.skipped.error()
+                if saves or stop:
+                    backbone = self._save(steps)
+                if stop:
+                    break
+            metrics.show(steps, reporter.write(backbone, stop.state, alive=False))
+        return stop
+
+    def _prepare_directory(self, start: int) -> None:
+        result = whole_backbone(self.method.result, self.accelerator)
+        if self.accelerator.is_main_process:
+            resume.prepare(self.directory, self.config, start)
+            if start >= self.config.train.steps:  # killed before the last checkpoint's backbone was written?
+                write_backbone(self.directory, self.config, result, start, self.facts["images"])
+        self.accelerator.wait_for_everyone()
+
+    def _first_look(self, batches: Batches, health: Health) -> dict[str, float]:
+        """Indicators of weights that are trained already, before the first step; nothing is learned."""
+        count = -(-QUEUE // max(1, len(batches.indices(batches.start))))
+        first = batches.start
+        for step, micro_batches in enumerate(batches.between(first, min(batches.stop, first + count)), first):
+            self.take_step.look(step, micro_batches)
+            health.observe(batches.indices(step))
+        return health.measure(0)
+
+    def _save(self, steps: int) -> Backbone:
+        """A checkpoint and the result's backbone after so many steps."""
+        synchronise_buffers(self.method.result)
+        self.checkpoints.save(steps, self.facts)
+        backbone = whole_backbone(self.method.result, self.accelerator)
+        if self.accelerator.is_main_process:
+            write_backbone(self.directory, self.config, backbone, steps, self.facts["images"])
+        return backbone
+
+    def _epoch(self, steps: int) -> float:
+        return steps * self.config.train.batch_size / samples_per_epoch(self.images)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """What schedules gave this step, by the names of the metrics."""
+        schedules = self.schedules | self.method.schedules
+        return {name: schedule(step) for name, schedule in schedules.items()}
