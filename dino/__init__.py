@@ -1,4 +1,7 @@
-"""Self-supervised DINO and DINOv2 pre-training of vision backbones, and their evaluation.
+"""Self-supervised pre-training of vision backbones with DINO and DINOv2, and their evaluation.
+
+    run = dino.train("path/to/images", "runs/mine")
+    features = run.backbone(run.backbone.preprocess(images))
 
 `import dino` changes nothing in the process and is quick: torch is imported where one of these is first asked for.
 """
@@ -6,10 +9,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino.errors import UserError
     from dino.models import load_backbone
+    from dino.training.train import Run, train
 
-HOMES = {"load_backbone": "dino.models"}
-__all__ = ["load_backbone"]
+HOMES = {
+    "Run": "dino.training.train",
+    "UserError": "dino.errors",
+    "load_backbone": "dino.models",
+    "train": "dino.training.train",
+}
+__all__ = ["Run", "UserError", "load_backbone", "train"]
 
 
 def __getattr__(name: str) -> Any:

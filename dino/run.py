@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from dino.config.read import read
 from dino.config.schema import Config
 from dino.files import write_text
-from dino.models import Backbone, load_backbone
 
 OLD_METRICS = {"health/kl_to_centre": "health/kl_to_center", "health/centre_norm": "health/center_norm"}
 
@@ -84,43 +82,3 @@ def _skipped_lines(entries: dict[str, str]) -> str:
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in RUN/checkpoints, oldest first; partial ones have other names."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-class Run:
-    """A run to look at, as `dino.train` returns it; `dino.Run("runs/mine")` opens one that is there.
-
-    Attributes:
-        path: of its directory.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    @property
-    def config(self) -> Config:
-        """Every setting as resolved."""
-        return RunDirectory(self.path).read_config()
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """A dictionary for each logged step, by the names of metrics.jsonl."""
-        return RunDirectory(self.path).read_metrics()
-
-    @property
-    def backbone(self) -> Backbone:
-        """What the run is for, loaded and in evaluation mode; see `dino.load_backbone`."""
-        return load_backbone(self.path)
-
-    @property
-    def report(self) -> Path:
-        """The page with pictures and curves."""
-        return RunDirectory(self.path).report
-
-    @property
-    def verdict(self) -> str:
-        """The newest word on the run's health; empty before the first."""
-        verdicts = [line["health/verdict"] for line in self.metrics if "health/verdict" in line]
-        return verdicts[-1] if verdicts else ""
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"

@@ -10,18 +10,21 @@ it goes on where it stopped.
 
 import argparse
 import json
+import sys
 
 from dino.config.describe import describe, json_schema
-from dino.config.schema import Config
+from dino.config.schema import Config, method_settings
+from dino.methods import METHODS
 from dino.training.settings import load
 from dino.training.train import run_training
 
 
 def main() -> None:
+    blank = Config(objective=method_settings(method_name(sys.argv)))
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(Config()),
+        epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(blank),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, for example one of configs/")
     parser.add_argument("--dry-run", action="store_true", help="check everything, take two steps, write nothing")
@@ -31,7 +34,13 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     if arguments.help_json:
-        print(json.dumps(json_schema(Config()), indent=1, ensure_ascii=False))
+        print(json.dumps(json_schema(blank), indent=1, ensure_ascii=False))
         return
     config = load(arguments.config, arguments.settings)
     run_training(config, dry_run=arguments.dry_run)
+
+
+def method_name(arguments: list[str]) -> str:
+    """The method whose settings `--help` is to show."""
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("objective.name=")]
+    return names[-1] if names and names[-1] in METHODS else "dino"

@@ -8,12 +8,53 @@ from dino.config.read import follow
 from dino.config.schema import Config
 from dino.data import estimated_bytes, open_images, samples_per_epoch
 from dino.methods import METHODS
-from dino.run import Run, RunDirectory
+from dino.models import Backbone, load_backbone
+from dino.run import RunDirectory
 from dino.training import launch, resume
 from dino.training.initial import follow_weights
 from dino.training.settings import load
 from dino.training.summary import summary
 from dino.training.trainer import Trainer
+
+
+class Run:
+    """A run to look at, as `dino.train` returns it; `dino.Run("runs/mine")` opens one that is there.
+
+    Attributes:
+        path: of its directory.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def config(self) -> Config:
+        """Every setting as resolved."""
+        return RunDirectory(self.path).read_config()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A dictionary for each logged step, by the names of metrics.jsonl."""
+        return RunDirectory(self.path).read_metrics()
+
+    @property
+    def backbone(self) -> Backbone:
+        """What the run is for, loaded and in evaluation mode; see `dino.load_backbone`."""
+        return load_backbone(self.path)
+
+    @property
+    def report(self) -> Path:
+        """The page with pictures and curves."""
+        return RunDirectory(self.path).report
+
+    @property
+    def verdict(self) -> str:
+        """The newest word on the run's health; empty before the first."""
+        verdicts = [line["health/verdict"] for line in self.metrics if "health/verdict" in line]
+        return verdicts[-1] if verdicts else ""
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
 
 
 def train(

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torchvision.datasets import Omniglot
 
 from dino.data.sources import folder, zip
 from dino.data.sources.source import Kind, Source, text, texts
@@ -31,6 +30,8 @@ def download() -> Path:
     Raises:
         UserError: out of reach.
     """
+    from torchvision.datasets import Omniglot  # a second of imports that only a download needs
+
     root = cache_directory() / "omniglot"
     try:
         Omniglot(str(root), background=True, download=True)
