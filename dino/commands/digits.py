@@ -16,7 +16,7 @@ import torch
 from dino.data import open_images
 from dino.errors import UserError
 from dino.evaluation.features import extract
-from dino.evaluation.readout import few_shot
+from dino.evaluation.probes import few_shot
 from dino.methods.network import build_backbone
 from dino.models import load_backbone
 from dino.report.run import write_report

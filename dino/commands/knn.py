@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dino.commands import common
 from dino.evaluation.labelled import labelled_features
-from dino.evaluation.readout import knn
+from dino.evaluation.probes import knn
 from dino.models import load_backbone
 
 NEIGHBOURS = (10, 20, 100, 200)

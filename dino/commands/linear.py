@@ -16,8 +16,8 @@ from accelerate import Accelerator
 
 from dino.commands import common
 from dino.evaluation.labelled import Labelled, labelled_features
-from dino.evaluation.linear import BLOCKS, sweep
-from dino.evaluation.readout import few_shot, tuned_logistic
+from dino.evaluation.probes import few_shot, logistic
+from dino.evaluation.sweep import BLOCKS, sweep
 from dino.models import ResNet, load_backbone
 
 READOUTS = ("sweep", "logistic", "few")
@@ -72,7 +72,10 @@ def by_sweep(data: Labelled, arguments: argparse.Namespace, accelerator: Acceler
 
 
 def by_logistic(data: Labelled, arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    answers = tuned_logistic(data.train.both, data.train_labels, data.test.both, arguments.seed)
+    train = data.train.both
+    answers = logistic(
+        train, data.train_labels, data.test.both, iterations=200, standardise_by=train, tuning_seed=arguments.seed
+    ).labels
     return {"linear/logistic": float((answers == data.test_labels).mean())}
 
 
@@ -81,7 +84,7 @@ def by_few(data: Labelled, arguments: argparse.Namespace, accelerator: Accelerat
     fewest = int(np.bincount(data.train_labels).min())
     found: dict[str, Any] = {}
     for count in (count for count in FEW if count < fewest):
-        for readout, accuracy in few_shot(data.train.class_tokens, data.train_labels, count, draws=5).items():
+        for readout, accuracy in few_shot(data.train.class_tokens, data.train_labels, count, seeds=5).items():
             found[f"few/{count}_{readout}"] = accuracy.mean
     return found
 

@@ -21,8 +21,6 @@ from dino.data import fingerprint, open_images
 from dino.data.sources.omniglot import download
 from dino.errors import UserError
 from dino.evaluation import omniglot
-from dino.evaluation.features import cached, content_digest, extract
-from dino.evaluation.readout import converged_logistic, logistic
 from dino.models import Backbone, ResNet, load_backbone, random_like
 from dino.report.pictures import bars, confusion_matrix
 from dino.report.run import write_report
@@ -56,82 +54,20 @@ def main() -> None:
     results = earlier_results(arguments.out, fingerprint(images))
     results |= {"chance": data.chance, "count": len(data.indices)}
     protocols = ["article", "standard"] if arguments.protocol == "all" else [arguments.protocol]
-    content = content_digest(images, data.indices)
 
     todo: list[tuple[str, Backbone | None]] = [("raw pixels", None)]
     for name, backbone in backbones.items():
         todo += [(f"untrained {architecture(backbone)}", random_like(backbone)), (name, backbone)]
     for protocol in protocols:
-        judge = judge_article if protocol == "article" else judge_standard
+        judge = omniglot.article if protocol == "article" else omniglot.standard
         for name, backbone in todo:
             if name in results[protocol] and (backbone is None or name.startswith("untrained")):
                 continue  # a baseline that an earlier call has measured
-            found = judge(data, name, backbone.to(device) if backbone is not None else None, content)
+            found = judge(data, backbone.to(device) if backbone is not None else None, name)
             results[protocol][name] = found
             print(f"{protocol}: {name}: {found['accuracy'] if protocol == 'article' else found['logistic']['random']}")
             save(arguments.out, results)
     show(arguments.out, results)
-
-
-def judge_article(data: omniglot.Drawings, name: str, backbone: Backbone | None, content: str) -> dict[str, Any]:
-    """Accuracy as published, at convergence, with antialiasing, and on the drawings kept out of pre-training."""
-    if backbone is None:
-        ways = {"article": omniglot.raw_pixels(data)}
-        size = omniglot.RAW_SIZE
-    else:
-        size = omniglot.input_size(backbone)
-
-        def features(antialias: bool) -> np.ndarray:
-            normalises = "training" in backbone.description
-            return cached(
-                lambda: extract(
-                    backbone,
-                    data.images,
-                    data.indices,
-                    lambda image: omniglot.article_input(image, backbone, antialias),
-                    title=f"{name}{', antialiased' * antialias}",
-                ),
-                backbone,
-                content,
-                f"article, {size} pixels, antialias {antialias}, normalises {normalises}, {backbone.preprocess}",
-            ).class_tokens
-
-        ways = {"article": features(False), "antialiased": features(True)}
-    truth, of_train = data.labels[data.test], data.labels[data.train]
-    results = {way: logistic(x[data.train], of_train, x[data.test], truth) for way, x in ways.items()}
-    plain, antialiased = results["article"], results.get("antialiased")
-    answers = converged_logistic(ways["article"][data.train], of_train, ways["article"][data.test])
-    return {
-        "input": f"{size}×{size}",
-        "accuracy": plain.accuracy,
-        "has_converged": plain.converged,
-        "converged": float((answers == truth).mean()),
-        "antialiased": None if antialiased is None else antialiased.accuracy,
-        "kept": float(plain.correct[data.left_out].mean()) if data.left_out.any() else None,
-    }
-
-
-def judge_standard(data: omniglot.Drawings, name: str, backbone: Backbone | None, content: str) -> dict[str, Any]:
-    """Accuracy by every split, and the confusion of the random one."""
-    if backbone is None:
-        features = omniglot.raw_pixels(data)
-    else:
-        features = cached(
-            lambda: extract(
-                backbone, data.images, data.indices, lambda image: omniglot.own_input(image, backbone), title=name
-            ),
-            backbone,
-            content,
-            f"own {backbone.preprocess}",
-        ).both
-    found = omniglot.standard(data, features, name)
-    scores = {
-        readout: {split: [accuracy.mean, accuracy.std] for split, accuracy in values.items()}
-        for readout, values in (("logistic", found.logistic), ("knn", found.knn))
-    }
-    own = found.confusion.diagonal() / found.confusion.sum(axis=1)
-    per_alphabet = dict(zip(np.unique(data.labels).tolist(), own.tolist(), strict=True))
-    return {**scores, "per_alphabet": per_alphabet, "confusion": found.confusion.tolist()}
 
 
 def architecture(backbone: Backbone) -> str:

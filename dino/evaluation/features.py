@@ -1,27 +1,25 @@
-"""Images through a frozen backbone, once: what comes out is kept on disk, by the content of all that went in."""
+"""Images through a frozen backbone: read, embedded, and kept on disk by the content of all that went in."""
 
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dino.data import Images, UnreadableImage
+from dino.data import Pool, read_or_reason
 from dino.distributed import cores
-from dino.files import cache_directory
+from dino.files import cache_directory, replacing
 from dino.models import Backbone, ResNet
 from dino.models.weights import weights_digest
 
@@ -51,27 +49,65 @@ class Features(NamedTuple):
         """(N, 2·D), side by side."""
         return np.concatenate([self.class_tokens, self.patch_means], axis=1)
 
+    def at(self, rows: np.ndarray) -> "Features":
+        """The features of some of the images."""
+        return Features(self.blocks[rows], self.patch_means[rows], self.rows[rows])
+
+
+class Batch(NamedTuple):
+    """Some images of a pool, transformed.
+
+    Attributes:
+        positions: which of the batch's images could be read.
+        inputs: what the transform made of each of these.
+        reasons: index in the pool of each other image to why it cannot be read.
+    """
+
+    positions: list[int]
+    inputs: list[Any]
+    reasons: dict[int, str]
+
 
 class _Inputs(Dataset):
-    """Images as a backbone takes them, with their row; an unreadable one is its reason instead."""
+    """A pool's images, transformed; of one that cannot be read the reason, as text."""
 
-    def __init__(self, images: Images, indices: np.ndarray, transform: Callable[[Tensor], Tensor]):
-        self.images, self.indices, self.transform = images, indices, transform
+    def __init__(self, images: Pool, transform: Callable[[Tensor], Any]):
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.images.names)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
-        try:
-            return row, self.transform(self.images.read(int(self.indices[row])))
-        except UnreadableImage as reason:
-            return row, str(reason)
+    def __getitem__(self, index: int) -> Any:
+        image, reason = read_or_reason(self.images, index)
+        return reason if image is None else self.transform(image)
+
+
+def read_batches(
+    images: Pool, batches: Sequence[list[int]], transform: Callable[[Tensor], Any], workers: int = 0
+) -> Iterator[Batch]:
+    """Read and transform images, batch by batch.
+
+    Args:
+        batches: indices in the pool.
+        transform: (C, H, W) uint8 to anything but text.
+        workers: processes that read ahead; 0: none.
+    """
+    loader = DataLoader(_Inputs(images, transform), batch_sampler=batches, num_workers=workers, collate_fn=list)
+    for indices, results in zip(batches, loader, strict=True):
+        batch = Batch([], [], {})
+        for position, (index, result) in enumerate(zip(indices, results, strict=True)):
+            if isinstance(result, str):
+                batch.reasons[index] = result
+            else:
+                batch.positions.append(position)
+                batch.inputs.append(result)
+        yield batch
 
 
 @torch.inference_mode()
 def extract(
     backbone: Backbone,
-    images: Images,
+    images: Pool,
     indices: Sequence[int] | np.ndarray,
     transform: Callable[[Tensor], Tensor],
     batch_size: int = 128,
@@ -90,57 +126,72 @@ def extract(
     """
     device = next(backbone.parameters()).device
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    mine = np.arange(rank, len(indices), processes)
-    inputs = Subset(_Inputs(images, np.asarray(indices), transform), mine.tolist())
+    indices = np.asarray(indices, dtype=int)
+    own_rows = np.arange(rank, len(indices), processes)
+    batches = [own_rows[first : first + batch_size] for first in range(0, len(own_rows), batch_size)]
     workers = min(8, cores()) if device.type == "cuda" else 0
-    loader = DataLoader(inputs, batch_size, num_workers=workers, collate_fn=list)
-    rows: list[int] = []
-    outputs = [(torch.empty(0, blocks, backbone.embed_dim), torch.empty(0, backbone.embed_dim))]
-    for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=rank > 0):
-        for row, reason in batch:
-            if isinstance(reason, str):
-                logger.warning("left out: %s: %s", images.names[int(indices[row])], reason)
-        readable = [(row, image) for row, image in batch if isinstance(image, Tensor)]
-        if readable:
-            outputs.append(_outputs(backbone, torch.stack([image for _, image in readable]).to(device), blocks))
-            rows += [row for row, _ in readable]
-    parts = [(np.array(rows, dtype=int), *(torch.cat(part).numpy() for part in zip(*outputs, strict=True)))]
+    loaded = read_batches(images, [indices[rows].tolist() for rows in batches], transform, workers)
+    bar = tqdm(loaded, desc=title, total=len(batches), unit="batch", leave=False, disable=rank > 0)
+    width = backbone.embed_dim
+    parts = [Features(np.empty((0, blocks, width), np.float32), np.empty((0, width), np.float32), own_rows[:0])]
+    for rows, batch in zip(batches, bar, strict=True):
+        for index, reason in batch.reasons.items():
+            logger.warning("left out: %s: %s", images.names[index], reason)
+        if batch.inputs:
+            tokens, patch_means = _outputs(backbone, torch.stack(batch.inputs).to(device), blocks)
+            parts.append(Features(tokens.numpy(), patch_means.numpy(), rows[batch.positions]))
+    features = _concatenated(parts)
     if processes > 1:
-        parts = gather_object(parts)
-    rows_of_all, class_tokens, patch_means = (np.concatenate(part) for part in zip(*parts, strict=True))
-    order = rows_of_all.argsort()
-    return Features(class_tokens[order], patch_means[order], rows_of_all[order])
+        features = _concatenated(gather_object([features]))
+    return features.at(features.rows.argsort())
 
 
 def _outputs(backbone: Backbone, images: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Class tokens (B, blocks, D) and mean patch token (B, D) of a batch."""
     if blocks == 1 or isinstance(backbone, ResNet):
-        found = backbone.forward_features(images)
-        class_tokens, patches = found["x_norm_clstoken"][:, None], found["x_norm_patchtokens"]
+        outputs = backbone.forward_features(images)
+        class_tokens, patches = outputs["x_norm_clstoken"][:, None], outputs["x_norm_patchtokens"]
     else:
         layers = backbone.get_intermediate_layers(images, n=blocks, return_class_token=True, norm=True)
         class_tokens, patches = torch.stack([token for _, token in layers], dim=1), layers[-1][0]
     return class_tokens.float().cpu(), patches.float().mean(dim=1).cpu()
 
 
-def cached(compute: Callable[[], Features], backbone: Backbone, content: str, preprocessing: str) -> Features:
-    """`compute()`, or what an earlier call with the same weights, data and preprocessing gave.
+def _concatenated(parts: Sequence[Features]) -> Features:
+    return Features(
+        blocks=np.concatenate([part.blocks for part in parts]),
+        patch_means=np.concatenate([part.patch_means for part in parts]),
+        rows=np.concatenate([part.rows for part in parts]),
+    )
+
+
+def cached(
+    backbone: Backbone,
+    images: Pool,
+    indices: Sequence[int] | np.ndarray,
+    transform: Callable[[Tensor], Tensor],
+    *,
+    content: str,
+    preprocessing: str,
+    **options: Any,
+) -> Features:
+    """`extract`, or what an earlier call with the same weights, data and preprocessing gave.
 
     Args:
-        content: digest of the images and their order.
-        preprocessing: in words, complete.
+        content: digest of the images and their order, by `content_digest`.
+        preprocessing: what `transform` does and which blocks are taken, in words, complete.
+        options: of `extract`.
     """
     key = hashlib.sha256(json.dumps([weights_digest(backbone), content, preprocessing]).encode()).hexdigest()
     file = cache_directory() / "features" / f"{key[:32]}.npz"
-    if (earlier := _read(file)) is not None:
+    earlier = _read(file)
+    if earlier is not None:
         return earlier
-    features = compute()
+    features = extract(backbone, images, indices, transform, **options)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own: several processes may have computed the same.
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".partial", delete=False) as partial:
-            np.savez(partial, **features._asdict())
-        os.replace(partial.name, file)
+        with replacing(file) as partial, partial.open("wb") as opened:
+            np.savez(opened, **features._asdict())
     except OSError as error:
         logger.warning("features are not kept for the next time: %s cannot be written (%s)", file, error.strerror)
     return features
@@ -152,20 +203,16 @@ def _read(file: Path) -> Features | None:
         return None
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            return Features(**{name: archive[name] for name in Features._fields})
+            return Features(archive["blocks"], archive["patch_means"], archive["rows"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("%s is damaged (%s): its features are computed anew", file, error)
         return None
 
 
-def content_digest(images: Images, indices: Sequence[int] | np.ndarray) -> str:
+def content_digest(images: Pool, indices: Sequence[int] | np.ndarray) -> str:
     """A digest of the pixels of images, in order."""
     digest = hashlib.sha256()
     for index in tqdm(indices, desc="reading", unit="image", leave=False):
-        try:
-            image = images.read(int(index))
-        except UnreadableImage:
-            digest.update(b"unreadable")
-            continue
-        digest.update(repr(tuple(image.shape)).encode() + image.numpy().tobytes())
+        image, _ = read_or_reason(images, int(index))
+        digest.update(b"unreadable" if image is None else repr(tuple(image.shape)).encode() + image.numpy().tobytes())
     return digest.hexdigest()

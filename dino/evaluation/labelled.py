@@ -1,4 +1,4 @@
-"""A labelled pool as frozen features with a training and a test part: what k-NN and linear readouts start from."""
+"""A labelled pool as frozen features with a training and a test part: what k-NN and linear probes start from."""
 
 import math
 from typing import NamedTuple
@@ -7,9 +7,10 @@ import numpy as np
 from accelerate import Accelerator
 from sklearn.model_selection import train_test_split
 
-from dino.data import Images, open_images
+from dino.data import Pool, open_images
+from dino.data.pool import Labels
 from dino.errors import UserError
-from dino.evaluation.features import Features, cached, content_digest, extract
+from dino.evaluation.features import Features, cached, content_digest
 from dino.models import Backbone
 
 
@@ -45,42 +46,45 @@ def labelled_features(
     Raises:
         UserError: no classes, or too few images to split.
     """
-    images = _open(data, kind, backbone)
-    names = sorted(set(images.labels or ()))
-    found = _features(backbone, images, accelerator, blocks)
-    labels = np.searchsorted(names, np.asarray(images.labels)[found.rows])
+    images, known = _open(data, kind, backbone)
+    classes = known.classes
+    features = _features(backbone, images, accelerator, blocks)
+    labels = known.codes[features.rows]
     if test_data is not None:
-        others = _open(test_data, kind, backbone)
-        if unknown := sorted(set(others.labels or ()) - set(names)):
+        test_images, test_known = _open(test_data, kind, backbone)
+        if unknown := sorted(set(test_known.classes) - set(classes)):
             raise UserError(f"{test_data} has classes that {data} has not: {', '.join(unknown[:5])}")
-        tested = _features(backbone, others, accelerator, blocks)
-        return Labelled(found, labels, tested, np.searchsorted(names, np.asarray(others.labels)[tested.rows]), names)
-    counts = np.bincount(labels, minlength=len(names))
+        test_features = _features(backbone, test_images, accelerator, blocks)
+        test_labels = np.searchsorted(classes, test_known.classes)[test_known.codes[test_features.rows]]
+        return Labelled(features, labels, test_features, test_labels, classes)
+    counts = np.bincount(labels, minlength=len(classes))
     if counts.min() < 2:
-        raise UserError(f"{data}: class '{names[counts.argmin()]}' has {counts.min()} image(s), too few to split")
-    if math.ceil(0.3 * len(labels)) < len(names):
-        raise UserError(f"{data}: {len(labels)} images of {len(names)} classes are too few to split: name a --test")
+        raise UserError(f"{data}: class '{classes[counts.argmin()]}' has {counts.min()} image(s), too few to split")
+    if math.ceil(0.3 * len(labels)) < len(classes):
+        raise UserError(f"{data}: {len(labels)} images of {len(classes)} classes are too few to split: name a --test")
     train, test = train_test_split(np.arange(len(labels)), test_size=0.3, random_state=seed, stratify=labels)
-    first, second = (Features(*(values[part] for values in found)) for part in (train, test))
-    return Labelled(first, labels[train], second, labels[test], names)
+    return Labelled(features.at(train), labels[train], features.at(test), labels[test], classes)
 
 
-def _open(data: str, kind: str, backbone: Backbone) -> Images:
+def _open(data: str, kind: str, backbone: Backbone) -> tuple[Pool, Labels]:
     images = open_images(data, kind, backbone.spec.in_chans)
     if images.labels is None:
         raise UserError(f"{data} has no classes: put each class's images into a folder of its own")
-    return images
+    return images, images.labels
 
 
-def _features(backbone: Backbone, images: Images, accelerator: Accelerator, blocks: int) -> Features:
-    everything = range(len(images.names))
-    content = content_digest(images, everything)
-    found = cached(
-        lambda: extract(backbone, images, everything, backbone.preprocess, accelerator=accelerator, blocks=blocks),
+def _features(backbone: Backbone, images: Pool, accelerator: Accelerator, blocks: int) -> Features:
+    indices = range(len(images.names))
+    features = cached(
         backbone,
-        content,
-        f"{blocks} blocks, {backbone.preprocess}",
+        images,
+        indices,
+        backbone.preprocess,
+        content=content_digest(images, indices),
+        preprocessing=f"{blocks} blocks, {backbone.preprocess}",
+        accelerator=accelerator,
+        blocks=blocks,
     )
-    if not len(found.rows):
+    if not len(features.rows):
         raise UserError(f"none of {len(images.names)} images can be read, of which the first is {images.names[0]}")
-    return found
+    return features

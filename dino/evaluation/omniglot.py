@@ -1,4 +1,4 @@
-"""The Omniglot readouts: which of 30 alphabets does a drawn character come from?
+"""The Omniglot protocols: which of 30 alphabets does a drawn character come from?
 
 *article*: as it was published: 9,543 images, 98×98 without antialiasing and without normalisation, class tokens, one
 70/30 split, scikit-learn's plain logistic regression. Published that way: ResNet-50 39 %, DINOv2 ViT-S/14 54 %,
@@ -9,42 +9,47 @@ standardised, regularisation chosen inside the training part, five seeds, and sp
 one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from dino.data import Images
+from dino.data import Pool
 from dino.data.sources.omniglot import TRAINING_DRAWERS, article_subset, held_out, parse
 from dino.errors import UserError
-from dino.evaluation.readout import Accuracy, knn, tuned_logistic
+from dino.evaluation.features import cached, content_digest
+from dino.evaluation.probes import Accuracy, few_labelled, knn, logistic, logistic_optimum
 from dino.models import Backbone
 
 IMAGE_SIZE, RAW_SIZE, SEEDS = 98, 28, 5
-FEW = (1, 2, 5, 10)  # labels per alphabet
+FEW = {1: "1 label", 2: "2 labels", 5: "5 labels", 10: "10 labels"}  # per alphabet
 PUBLISHED = {"resnet50": 39.0, "dinov2_vits14": 54.0, "dinov2_vitl14": 67.5}  # the last: "65–70 %"
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """The images of both protocols and the article's split; `train` and `test` index into `indices`."""
+    """The images of both protocols and the article's split; `train` and `test` index into `indices`.
 
-    images: Images
+    Attributes:
+        content: digest of the drawings' pixels.
+    """
+
+    images: Pool
     indices: np.ndarray
     labels: np.ndarray
     train: np.ndarray
     test: np.ndarray
+    content: str = ""
 
     @property
-    def left_out(self) -> np.ndarray:
+    def held_out(self) -> np.ndarray:
         """Which test drawings `data.kind=omniglot_train` keeps out of pre-training, (N,) bool."""
         return held_out(self.images.names)[self.indices[self.test]]
 
@@ -55,12 +60,12 @@ class Drawings:
         return float((self.labels[self.test] == names[counts.argmax()]).mean())
 
 
-def drawings(images: Images) -> Drawings:
+def drawings(images: Pool) -> Drawings:
     """Draw the protocol's images (see `article_subset`) and split them 70/30 with `random_state=42`."""
     indices = article_subset(images.names)
     labels = np.array([parse(images.names[index]).alphabet for index in indices])
     train, test = train_test_split(np.arange(len(indices)), test_size=0.3, random_state=42)
-    return Drawings(images, indices, labels, train, test)
+    return Drawings(images, indices, labels, train, test, content_digest(images, indices))
 
 
 def check_drawings(names: Sequence[str]) -> str:
@@ -71,7 +76,7 @@ def check_drawings(names: Sequence[str]) -> str:
     """
     alphabets = {parse(name).alphabet for name in names}
     if len(alphabets) < 2:
-        raise UserError(f"found drawings of {len(alphabets)} alphabet(s): the readout tells alphabets apart")
+        raise UserError(f"found drawings of {len(alphabets)} alphabet(s): the probe tells alphabets apart")
     if len(alphabets) != 30:
         return f"{len(alphabets)} alphabets instead of 30: figures do not compare with published ones"
     return ""
@@ -117,6 +122,56 @@ def resize(image: Tensor, size: int, antialias: bool) -> Tensor:
     return functional.resize(scaled, [size, size], InterpolationMode.BILINEAR, antialias=antialias)
 
 
+def article(data: Drawings, backbone: Backbone | None, title: str) -> dict[str, Any]:
+    """Accuracy as published, at convergence, with antialiasing, and on the drawings kept out of pre-training.
+
+    Args:
+        backbone: None: raw pixels instead of features.
+        title: what the progress bar says.
+    """
+    if backbone is None:
+        size, features, antialiased_features = RAW_SIZE, raw_pixels(data), None
+    else:
+        size = input_size(backbone)
+        features = _article_tokens(data, backbone, title, antialias=False)
+        antialiased_features = _article_tokens(data, backbone, f"{title}, antialiased", antialias=True)
+    truth, train_labels = data.labels[data.test], data.labels[data.train]
+    train, test = features[data.train], features[data.test]
+    answers = logistic(train, train_labels, test)
+    correct, is_held_out = answers.labels == truth, data.held_out
+    converged = logistic_optimum(train, train_labels, test)
+    antialiased = None
+    if antialiased_features is not None:
+        predicted = logistic(antialiased_features[data.train], train_labels, antialiased_features[data.test]).labels
+        antialiased = float((predicted == truth).mean())
+    return {
+        "input": f"{size}×{size}",
+        "accuracy": float(correct.mean()),
+        "has_converged": answers.converged,
+        "converged": float((converged == truth).mean()),
+        "antialiased": antialiased,
+        "kept": float(correct[is_held_out].mean()) if is_held_out.any() else None,
+    }
+
+
+def _article_tokens(data: Drawings, backbone: Backbone, title: str, antialias: bool) -> np.ndarray:
+    def transform(image: Tensor) -> Tensor:
+        return article_input(image, backbone, antialias)
+
+    normalises = "training" in backbone.description
+    wording = f"article, {input_size(backbone)} pixels, antialias {antialias}, normalises {normalises}"
+    preprocessing = f"{wording}, {backbone.preprocess}"
+    return cached(
+        backbone,
+        data.images,
+        data.indices,
+        transform,
+        content=data.content,
+        preprocessing=preprocessing,
+        title=title,
+    ).class_tokens
+
+
 class Split(NamedTuple):
     """Which of the drawings are learned from, and which are the test."""
 
@@ -130,24 +185,15 @@ def splits(data: Drawings, seed: int) -> dict[str, Split]:
     *random*: 70/30. *by drawer*: drawers 1–14 and 15–20, the same for all seeds. *by character*: a fifth of each
     alphabet's characters is the test.
     """
-    everything = np.arange(len(data.indices))
-    parsed = [parse(data.images.names[index]) for index in data.indices]
-    early = np.array([drawing.drawer <= TRAINING_DRAWERS for drawing in parsed])
-    new = held_out([data.images.names[index] for index in data.indices], seed, by_drawer=False)
+    rows = np.arange(len(data.indices))
+    names = [data.images.names[index] for index in data.indices]
+    early = np.array([parse(name).drawer <= TRAINING_DRAWERS for name in names])
+    new = held_out(names, seed, by_drawer=False)
     return {
-        "random": Split(*train_test_split(everything, test_size=0.3, random_state=seed)),
-        "by drawer": Split(everything[early], everything[~early]),
-        "by character": Split(everything[~new], everything[new]),
+        "random": Split(*train_test_split(rows, test_size=0.3, random_state=seed)),
+        "by drawer": Split(rows[early], rows[~early]),
+        "by character": Split(rows[~new], rows[new]),
     }
-
-
-def few_labels(data: Drawings, per_alphabet: int, seed: int) -> Split:
-    """A few drawings of each alphabet to learn from; all others are the test."""
-    generator = np.random.default_rng(seed)
-    train = np.concatenate(
-        [generator.permutation(np.flatnonzero(data.labels == name))[:per_alphabet] for name in np.unique(data.labels)]
-    )
-    return Split(train, np.setdiff1d(np.arange(len(data.labels)), train))
 
 
 class Standard(NamedTuple):
@@ -163,46 +209,66 @@ class Standard(NamedTuple):
     confusion: np.ndarray
 
 
-def standard(data: Drawings, features: np.ndarray, title: str, seeds: int = SEEDS) -> Standard:
-    """Read features (N, D) out by every split and number of labels.
+def probe_splits(data: Drawings, features: np.ndarray, title: str, seeds: int = SEEDS) -> Standard:
+    """Probe features (N, D) by every split and number of labels.
 
-    With few labels there is nothing to choose regularisation by: scikit-learn's default on standardised features, and
-    the nearest neighbour instead of the 20 nearest.
+    With few labels there is nothing to choose regularisation by: scikit-learn's default on features standardised over
+    all drawings, which needs no labels, and the nearest neighbour instead of the 20 nearest.
     """
-    names = np.unique(data.labels)
-    confusion = np.zeros((len(names), len(names)), dtype=int)
-    scores: dict[str, dict[str, list[float]]] = {"logistic": {}, "knn": {}}
+    alphabets = np.unique(data.labels)
+    confusion = np.zeros((len(alphabets), len(alphabets)), dtype=int)
+    accuracies: dict[str, dict[str, list[float]]] = {"logistic": {}, "knn": {}}
     with tqdm(total=seeds * (3 + len(FEW)), desc=title, unit="fit", leave=False) as bar:
         for seed in range(seeds):
-            for split, predicted in _answers(data, features, seed):
-                truth = data.labels[split.indices.test]
-                for readout, answers in predicted.items():
-                    scores[readout].setdefault(split.name, []).append(float((answers == truth).mean()))
-                if split.name == "random":
-                    places = np.searchsorted(names, truth), np.searchsorted(names, predicted["logistic"])
-                    np.add.at(confusion, places, 1)
+            named = splits(data, seed)
+            named |= {name: Split(*few_labelled(data.labels, count, seed)) for count, name in FEW.items()}
+            for name, split in named.items():
+                train, test, truth = features[split.train], features[split.test], data.labels[split.test]
+                labels, is_few = data.labels[split.train], name in FEW.values()
+                if is_few:
+                    by_logistic = logistic(train, labels, test, iterations=1000, standardise_by=features)
+                else:
+                    by_logistic = logistic(train, labels, test, iterations=200, standardise_by=train, tuning_seed=seed)
+                answers = {"logistic": by_logistic.labels, "knn": knn(train, labels, test, k=1 if is_few else 20)}
+                for probe, predicted in answers.items():
+                    accuracies[probe].setdefault(name, []).append(float((predicted == truth).mean()))
+                if name == "random":
+                    pairs = np.searchsorted(alphabets, truth), np.searchsorted(alphabets, by_logistic.labels)
+                    np.add.at(confusion, pairs, 1)
                 bar.update()
-    logistic, nearest = (
-        {name: Accuracy.of(values) for name, values in scores[readout].items()} for readout in ("logistic", "knn")
-    )
-    return Standard(logistic, nearest, confusion)
+    means = {probe: {name: Accuracy.of(values) for name, values in of.items()} for probe, of in accuracies.items()}
+    return Standard(means["logistic"], means["knn"], confusion)
 
 
-class _Named(NamedTuple):
-    name: str
-    indices: Split
+def standard(data: Drawings, backbone: Backbone | None, title: str) -> dict[str, Any]:
+    """Accuracy by every split, and the confusion of the random one.
 
+    Args:
+        backbone: None: raw pixels instead of features.
+        title: what the progress bar says.
+    """
+    if backbone is None:
+        features = raw_pixels(data)
+    else:
 
-def _answers(data: Drawings, features: np.ndarray, seed: int) -> Iterator[tuple[_Named, dict[str, np.ndarray]]]:
-    """Every split of a seed with the labels that each readout gives its test."""
-    for name, split in splits(data, seed).items():
-        train, labels, test = features[split.train], data.labels[split.train], features[split.test]
-        answers = {"logistic": tuned_logistic(train, labels, test, seed), "knn": knn(train, labels, test)}
-        yield _Named(name, split), answers
-    for count in FEW:
-        split = few_labels(data, count, seed)
-        train, labels, test = features[split.train], data.labels[split.train], features[split.test]
-        mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-6  # needs no labels
-        readout = LogisticRegression(max_iter=1000).fit((train - mean) / deviation, labels)
-        answers = {"logistic": readout.predict((test - mean) / deviation), "knn": knn(train, labels, test, k=1)}
-        yield _Named(f"{count} label{'s'[: count - 1]}", split), answers
+        def transform(image: Tensor) -> Tensor:
+            return own_input(image, backbone)
+
+        preprocessing = f"own {backbone.preprocess}"
+        features = cached(
+            backbone,
+            data.images,
+            data.indices,
+            transform,
+            content=data.content,
+            preprocessing=preprocessing,
+            title=title,
+        ).both
+    outcome = probe_splits(data, features, title)
+    accuracies = {
+        probe: {name: [accuracy.mean, accuracy.std] for name, accuracy in values.items()}
+        for probe, values in (("logistic", outcome.logistic), ("knn", outcome.knn))
+    }
+    own = outcome.confusion.diagonal() / outcome.confusion.sum(axis=1)
+    per_alphabet = dict(zip(np.unique(data.labels).tolist(), own.tolist(), strict=True))
+    return {**accuracies, "per_alphabet": per_alphabet, "confusion": outcome.confusion.tolist()}

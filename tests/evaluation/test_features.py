@@ -1,14 +1,16 @@
 """Every image goes through the backbone once, and a cache gives back nothing but what it was asked for."""
 
+import itertools
 import logging
 
 import numpy as np
 import pytest
 import torch
 
+from dino import files
 from dino.data import UnreadableImage
 from dino.evaluation import features
-from dino.evaluation.features import Features, cached, content_digest, extract
+from dino.evaluation.features import Features, cached, content_digest, extract, read_batches
 from dino.models import Preprocess, ResNet, ResNetSpec, VisionTransformer, ViTSpec
 
 SPEC = ViTSpec(16, 5, 2, 4, 16, registers=2)
@@ -20,8 +22,8 @@ class Pool:
 
     channels, kind, labels = 3, "folder", None
 
-    def __init__(self, count: int = 11, broken: tuple[int, ...] = (), seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, count: int = 11, broken: tuple[int, ...] = ()):
+        generator = torch.Generator().manual_seed(0)
         sizes = [(16 + index % 3, 17) for index in range(count)]
         self.pixels = [torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes]
         self.names = [f"image-{index}.png" for index in range(count)]
@@ -35,42 +37,53 @@ class Pool:
         return self.pixels[index]
 
 
-@pytest.fixture(scope="module")
-def vit() -> VisionTransformer:
-    return vit_of(0)
-
-
 def vit_of(seed: int) -> VisionTransformer:
     torch.manual_seed(seed)
     return VisionTransformer(SPEC, initialisation="fan_in").eval()
 
 
+@pytest.fixture(scope="module")
+def vit() -> VisionTransformer:
+    return vit_of(0)
+
+
 def alone(backbone, pool: Pool, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Class token and mean patch token of one image by itself."""
     with torch.no_grad():
-        found = backbone.forward_features(PREPROCESS(pool.pixels[index])[None])
-    return found["x_norm_clstoken"][0].numpy(), found["x_norm_patchtokens"][0].mean(dim=0).numpy()
+        outputs = backbone.forward_features(PREPROCESS(pool.pixels[index])[None])
+    return outputs["x_norm_clstoken"][0].numpy(), outputs["x_norm_patchtokens"][0].mean(dim=0).numpy()
 
 
-def assert_are_of(found: Features, backbone, pool: Pool, indices: list[int]) -> None:
+def assert_are_of(features: Features, backbone, pool: Pool, indices: list[int]) -> None:
     """Row by row the features of these images."""
-    for class_token, patch_mean, index in zip(found.class_tokens, found.patch_means, indices, strict=True):
-        wanted = alone(backbone, pool, index)
-        assert class_token == pytest.approx(wanted[0], abs=1e-5)
-        assert patch_mean == pytest.approx(wanted[1], abs=1e-5)
+    for class_token, patch_mean, index in zip(features.class_tokens, features.patch_means, indices, strict=True):
+        expected = alone(backbone, pool, index)
+        assert class_token == pytest.approx(expected[0], abs=1e-5)
+        assert patch_mean == pytest.approx(expected[1], abs=1e-5)
+
+
+class TestReadBatches:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_gives_each_batch_in_order_and_says_why_what_is_missing(self, workers):
+        batches = [[3, 1], [4], [0, 5, 2]]
+        read = list(read_batches(Pool(6, broken=(1, 4)), batches, torch.Tensor.sum, workers))
+        assert [batch.positions for batch in read] == [[0], [], [0, 1, 2]]
+        assert [batch.reasons for batch in read] == [{1: "it is torn"}, {4: "it is torn"}, {}]
+        expected = [[Pool(6).pixels[index].sum() for index in indices] for indices in ([3], [], [0, 5, 2])]
+        assert [batch.inputs for batch in read] == expected
 
 
 class TestExtract:
     @pytest.mark.parametrize("batch_size", [1, 4, 100])
     def test_rows_are_the_images_asked_for_each_once(self, vit, batch_size):
-        pool, wanted = Pool(), [7, 2, 10, 0, 5]
-        found = extract(vit, pool, wanted, PREPROCESS, batch_size)
-        assert found.rows.tolist() == [0, 1, 2, 3, 4]
-        assert sorted(pool.reads) == sorted(wanted)
-        assert found.blocks.shape == (5, 1, 16)
-        assert found.blocks.dtype == found.patch_means.dtype == np.float32
-        assert_are_of(found, vit, pool, wanted)
-        assert np.array_equal(found.both, np.hstack([found.class_tokens, found.patch_means]))
+        pool, indices = Pool(), [7, 2, 10, 0, 5]
+        features = extract(vit, pool, indices, PREPROCESS, batch_size)
+        assert features.rows.tolist() == [0, 1, 2, 3, 4]
+        assert sorted(pool.reads) == sorted(indices)
+        assert features.blocks.shape == (5, 1, 16)
+        assert features.blocks.dtype == features.patch_means.dtype == np.float32
+        assert_are_of(features, vit, pool, indices)
+        assert np.array_equal(features.both, np.hstack([features.class_tokens, features.patch_means]))
 
     def test_images_differ_so_that_a_mix_up_would_be_seen(self, vit):
         pool = Pool()
@@ -80,27 +93,22 @@ class TestExtract:
 
     @pytest.mark.parametrize("batch_size", [1, 3, 100])  # 1: batches in which no image is left
     def test_unreadable_images_are_left_out_each_with_a_warning(self, vit, caplog, batch_size):
-        pool = Pool(broken=(0, 4, 5))
-        found = extract(vit, pool, range(11), PREPROCESS, batch_size)
-        assert found.rows.tolist() == [1, 2, 3, 6, 7, 8, 9, 10]
-        assert_are_of(found, vit, pool, found.rows.tolist())
+        """Rows count among the images asked for."""
+        pool, indices = Pool(broken=(0, 4, 5)), [*range(1, 11), 0]
+        features = extract(vit, pool, indices, PREPROCESS, batch_size)
+        assert features.rows.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+        assert_are_of(features, vit, pool, [indices[row] for row in features.rows])
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert warnings == [f"left out: image-{index}.png: it is torn" for index in (0, 4, 5)]
-
-    def test_rows_count_among_the_images_asked_for(self, vit):
-        pool = Pool(broken=(2,))
-        found = extract(vit, pool, [9, 2, 3], PREPROCESS)
-        assert found.rows.tolist() == [0, 2]
-        assert_are_of(found, vit, pool, [9, 3])
+        assert warnings == [f"left out: image-{index}.png: it is torn" for index in (4, 5, 0)]
 
     @pytest.mark.parametrize("blocks", [1, 4])
     def test_no_image_can_be_read(self, vit, blocks):
-        found = extract(vit, Pool(3, broken=(0, 1, 2)), range(3), PREPROCESS, blocks=blocks)
-        assert found.blocks.shape == (0, blocks, 16)
-        assert found.patch_means.shape == (0, 16)
-        assert found.rows.shape == (0,)
+        features = extract(vit, Pool(3, broken=(0, 1, 2)), range(3), PREPROCESS, blocks=blocks)
+        assert features.blocks.shape == (0, blocks, 16)
+        assert features.patch_means.shape == (0, 16)
+        assert features.rows.shape == (0,)
 
-    @pytest.mark.parametrize("blocks", [2, 4, 5])
+    @pytest.mark.parametrize("blocks", [2, 5])
     def test_last_blocks_are_those_of_dinov2_with_the_norm_the_last_one_last(self, vit, blocks):
         """Against each block's output taken with a hook, brought through the norm by hand."""
         pool = Pool(6)
@@ -112,22 +120,22 @@ class TestExtract:
             tokens = [vit.norm(output.view(6, -1, 16)) for output in outputs[-blocks:]]
         for hook in hooks:
             hook.remove()
-        found = extract(vit, pool, range(6), PREPROCESS, blocks=blocks)
-        assert found.blocks.shape == (6, blocks, 16)
-        for place in range(blocks):
-            assert found.blocks[:, place] == pytest.approx(layers[place][1].numpy(), abs=1e-5)
-            assert found.blocks[:, place] == pytest.approx(tokens[place][:, 0].numpy(), abs=1e-5)
-        assert_are_of(found, vit, pool, list(range(6)))  # class token of the last block, patches as with one block
+        features = extract(vit, pool, range(6), PREPROCESS, blocks=blocks)
+        assert features.blocks.shape == (6, blocks, 16)
+        for block in range(blocks):
+            assert features.blocks[:, block] == pytest.approx(layers[block][1].numpy(), abs=1e-5)
+            assert features.blocks[:, block] == pytest.approx(tokens[block][:, 0].numpy(), abs=1e-5)
+        assert_are_of(features, vit, pool, list(range(6)))  # class token of the last block, patches as with one block
 
     def test_resnet_gives_pooled_features_and_the_mean_of_its_last_map(self):
         torch.manual_seed(0)
         backbone, pool = ResNet(ResNetSpec("resnet18")).eval(), Pool(3)
-        found = extract(backbone, pool, [2, 0], PREPROCESS)
+        features = extract(backbone, pool, [2, 0], PREPROCESS)
         with torch.no_grad():
             pooled = backbone(torch.stack([PREPROCESS(pool.pixels[index]) for index in (2, 0)])).numpy()
-        assert found.blocks.shape == (2, 1, 512)
-        assert found.class_tokens == pytest.approx(pooled, abs=1e-4)
-        assert found.patch_means == pytest.approx(pooled, abs=1e-4)
+        assert features.blocks.shape == (2, 1, 512)
+        assert features.class_tokens == pytest.approx(pooled, abs=1e-4)
+        assert features.patch_means == pytest.approx(pooled, abs=1e-4)
 
     def test_backbone_is_left_as_it_was(self, vit):
         before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
@@ -136,22 +144,8 @@ class TestExtract:
         assert all(parameter.grad is None and parameter.requires_grad for parameter in vit.parameters())
 
 
-class Computation:
-    """Gives features of its own, and counts how often it is asked."""
-
-    def __init__(self, value: float = 1.0):
-        generator = np.random.default_rng(0)
-        blocks = value + generator.normal(size=(40, 2, 16)).astype(np.float32)
-        self.features = Features(blocks, 2 * blocks[:, 0], np.arange(40)[::-1].copy())
-        self.calls = 0
-
-    def __call__(self) -> Features:
-        self.calls += 1
-        return self.features
-
-
-def assert_equal(found: Features, wanted: Features) -> None:
-    for one, other in zip(found, wanted, strict=True):
+def assert_equal(first: Features, second: Features) -> None:
+    for one, other in zip(first, second, strict=True):
         assert one.dtype == other.dtype
         assert np.array_equal(one, other)
 
@@ -162,16 +156,30 @@ class TestCached:
         monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
         return tmp_path / "cache"
 
-    def test_computes_once(self, vit, directory):
-        first, second = Computation(), Computation(5)
-        assert_equal(cached(first, vit, "data", "way"), first.features)
-        assert_equal(cached(second, vit, "data", "way"), first.features)
-        assert_equal(cached(second, vit_of(0), "data", "way"), first.features)  # the same weights, loaded anew
-        assert (first.calls, second.calls) == (1, 0)
+    @pytest.fixture(autouse=True)
+    def extracted(self, monkeypatch) -> list[Features]:
+        """What `extract` has given so far: other features at every call."""
+        calls: list[Features] = []
+
+        def extract(*given, **options) -> Features:
+            blocks = np.random.default_rng(len(calls)).normal(size=(40, 2, 16)).astype(np.float32)
+            calls.append(Features(blocks, 2 * blocks[:, 0], np.arange(40)[::-1].copy()))
+            return calls[-1]
+
+        monkeypatch.setattr(features, "extract", extract)
+        return calls
+
+    def ask(self, backbone, content: str = "data", preprocessing: str = "way") -> Features:
+        return cached(backbone, Pool(), range(11), PREPROCESS, content=content, preprocessing=preprocessing)
+
+    def test_computes_once(self, vit, directory, extracted):
+        for backbone in (vit, vit, vit_of(0)):  # the last: the same weights, loaded anew
+            assert_equal(self.ask(backbone), extracted[0])
+        assert len(extracted) == 1
         assert len([path for path in directory.rglob("*") if path.is_file()]) == 1
 
-    @pytest.mark.parametrize("other", ["weights", "one weight", "architecture", "data", "preprocessing"])
-    def test_anything_else_is_another_entry(self, vit, other):
+    @pytest.mark.parametrize("other", ["weights", "one weight", "architecture", "data", "preprocessing", "border"])
+    def test_anything_else_is_another_entry(self, vit, other, extracted):
         backbone = vit_of(1) if other == "weights" else vit_of(0)
         if other == "one weight":
             with torch.no_grad():
@@ -179,62 +187,52 @@ class TestCached:
         if other == "architecture":  # the same tensors, but positions are resampled in another way
             backbone = VisionTransformer(ViTSpec(16, 5, 2, 4, 16, registers=2, position_interpolation="offset"))
             backbone.load_state_dict(vit.state_dict())
-        key = (backbone, "other" if other == "data" else "data", "other" if other == "preprocessing" else "way")
-        first, second = Computation(), Computation(5)
-        cached(first, vit, "data", "way")
-        assert_equal(cached(second, *key), second.features)
-        assert_equal(cached(second, vit, "data", "way"), first.features)
-        assert second.calls == 1
-
-    def test_parts_of_the_key_do_not_run_into_each_other(self, vit):
-        first, second = Computation(), Computation(5)
-        cached(first, vit, "ab", "c")
-        assert_equal(cached(second, vit, "a", "bc"), second.features)
+        texts = {"data": ("other", "way"), "preprocessing": ("data", "other"), "border": ("dat", "away")}
+        self.ask(vit)
+        assert_equal(self.ask(backbone, *texts.get(other, ("data", "way"))), extracted[1])
+        assert_equal(self.ask(vit), extracted[0])
 
     @pytest.mark.parametrize("damage", ["empty", "half", "one byte", "text"])
-    def test_damaged_entry_is_computed_anew(self, vit, directory, damage):
-        first, second = Computation(), Computation()
-        cached(first, vit, "data", "way")
+    def test_damaged_entry_is_computed_anew(self, vit, directory, damage, extracted):
+        self.ask(vit)
         (file,) = directory.rglob("*.npz")
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 255
         damaged = {"empty": b"", "half": content[: len(content) // 2], "one byte": content, "text": b"not found\n" * 99}
         file.write_bytes(damaged[damage])
-        assert_equal(cached(second, vit, "data", "way"), first.features)
-        assert second.calls == 1
-        cached(second, vit, "data", "way")
-        assert second.calls == 1  # mended
+        assert_equal(self.ask(vit), extracted[1])
+        assert_equal(self.ask(vit), extracted[1])  # mended
 
-    def test_write_that_was_cut_off_is_not_taken_for_an_entry(self, vit, monkeypatch):
+    def test_write_that_was_cut_off_is_not_taken_for_an_entry(self, vit, monkeypatch, extracted):
         def cut_off(file, **arrays):
             file.write(b"PK\x03\x04")
             raise KeyboardInterrupt
 
-        first, second = Computation(), Computation(5)
         with monkeypatch.context() as patch:
             patch.setattr(features.np, "savez", cut_off)
             with pytest.raises(KeyboardInterrupt):
-                cached(first, vit, "data", "way")
-        assert_equal(cached(second, vit, "data", "way"), second.features)
-        assert_equal(cached(Computation(9), vit, "data", "way"), second.features)
+                self.ask(vit)
+        assert_equal(self.ask(vit), extracted[1])
+        assert_equal(self.ask(vit), extracted[1])
 
-    def test_place_that_cannot_be_written_costs_no_features(self, vit, directory):
+    def test_folder_that_cannot_be_written_costs_no_features(self, vit, directory, extracted):
         directory.write_text("a file where the directory should be")
-        computation = Computation()
-        assert_equal(cached(computation, vit, "data", "way"), computation.features)
+        assert_equal(self.ask(vit), extracted[0])
 
-    def test_another_process_that_writes_the_same_entry_is_no_obstacle(self, vit, monkeypatch):
+    def test_another_process_that_writes_the_same_entry_is_no_obstacle(self, vit, monkeypatch, extracted):
         """As two processes of a launch do, at the same moment: while one writes, the other comes through."""
-        plain, computation = np.savez, Computation()
+        plain, processes = np.savez, itertools.count()
+        monkeypatch.setattr(files.os, "getpid", lambda: next(processes))
 
         def meanwhile(file, **arrays):
             monkeypatch.setattr(features.np, "savez", plain)
-            cached(Computation(), vit, "data", "way")
+            self.ask(vit)
             plain(file, **arrays)
 
         monkeypatch.setattr(features.np, "savez", meanwhile)
-        assert_equal(cached(computation, vit, "data", "way"), computation.features)
-        assert_equal(cached(Computation(5), vit, "data", "way"), computation.features)
+        assert_equal(self.ask(vit), extracted[0])
+        assert_equal(self.ask(vit), extracted[0])
+        assert len(extracted) == 2
 
 
 class TestContentDigest:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from dino.evaluation import linear
+from dino.evaluation import sweep as sweeping
 from dino.evaluation.features import Features
-from dino.evaluation.linear import RATES, Head, sweep
+from dino.evaluation.sweep import RATES, Head, sweep
 
 CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ class TestSweep:
 
     def test_steps_are_those_of_the_epochs_but_at_least_a_thousand(self, monkeypatch):
         steps = []
-        monkeypatch.setattr(linear, "tqdm", lambda numbers, **_: steps.append(len(numbers)) or numbers[:1])
+        monkeypatch.setattr(sweeping, "tqdm", lambda numbers, **_: steps.append(len(numbers)) or numbers[:1])
         labels = draw(2000, 2)
         for epochs, batch_size in ((1, 128), (3, 2), (10, 4)):
             sweep(tokens(labels, 1), labels, tokens(labels, 1), labels, 2, CPU, epochs, batch_size)
