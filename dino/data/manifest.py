@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dino.data.sources.source import texts
+from dino.data.sources.source import Names
 from dino.errors import UserError
 from dino.files import replacing
 
@@ -116,7 +116,7 @@ def rows_of(manifest: Manifest, names: pa.Array, path: str | Path) -> np.ndarray
     try:
         in_pool = names.cast(pa.large_string())
     except pa.ArrowInvalid:  # names that are not UTF-8
-        in_pool = pa.array([printable(name) for name in texts(names)], pa.large_string())
+        in_pool = pa.array([printable(name) for name in Names(names)], pa.large_string())
     rows = pc.index_in(manifest.names, value_set=in_pool)
     if rows.null_count:
         missing = manifest.names.filter(rows.is_null())

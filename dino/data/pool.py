@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,41 +13,10 @@ from torch import Tensor, uint8
 from dino.data.decode import UnreadableImage, decode, require_shape
 from dino.data.manifest import read_manifest, rows_of
 from dino.data.sources import SOURCES, DatasetSource, MapStyle, Source
-from dino.data.sources.source import BLOCK, text, texts
+from dino.data.sources.source import Names
 from dino.errors import UserError
 
 Transform = Callable[[Tensor], Tensor]
-
-
-class Names(Sequence[str]):
-    """A name for each image, of which only those asked for are Python strings.
-
-    Args:
-        names: of the source.
-        indices: (N,) of those that are meant; None: all.
-    """
-
-    def __init__(self, names: pa.Array, indices: np.ndarray | None = None):
-        self._names, self._indices = names, indices
-
-    def packed(self) -> pa.Array:
-        """(N,) as the source has them."""
-        return self._names if self._indices is None else self._names.take(pa.array(self._indices))
-
-    def __len__(self) -> int:
-        return len(self._names) if self._indices is None else len(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        return text(self._names[int(index if self._indices is None else self._indices[index])].as_py())
-
-    def __iter__(self) -> Iterator[str]:
-        if self._indices is None:
-            yield from texts(self._names)
-            return
-        for start in range(0, len(self._indices), BLOCK):
-            yield from texts(self._names.take(pa.array(self._indices[start : start + BLOCK])))
 
 
 class Labels(Sequence[str]):
@@ -60,7 +29,7 @@ class Labels(Sequence[str]):
 
     def __init__(self, labels: pa.DictionaryArray, indices: np.ndarray | None):
         codes = labels.indices.to_numpy() if indices is None else labels.indices.to_numpy()[indices]
-        names = list(texts(labels.dictionary))
+        names = list(Names(labels.dictionary))
         in_use = np.flatnonzero(np.bincount(codes, minlength=len(names)))
         in_order = sorted(in_use.tolist(), key=names.__getitem__)
         self.classes = [names[code] for code in in_order]
@@ -116,23 +85,21 @@ class Pool:
 
     def read(self, index: int) -> Tensor:
         """(channels, H, W) uint8; raises `UnreadableImage`."""
-        content = self.source.read(int(index if self.indices is None else self.indices[index]))
-        if isinstance(content, Tensor):
-            require_shape(tuple(content.shape), self.channels)
-            image = content
+        image = self.source.read(int(index if self.indices is None else self.indices[index]))
+        if isinstance(image, Tensor):
+            require_shape(tuple(image.shape), self.channels)
         else:
-            image = decode(content, self.channels, self.names[index])
-        return image if self.transform is None else self._transformed(image)
+            image = decode(image, self.channels, self.names[index])
+        return image if self.transform is None else self._transformed(self.transform(image))
 
-    def _transformed(self, image: Tensor) -> Tensor:
-        assert self.transform is not None
-        changed = self.transform(image)
-        if changed.dtype != uint8 or changed.ndim != 3 or len(changed) != self.channels:
-            raise UserError(
-                f"the transform must give uint8 ({self.channels}, H, W), it gave {changed.dtype} "
-                f"{tuple(changed.shape)}: leave out what turns images into fractions or changes their channels"
-            )
-        return changed
+    def _transformed(self, image: Any) -> Tensor:
+        if isinstance(image, Tensor) and image.dtype == uint8 and image.ndim == 3 and len(image) == self.channels:
+            return image
+        what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+        raise UserError(
+            f"the transform must give uint8 ({self.channels}, H, W), it gave {what}: leave out what turns images into "
+            "fractions or changes their channels"
+        )
 
 
 def open_images(

@@ -98,7 +98,7 @@ class TestTransform:
         assert torch.equal(part.read(0), plain.read(1)[:, 2:, :6])
 
     @pytest.mark.parametrize(
-        "transform", [lambda image: image / 255, lambda image: image[:1], lambda image: image.flatten()]
+        "transform", [lambda image: image / 255, lambda image: image[:1], lambda image: image.flatten(), np.asarray]
     )
     def test_what_is_no_image_any_more_is_the_users_to_mend(self, tmp_path, transform):
         images = open_images(fill(tmp_path, ["a.png"]), transform=transform)

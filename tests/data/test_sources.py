@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from dino.data import Pool, UnreadableImage, fingerprint, open_images, stamp
 from dino.data.sources.omniglot import Drawing, article_subset, held_out, parse
-from dino.data.sources.source import folder_labels, packed, texts
+from dino.data.sources.source import Names, folder_labels, packed
 from dino.errors import UserError
 
 TREE = ["cats/b.png", "cats/a.PNG", "dogs/old/deep/c.jpeg", "dogs/é ü.webp", "birds.v2/d.tif"]
@@ -94,7 +94,7 @@ class TestFolder:
 )
 def test_labels_are_the_first_level_at_which_paths_differ(names, labels):
     encoded = folder_labels(packed(names))
-    assert (None if encoded is None else list(texts(encoded.dictionary_decode()))) == labels
+    assert (None if encoded is None else list(Names(encoded.dictionary_decode()))) == labels
 
 
 class Pixels(Dataset):

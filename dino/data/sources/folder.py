@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dino.data.decode import UnreadableImage
-from dino.data.sources.source import Kind, folder_labels, is_image, sorted_files, stamp_of, text, texts
+from dino.data.sources.source import Kind, Names, folder_labels, is_image, sorted_files, stamp_of
 
 
 class FolderSource:
@@ -18,12 +18,12 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         try:
-            return (self.root / text(self.names[index].as_py())).read_bytes()
+            return (self.root / Names(self.names)[index]).read_bytes()
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from error
 
     def stamp(self) -> str:
-        return stamp_of(self.root / name for name in texts(self.names))
+        return stamp_of(self.root / name for name in Names(self.names))
 
 
 def _image_paths(root: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dino.data.sources import folder, zip
-from dino.data.sources.source import Kind, Source, text, texts
+from dino.data.sources.source import Kind, Names, Source
 from dino.errors import UserError
 from dino.files import cache_directory
 
@@ -88,7 +88,7 @@ def article_subset(names: Iterable[str], seed: int = 42) -> np.ndarray:
 
 def _open(root: str) -> Source:
     source = folder.KIND.open(root) if folder.KIND.accepts(root) else zip.KIND.open(root)
-    parse(text(source.names[0].as_py()))
+    parse(Names(source.names)[0])
     return source
 
 
@@ -97,7 +97,7 @@ def _accepts(root: str) -> bool:
 
 
 def _for_training(source: Source) -> np.ndarray:
-    return np.flatnonzero(~held_out(texts(source.names)))
+    return np.flatnonzero(~held_out(Names(source.names)))
 
 
 KIND = Kind(open=_open, accepts=_accepts, channels=1)

@@ -1,11 +1,11 @@
 """What a source of images is, and what those that hold image files have in common."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -72,15 +72,36 @@ def packed(names: Iterable[str]) -> pa.Array:
     return pa.concat_arrays(blocks) if blocks else pa.array([], pa.large_binary())
 
 
-def text(name: bytes | str) -> str:
-    """A name or label as Python has it; the inverse of `packed`."""
+class Names(Sequence[str]):
+    """Packed names, of which only those that are asked for become Python strings.
+
+    Args:
+        names: of a source.
+        indices: (N,) of those that are meant; None: all.
+    """
+
+    def __init__(self, names: pa.Array, indices: np.ndarray | None = None):
+        self._names, self._indices = names, indices
+
+    def packed(self, part: slice = slice(None)) -> pa.Array:
+        """Some of the names, or all, as the source has them."""
+        return self._names[part] if self._indices is None else self._names.take(pa.array(self._indices[part]))
+
+    def __len__(self) -> int:
+        return len(self._names if self._indices is None else self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [_text(name) for name in self.packed(index).to_pylist()]
+        return _text(self._names[int(index if self._indices is None else self._indices[index])].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), BLOCK):
+            yield from self[start : start + BLOCK]
+
+
+def _text(name: bytes | str) -> str:
     return name if isinstance(name, str) else name.decode("utf-8", "surrogatepass")
-
-
-def texts(names: pa.Array) -> Iterator[str]:
-    """Names one after the other, of which only a block are Python strings at the same time."""
-    for start in range(0, len(names), BLOCK):
-        yield from map(text, names.slice(start, BLOCK).to_pylist())
 
 
 def sorted_files(names: Iterable[str], root: str) -> pa.Array:

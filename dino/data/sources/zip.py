@@ -8,20 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from dino.data.decode import UnreadableImage
-from dino.data.sources.source import Kind, folder_labels, is_image, sorted_files, stamp_of, text, texts
+from dino.data.sources.source import Kind, Names, folder_labels, is_image, sorted_files, stamp_of
 from dino.errors import UserError
 
 # What reading a member takes, under the names that `zipfile.ZipInfo` has for it: 32 bytes instead of its 700.
-MEMBER = np.dtype(
-    [
-        ("header_offset", np.int64),
-        ("compress_size", np.int64),
-        ("file_size", np.int64),
-        ("CRC", np.uint32),
-        ("compress_type", np.uint16),
-        ("flag_bits", np.uint16),
-    ]
-)
+FIELDS = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits")
+MEMBER = np.dtype({"names": FIELDS, "formats": ("i8", "i8", "i8", "u4", "u2", "u2")})
 
 
 class ZipSource:
@@ -39,16 +31,16 @@ class ZipSource:
         self.labels = folder_labels(self.names)
         self.members = np.empty(len(self.names), MEMBER)
         self.stored_names: dict[int, str] = {}  # of members that zipfile gives another name than the archive does
-        for index, name in enumerate(texts(self.names)):
+        for index, name in enumerate(Names(self.names)):
             member = members[name]
-            self.members[index] = tuple(getattr(member, field) for field in MEMBER.names or ())
+            self.members[index] = tuple(getattr(member, field) for field in FIELDS)
             if member.orig_filename != name:
                 self.stored_names[index] = member.orig_filename
 
     def read(self, index: int) -> bytes:
-        member = zipfile.ZipInfo(text(self.names[index].as_py()))
+        member = zipfile.ZipInfo(Names(self.names)[index])
         member.orig_filename = self.stored_names.get(index, member.orig_filename)
-        for field, value in zip(MEMBER.names or (), self.members[index].tolist(), strict=True):
+        for field, value in zip(FIELDS, self.members[index].tolist(), strict=True):
             setattr(member, field, value)
         try:
             return self._archive().read(member)
