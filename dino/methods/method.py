@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.config.auto import Rule
-from dino.config.schema import Config
+from dino.config.schema import CHOICES, Config
 from dino.data import Images
 from dino.methods.network import Network, Outputs
 from dino.methods.schedule import Schedule
@@ -71,8 +71,12 @@ class Outside(NamedTuple):
     weights: Any
 
 
+METHODS: dict[str, type["Method"]] = {}  # by `objective.name`; a subclass of Method with Settings puts itself here
+CHOICES["objective.name"] = METHODS
+
+
 class Method:
-    """A method of self-supervised learning.
+    """A method of self-supervised learning; one that is defined, in a notebook too, can be trained by its name.
 
     Attributes:
         student: what the optimizer trains.
@@ -90,6 +94,10 @@ class Method:
     result: Network
     forward: Callable[..., Outputs]
     autocast: Callable[[], contextlib.AbstractContextManager]
+
+    def __init_subclass__(cls) -> None:
+        if "Settings" in vars(cls):
+            METHODS[cls.Settings.name] = cls
 
     def __init__(self, config: Config, initial: Backbone | None = None, outside: Outside | None = None):
         """Build the networks from torch's random state; a subclass goes on from here.
