@@ -175,6 +175,8 @@ def _require_root(root: str) -> None:
 
 def _kind_of(root: str, kind: str) -> str:
     """The name in `SOURCES` by which a root is to be opened; raises `UserError` where none fits."""
+    if kind == "dataset":
+        raise UserError("data.kind=dataset is a data set handed in from Python, which no data.root leads to")
     kinds = ("auto", *SOURCES, "manifest")
     if kind not in kinds:
         near = difflib.get_close_matches(kind, kinds, n=1)

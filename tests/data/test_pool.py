@@ -10,7 +10,7 @@ import pytest
 import torch
 from pools import archive, fill, noise_pool, png
 
-from dino.config.schema import KINDS
+from dino.config.schema import CHOICES
 from dino.data import Pool, UnreadableImage, fingerprint, open_images, read_or_reason, samples_per_epoch, stamp
 from dino.data.sources import SOURCES, Kind
 from dino.data.sources.source import packed
@@ -126,7 +126,7 @@ class TestOpening:
             open_images(__file__, "three")
 
     def test_every_kind_is_a_choice_of_the_setting(self):
-        assert set(KINDS) == {"auto", *SOURCES, "manifest"}
+        assert set(CHOICES["data.kind"]) == {"auto", *SOURCES, "manifest", "dataset"}
 
     @pytest.mark.parametrize(
         ("root", "kind", "message"),
@@ -135,6 +135,7 @@ class TestOpening:
             ("", "manifest", r"data\.root="),
             ("missing", "auto", "missing does not exist"),
             ("missing", "zip", "missing does not exist"),
+            ("missing", "dataset", "handed in from Python"),
             ("missing.parquet", "auto", "missing.parquet does not exist"),
             ("pool", "fodler", "no kind of data is called fodler: .*did you mean folder"),
             ("pool", "zip", r"data\.kind=zip.* is a folder: use data\.kind=folder"),
