@@ -1,4 +1,4 @@
-"""How fast are views made? PIL as DINO published it, worker processes, workers that only cut, and the device.
+"""How fast are views made? PIL as DINO published it, workers that crop, what the device does after them, and all of it.
 
     python benchmarks/views.py --data images_background.zip --kind omniglot
     python benchmarks/views.py --data photographs/ --global-size 96 --local-size 48
@@ -18,10 +18,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from dino import cli
+from dino.config.schema import ViewsConfig
 from dino.data import ResidentImages, open_images
-from dino.views import DeviceViews, MultiCrop, View, multi_crop
+from dino.views import DeviceViews, MultiCrop, View, canvas_of, view_spec
 from dino.views.draws import sample_key
-from dino.views.pipeline import cut_views, make_views
 
 BATCH = 64
 
@@ -32,23 +32,21 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = open_images(arguments.data, arguments.kind)
     preset = "line_art" if arguments.kind == "omniglot" else "dino"
-    spec = multi_crop(
-        preset, arguments.global_size, (0.4, 1.0), arguments.local_size, (0.05, 0.4), arguments.local_crops
-    )
+    settings = {"global_size": arguments.global_size, "local_size": arguments.local_size}
+    spec = view_spec(ViewsConfig(preset=preset, local_crops=arguments.local_crops, **settings))
     chosen = range(0, len(images.names), -(-len(images.names) // BATCH))
     decoded = [images.read(index) for index in chosen]
     keys = np.array([sample_key(0, 0, index) for index in chosen], dtype=np.uint64)
     resident = ResidentImages(_Some(decoded), device, show_progress=False)
-    everything, on_device = range(len(decoded)), DeviceViews(spec)
-    cut = on_device.cut(resident.gather(everything), keys)
+    everything, on_device, in_worker = range(len(decoded)), DeviceViews(spec), DeviceViews(spec, singly=True)
+    crops = on_device.crop(resident.gather(everything), keys)
 
     ways: dict[str, Callable[[], object]] = {
-        "workers, all": lambda: [make_views(image, spec, int(key)) for image, key in zip(decoded, keys, strict=True)],
-        "workers, cut only": lambda: [
-            cut_views(image, spec, int(key)) for image, key in zip(decoded, keys, strict=True)
+        "workers, crops": lambda: [
+            in_worker.crop(canvas_of(image), keys[n : n + 1]) for n, image in enumerate(decoded)
         ],
-        "device, after workers cut": lambda: on_device.retouch(cut, keys),
-        "device, all": lambda: on_device.retouch(on_device.cut(resident.gather(everything), keys), keys),
+        "device, after workers": lambda: on_device.photometric(crops, keys),
+        "device, all": lambda: on_device.photometric(on_device.crop(resident.gather(everything), keys), keys),
     }
     if preset == "dino":
         published = [Published(view) for view in spec.views]
@@ -83,17 +81,17 @@ class Published:
         jitter = v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
         self.steps = v2.Compose([
             v2.RandomResizedCrop(view.size, scale=view.scale, interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(view.flip),
-            v2.RandomApply([jitter], p=view.jitter),
-            v2.RandomGrayscale(view.grey),
+            v2.RandomHorizontalFlip(view.amounts.get("flip", 0.0)),
+            v2.RandomApply([jitter], p=view.amounts.get("jitter", 0.0)),
+            v2.RandomGrayscale(view.amounts.get("grey", 0.0)),
         ])  # fmt: skip
         self.finish = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
 
     def __call__(self, picture: Image.Image) -> Tensor:
         changed = self.steps(picture)
-        if torch.rand(()) < self.view.blur:
+        if torch.rand(()) < self.view.amounts.get("blur", 0.0):
             changed = changed.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
-        if torch.rand(()) < self.view.solarize:
+        if torch.rand(()) < self.view.amounts.get("solarize", 0.0):
             changed = v2.functional.solarize(changed, 128)
         return self.finish(changed)
 

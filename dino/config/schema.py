@@ -97,9 +97,7 @@ class DataConfig:
 
 @dataclass
 class ViewsConfig:
-    preset: str = setting(
-        "dino", "augmentation as published for DINO or DINOv2, or for handwriting", ("dino", "dinov2", "line_art")
-    )
+    preset: str = setting("dino", "augmentation as published for DINO or DINOv2, or for handwriting (line_art)")
     global_size: int = setting(224, "side of a global crop", unit="pixels")
     global_scale: list[float] = setting(
         [0.4, 1.0], "least and greatest fraction of the image's area in a global crop", above=0, high=1
@@ -124,6 +122,9 @@ class ViewsConfig:
         low=0,
         high=4,
         unit="pixels",
+    )
+    augment: dict[str, float] = setting(
+        {}, "amounts (probability or strength) of augmentations by name, instead of the preset's: {blur: 0.3}"
     )
     mean: list[float] | None = setting(None, "channel means to subtract; none: ImageNet's for 3 channels, else 0.5")
     std: list[float] | None = setting(

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from dino.config.schema import Config
-from dino.data import Canvas, Images, open_images, read_or_reason
-from dino.data.resident import border_colour
+from dino.data import Images, open_images, read_or_reason
 from dino.evaluation.features import extract
 from dino.evaluation.neighbours import nearest
 from dino.methods import METHODS
@@ -24,9 +23,8 @@ from dino.monitor.verdict import healthy_ranges, judge, measured_lines
 from dino.report import page, pictures
 from dino.report.page import Picture, Status, Table
 from dino.run import RunDirectory
-from dino.views import DeviceViews
+from dino.views import DeviceViews, canvas_of, view_spec
 from dino.views.draws import sample_key
-from dino.views.spec import view_spec
 
 SPEED = {
     "time/images_per_second": "images per second",
@@ -198,8 +196,7 @@ def _crops(config: Config, samples: dict[int, Tensor]) -> list[list[Tensor]]:
     rows = []
     for index, image in samples.items():
         keys = np.array([sample_key(config.train.seed, 0, index)], dtype=np.uint64)
-        canvas = Canvas(image[None], border_colour(image)[None], np.array([image.shape[1:]]))
-        crops = views.photometric(views.crop(canvas, keys), keys)
+        crops = views.photometric(views.crop(canvas_of(image), keys), keys)
         rows.append([view for of_size in crops for view in of_size])
     return rows
 

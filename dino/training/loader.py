@@ -17,9 +17,8 @@ from dino.errors import UserError
 from dino.run import RunDirectory
 from dino.training.phases import spans
 from dino.training.skipped import Skipped
-from dino.views import DeviceViews, MultiCrop, ViewsDataset, collate
+from dino.views import DeviceViews, MultiCrop, ViewsDataset, collate, view_spec
 from dino.views.draws import sample_key
-from dino.views.spec import view_spec
 
 
 class Batches:

@@ -9,6 +9,7 @@ from dino.config.read import out_of_bounds, read, refuse
 from dino.config.schema import Config
 from dino.methods import METHODS
 from dino.models.vit import SIZES
+from dino.views.spec import problems_of_views
 
 
 def load(path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -30,6 +31,7 @@ def check(config: Config, weights_known: bool = False) -> None:
     """
     problems = list(out_of_bounds(config))
     problems += _problems_of_training(config)
+    problems += problems_of_views(config.views)
     problems += _problems_of_sizes(config, weights_known or config.model.init is None)
     problems += METHODS[config.objective.name].problems(config) if config.objective.name in METHODS else []
     refuse(problems)

@@ -119,25 +119,14 @@ class TestRange:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
     @pytest.mark.parametrize(
-        ("decoded", "backend", "cache"),
-        [
-            (0, "device", "device"),
-            (2**30, "device", "device"),
-            (2**30 + 1, "device", "none"),
-            (700 * 2**30, "device", "none"),
-            (1000, "workers", "none"),
-        ],
+        ("decoded", "cache"), [(0, "device"), (2**30, "device"), (2**30 + 1, "none"), (700 * 2**30, "none")]
     )
-    def test_images_stay_on_a_cpu_up_to_one_gibibyte(self, decoded, backend, cache):
+    def test_images_stay_on_a_cpu_up_to_one_gibibyte(self, decoded, cache):
         pool = PoolFacts(10_000, 3, "folder", decoded)
-        config, reasons = resolve(with_settings(views__backend=backend), pool)
+        config, reasons = resolve(Config(), pool)
         assert config.data.cache == cache
         assert (config.data.workers == 0) == (cache == "device"), "nobody else is there to decode them"
-        assert "MiB" in reasons["data.cache"] or "workers" in reasons["data.cache"]
-
-    def test_images_on_the_device_are_of_no_use_to_workers(self):
-        with pytest.raises(UserError, match=r"views\.backend=workers.*data\.cache=device.*leave one of them out"):
-            resolve(with_settings(data__cache="device", views__backend="workers"), IMAGENET)
+        assert "MiB" in reasons["data.cache"]
 
     @pytest.mark.parametrize("processes", [1, 2, 8, 64])
     def test_threads_share_the_cores_and_are_never_none(self, processes, monkeypatch):

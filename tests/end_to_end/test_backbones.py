@@ -56,7 +56,7 @@ def settings_of(folder: Path) -> dict[str, tuple[object, ...]]:
             *IMAGES,
             "views.preset=dinov2",
             "views.inverted_blur=true",
-            "views.backend=workers",
+            "data.cache=none",
             "data.kind=auto",
             f"data.root={archive}",
         ),

@@ -6,29 +6,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino.config.schema import ViewsConfig
 from dino.data import Canvas, UnreadableImage
 from dino.data.resident import border_colour
-from dino.views import MultiCrop, View, device, multi_crop, pipeline
-from dino.views.draws import Appearance, Geometry, sample_key
+from dino.views import DeviceViews, MultiCrop, View, view_spec
+from dino.views.device import draws_of
+from dino.views.draws import Numbers, sample_key
+from dino.views.ops import AUGMENTATIONS, Draw, Stage
+from dino.views.view import Group
 
-BACKENDS = ("workers", "device")
+PRESETS = ("dino", "dinov2", "line_art")
+STILL = {"angle": 0.0, "shear": 0.0, "shift": (0.0, 0.0), "zoom": 1.0}  # nothing moves
+EVERYTHING = {"flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur": 0.5, "solarize": 0.2, "affine": 1.0, "stroke": 0.5}
 
 
-def preset(name: str, **options) -> MultiCrop:
+def preset(name: str, **settings) -> MultiCrop:
     """A preset at small sizes with the published scales of DINO."""
-    settings = {
-        "global_size": 24,
-        "global_scale": (0.4, 1.0),
-        "local_size": 12,
-        "local_scale": (0.05, 0.4),
-        "local_crops": 3,
-    } | options
-    return multi_crop(name, **settings)
+    return view_spec(ViewsConfig(**{"preset": name, "global_size": 24, "local_size": 12, "local_crops": 3} | settings))
 
 
-def plain(size: int, **options) -> View:
-    """All of a square image with nothing done to it but `options`."""
-    return View(size, (1.0, 1.0), **options)
+def plain(size: int, **amounts: float) -> View:
+    """All of a square image with nothing done to it but `amounts`."""
+    return View(size, (1.0, 1.0), amounts)
+
+
+def only(view: View, count: int = 1) -> MultiCrop:
+    return MultiCrop((view,) * count, ())
 
 
 def keys_of(count: int, seed: int = 0) -> np.ndarray:
@@ -41,6 +44,9 @@ def noise(*shape: int, low: int = 0, high: int = 256, seed: int = 0) -> Tensor:
     return torch.randint(low, high, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+RAGGED = [noise(3, height, width, seed=height) for height, width in [(20, 24), (33, 12), (4, 5), (60, 60), (9, 41)]]
+
+
 def canvas_of(images: Sequence[Tensor]) -> Canvas:
     """Images of any sizes in the top left corner of canvases of one size, with their border's median around them."""
     sizes = np.array([image.shape[1:] for image in images])
@@ -51,28 +57,33 @@ def canvas_of(images: Sequence[Tensor]) -> Canvas:
     return Canvas(pixels, background, sizes)
 
 
-def still(sizes: Sequence[tuple[int, int]], **changes: Sequence) -> Geometry:
-    """Whole images, not moved, but for `changes` of attributes."""
-    zeros = np.zeros(len(sizes))
-    box = np.array([(0, 0, height, width) for height, width in sizes])
-    nothing = Geometry(box, zeros.astype(bool), zeros, zeros, np.zeros((len(sizes), 2)), zeros + 1)
-    return nothing._replace(**{name: np.array(value) for name, value in changes.items()})
+def views_of(spec: MultiCrop, images: Sequence[Tensor], keys: np.ndarray) -> list[Tensor]:
+    """Whole views by size, as the device makes them."""
+    ours = DeviceViews(spec)
+    return ours.photometric(ours.crop(canvas_of(images), keys), keys)
 
 
-def untouched(count: int, **changes: Sequence) -> Appearance:
-    """Nothing done to the pixels of `count` crops, but for `changes` of attributes."""
-    zeros, no = np.zeros(count), np.zeros(count, dtype=bool)
-    order = np.tile(np.arange(4), (count, 1))
-    nothing = Appearance(zeros, no, zeros + 1, zeros + 1, zeros + 1, zeros, order, no, zeros, no)
-    return nothing._replace(**{name: np.array(value) for name, value in changes.items()})
+def drawn(views: Sequence[View], keys: np.ndarray) -> dict[str, Draw]:
+    """What every augmentation that some view asks for draws for all of them: by its name, each (V·B, …)."""
+    group, draws = Group(range(len(views)), tuple(views)), {}
+    names = {augmentation: name for name, augmentation in AUGMENTATIONS.items()}
+    for stage in Stage:
+        draws |= {names[op]: draw for op, draw in draws_of(stage, group, Numbers(keys, group.indices))}
+    return draws
 
 
-def retouched(backend: str, crops: Tensor, view: View, appearance: Appearance) -> Tensor:
-    """Crops (n, C, size, size) uint8 of one kind of view, with what is drawn done to them by a backend."""
-    if backend == "device":
-        return device.retouch(crops, [view], appearance)
-    rows = [Appearance(*(values[place : place + 1] for values in appearance)) for place in range(len(crops))]
-    return torch.stack([pipeline.retouch(crop, view, row) for crop, row in zip(crops, rows, strict=True)])
+def move(images: Sequence[Tensor], **changes: Sequence) -> Tensor:
+    """Affine changes of images, nothing but `changes`: (n, C, H, W) fp32."""
+    canvas = canvas_of(images)
+    canvas = Canvas(canvas.pixels.float(), canvas.background.float(), canvas.sizes)
+    draw = {name: np.array([value] * len(images)) for name, value in STILL.items()}
+    return AUGMENTATIONS["affine"].apply_to_images(canvas, draw | {k: np.array(v) for k, v in changes.items()})
+
+
+def change(name: str, images: Tensor, **draw: Sequence) -> Tensor:
+    """Crops (n, C, S, S) uint8 changed by one augmentation as drawn: fp32, not rounded."""
+    view = View(images.shape[-1], (1.0, 1.0), {}, blur_kernel=13)
+    return AUGMENTATIONS[name].apply(images.float(), {key: np.array(values) for key, values in draw.items()}, view)
 
 
 def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

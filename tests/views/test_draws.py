@@ -1,29 +1,25 @@
 """What chance decides has the published distributions, and depends on the key alone."""
 
-import random
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from material import keys_of, preset
+from material import EVERYTHING, drawn, keys_of, plain, preset
 from scipy import stats
 from torchvision.transforms import v2
 
 from dino.views import View
-from dino.views.draws import SLOTS, _uniforms, draw_appearance, draw_geometry, sample_key
+from dino.views.crop import draw_boxes
+from dino.views.draws import SLOTS, STRIDE, Numbers, sample_key
+from dino.views.ops.blur import Blur
 
 KEYS = keys_of(20_000)
 UNLIKELY = 1e-4  # p of a test that a right draw fails; keys are fixed, so it passes for ever or never
-EVERYTHING = View(
-    32, (0.05, 0.4), flip=0.5, jitter=0.8, grey=0.2, blur=0.5, blur_sigma=(0.1, 2.0), solarize=0.2, affine=1, stroke=0.5
-)
 
 
 def boxes(scale: tuple[float, float], sizes: np.ndarray | tuple[int, int], keys: np.ndarray = KEYS) -> np.ndarray:
     """(B, 4) crops of images of one size, or of a size each."""
     sizes = np.broadcast_to(sizes, (len(keys), 2))
-    return draw_geometry([View(8, scale)], keys, sizes).box[0]
+    return draw_boxes(Numbers(keys, range(1)), [View(8, scale)], sizes)[0]
 
 
 def torchvision_boxes(scale: tuple[float, float], size: tuple[int, int], count: int) -> np.ndarray:
@@ -44,39 +40,35 @@ class TestGenerator:
             4593380528125082431,
             16408922859458223821,
         ]
-        found = _uniforms(np.array([1234567, 0], dtype=np.uint64), views=1)[0]
-        assert found[0, :5].tolist() == [(value >> 11) / 2**53 for value in published]
-        assert found[1, 0] == (0xE220A8397B1DCDAF >> 11) / 2**53
+        numbers = Numbers(np.array([1234567, 0], dtype=np.uint64), range(1)).table[0]
+        assert numbers[0, :5].tolist() == [(value >> 11) / 2**53 for value in published]
+        assert numbers[1, 0] == (0xE220A8397B1DCDAF >> 11) / 2**53
 
     def test_views_continue_the_sequence(self):
         """View v takes numbers 64 v to 64 v + 63 of its image's sequence, by the algorithm in exact integers."""
         key, mask = 0xFEDCBA9876543210, 2**64 - 1
         expected = []
-        for count in range(1, 3 * SLOTS + 1):
+        for count in range(1, 3 * 64 + 1):
             z = (key + count * 0x9E3779B97F4A7C15) & mask
             z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
             z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
             expected.append(((z ^ (z >> 31)) >> 11) / 2**53)
-        assert _uniforms(np.array([key], dtype=np.uint64), views=3).flatten().tolist() == expected
+        keys = np.array([key], dtype=np.uint64)
+        assert Numbers(keys, range(3)).table.flatten().tolist() == expected
+        assert Numbers(keys, range(1, 3)).table.flatten().tolist() == expected[64:]
+        assert Numbers(keys, range(1, 2))["flip"][0, 0] == expected[64 + 22]
 
-    def test_keys_of_all_places_differ_and_their_bits_are_balanced(self):
+    def test_no_two_names_share_a_number(self):
+        numbers = np.arange(STRIDE)
+        taken = np.concatenate([np.atleast_1d(numbers[slot]) for slot in SLOTS.values()])
+        assert sorted(taken) == list(range(39))  # the numbers of old runs: to be kept
+
+    def test_keys_of_all_positions_differ_and_their_bits_are_balanced(self):
         grid = [(seed, epoch, index) for seed in range(12) for epoch in range(12) for index in range(120)]
         keys = [sample_key(*place) for place in grid]
         assert len(set(keys)) == len(keys)
         bits = np.unpackbits(np.array(keys, dtype=np.uint64).view(np.uint8)).reshape(-1, 64)
         assert np.abs(bits.mean(axis=0) - 0.5).max() < 5 * 0.5 / len(keys) ** 0.5
-
-    def test_global_random_states_are_neither_read_nor_changed(self):
-        first = (draw_geometry([EVERYTHING], KEYS[:4], np.full((4, 2), 50)), draw_appearance([EVERYTHING], KEYS[:4]))
-        torch.manual_seed(5)
-        random.seed(5)
-        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-        again = (draw_geometry([EVERYTHING], KEYS[:4], np.full((4, 2), 50)), draw_appearance([EVERYTHING], KEYS[:4]))
-        for one, other in zip(first, again, strict=True):
-            assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-        assert torch.equal(torch.get_rng_state(), states[0])
-        assert random.getstate() == states[1]
-        assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
 
 
 class TestCrops:
@@ -138,127 +130,119 @@ class TestCrops:
         assert (top + height <= sizes[:, 0]).all()
         assert (left + width <= sizes[:, 1]).all()
 
-    def test_an_image_is_cut_alike_alone_and_among_others(self):
-        sizes = np.random.default_rng(0).integers(4, 300, (30, 2))
-        views = preset("line_art").views
-        together = draw_geometry(views, KEYS[:30], sizes)
+    def test_an_image_is_cropped_alike_alone_and_among_others(self):
+        sizes, views = np.random.default_rng(0).integers(4, 300, (30, 2)), preset("line_art").views
+        together = draw_boxes(Numbers(KEYS[:30], range(5)), views, sizes)
         for image in range(30):
-            alone = draw_geometry(views, KEYS[image : image + 1], sizes[image : image + 1])
-            for name, values in together._asdict().items():
-                assert np.array_equal(values[:, image], getattr(alone, name)[:, 0]), name
+            alone = draw_boxes(Numbers(KEYS[image : image + 1], range(5)), views, sizes[image : image + 1])
+            assert np.array_equal(together[:, image], alone[:, 0])
+
+
+def is_uniform(values: np.ndarray, low: float, high: float) -> bool:
+    return stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > UNLIKELY
 
 
 class TestDistributions:
     @pytest.mark.parametrize("name", ["dino", "dinov2"])
     def test_colours_are_uniform_over_the_published_ranges(self, name):
         """Brightness and contrast 0.6 … 1.4, saturation 0.8 … 1.2, hue ±0.1 (main_dino.py, augmentations.py)."""
-        drawn = draw_appearance(preset(name).views, KEYS)
+        draw = drawn(preset(name).views, KEYS)["jitter"]
         ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
         for what, (low, high) in ranges.items():
-            for values in getattr(drawn, what):
-                assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > UNLIKELY, what
+            for values in draw[what].reshape(5, -1):
+                assert is_uniform(values, low, high), what
 
     def test_colours_are_changed_in_every_order_alike(self):
-        orders = draw_appearance([EVERYTHING], KEYS).order[0]
+        orders = drawn([plain(8, jitter=0.8)], KEYS)["jitter"]["order"]
         assert np.array_equal(np.sort(orders), np.tile(np.arange(4), (len(KEYS), 1)))
         kinds, counts = np.unique(orders, axis=0, return_counts=True)
         assert len(kinds) == 24
         assert stats.chisquare(counts).pvalue > UNLIKELY
 
-    def test_sigma_is_uniform_where_there_is_a_blur_and_0_elsewhere(self):
-        sigma = draw_appearance([replace(EVERYTHING, blur=0.3, blur_sigma=(0.5, 1.5))], KEYS).sigma[0]
-        assert (sigma > 0).mean() == pytest.approx(0.3, abs=0.015)
-        assert stats.kstest(sigma[sigma > 0], stats.uniform(0.5, 1.0).cdf).pvalue > UNLIKELY
+    def test_sigma_is_uniform(self, monkeypatch):
+        """Between 0.1 and 2 as published."""
+        assert is_uniform(drawn([plain(8, blur=0.3)], KEYS)["blur"]["sigma"], 0.1, 2.0)
+        monkeypatch.setattr(Blur, "sigma", (0.5, 1.5))
+        assert is_uniform(drawn([plain(8, blur=0.3)], KEYS)["blur"]["sigma"], 0.5, 1.5)
 
     @pytest.mark.parametrize("strength", [1.0, 0.25])
     def test_affine_changes_are_uniform_and_as_large_as_documented(self, strength):
         """Rotate and shear by up to 10°, shift by up to 5 %, scale by up to 10 %, times the strength."""
-        drawn = draw_geometry([replace(EVERYTHING, affine=strength)], KEYS, np.full((len(KEYS), 2), 50))
-        limits = {"angle": np.radians(10), "shear": np.radians(10), "zoom": 0.1}
-        found = {"angle": drawn.angle[0], "shear": drawn.shear[0], "zoom": drawn.zoom[0] - 1}
-        for place, name in enumerate(("down", "right")):
-            found[name], limits[name] = drawn.shift[0, :, place], 0.05
-        for name, values in found.items():
-            limit = strength * limits[name]
-            assert stats.kstest(values, stats.uniform(-limit, 2 * limit).cdf).pvalue > UNLIKELY, name
+        draw = drawn([plain(8, affine=strength)], KEYS)["affine"]
+        limits = {"angle": np.radians(10), "shear": np.radians(10), "zoom": 0.1, "down": 0.05, "right": 0.05}
+        down, right = draw["shift"].T
+        for name, values in (draw | {"zoom": draw["zoom"] - 1, "down": down, "right": right}).items():
+            if name in limits:
+                assert is_uniform(values, -strength * limits[name], strength * limits[name]), name
 
     def test_strokes_change_both_ways_alike(self):
-        stroke = draw_appearance([replace(EVERYTHING, stroke=0.3)], KEYS).stroke[0]
-        assert stats.kstest(stroke, stats.uniform(-0.3, 0.6).cdf).pvalue > UNLIKELY
+        assert is_uniform(drawn([plain(8, stroke=0.3)], KEYS)["stroke"]["stroke"], -0.3, 0.3)
 
-    @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
-    def test_augmentations_are_as_frequent_as_asked_for(self, share):
+    @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9, 1.0])
+    def test_augmentations_are_as_frequent_as_asked_for(self, probability):
         """Within four standard deviations, and exactly never and always."""
-        view = replace(EVERYTHING, flip=share, jitter=share, grey=share, blur=share, solarize=share)
-        drawn = draw_appearance([view], KEYS)
-        flip = draw_geometry([view], KEYS, np.full((len(KEYS), 2), 50)).flip
-        for chosen in (flip, drawn.jitter, drawn.grey, drawn.sigma > 0, drawn.solarize):
-            assert chosen.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / len(KEYS)) ** 0.5)
+        names = ("flip", "jitter", "grey", "blur", "solarize")
+        always, sometimes = plain(8, **dict.fromkeys(names, 1.0)), plain(8, **dict.fromkeys(names, probability))
+        draws = drawn([always, sometimes], KEYS)  # the first, so that they are drawn even at 0
+        for name in names:
+            applied = draws[name]["applied"].reshape(2, -1)[1]
+            assert applied.mean() == pytest.approx(
+                probability, abs=4 * (probability * (1 - probability) / len(KEYS)) ** 0.5
+            )
 
 
 def columns(views: list[View], keys: np.ndarray) -> dict[str, np.ndarray]:
     """What is drawn of every view of images of 200×200, each (B,)."""
-    found = draw_geometry(views, keys, np.full((len(keys), 2), 200))._asdict() | draw_appearance(views, keys)._asdict()
-    top, left, height, width = found.pop("box").transpose(2, 0, 1).astype(float)
-    found |= {"area": height * width, "shape": np.log(width / height)}
-    found |= {"from top": top / (200 - height), "from left": left / (200 - width)}
-    found["down"], found["right"] = found.pop("shift").transpose(2, 0, 1)
-    found["first changed"] = found.pop("order")[..., 0]
-    return {f"{name} of view {view}": row for name, values in found.items() for view, row in enumerate(values)}
+    count = len(views)
+    boxes = draw_boxes(Numbers(keys, range(count)), views, np.full((len(keys), 2), 200))
+    top, left, height, width = boxes.transpose(2, 0, 1).astype(float)
+    table = {"area": height * width, "shape": np.log(width / height)}
+    table |= {"from top": top / (201 - height), "from left": left / (201 - width)}
+    for name, draw in drawn(views, keys).items():
+        for what, values in draw.items():
+            per_view = values.reshape(count, len(keys), -1)
+            if what == "order":
+                per_view = per_view[..., :1]  # the first change
+            for n in range(per_view.shape[-1]):
+                table[f"{name} {what} {n}"] = per_view[..., n]
+    return {f"{name} of view {view}": row for name, values in table.items() for view, row in enumerate(values)}
+
+
+def cropped(**amounts: float) -> View:
+    return View(32, (0.05, 0.3), amounts)
 
 
 class TestIndependence:
     @pytest.mark.parametrize("keys", [KEYS, np.arange(len(KEYS), dtype=np.uint64)], ids=["keys", "counted keys"])
     def test_nothing_drawn_tells_of_anything_else(self, keys):
         """No two draws are correlated: of one view, of different views, of neighbouring images."""
-        view = replace(EVERYTHING, scale=(0.05, 0.3), blur=1.0)
-        drawn = columns([view, view], keys)
-        table = np.array(list(drawn.values()), dtype=float)
+        table_of = columns([cropped(**EVERYTHING)] * 2, keys)
+        for view in range(2):
+            del table_of[f"stroke applied 0 of view {view}"]  # always
+        table = np.array(list(table_of.values()), dtype=float)
         with_next = np.concatenate([table[:, :-1], table[:, 1:]])
         correlation = np.corrcoef(with_next)[: len(table)] - np.eye(len(table), 2 * len(table))
-        place = np.unravel_index(np.abs(correlation).argmax(), correlation.shape)
-        pair = [list(drawn)[at % len(table)] for at in place]
+        largest = np.unravel_index(np.abs(correlation).argmax(), correlation.shape)
+        pair = [list(table_of)[index % len(table)] for index in largest]
         assert np.abs(correlation).max() < 5 / len(keys) ** 0.5, pair
 
     def test_draws_of_a_view_do_not_change_when_views_are_added(self):
-        few, many = preset("dino", local_crops=0).views, preset("dino", local_crops=8).views
-        sizes = np.full((len(KEYS), 2), 100)
-        for one, other in (
-            (draw_geometry(few, KEYS, sizes), draw_geometry(many, KEYS, sizes)),
-            (draw_appearance(few, KEYS), draw_appearance(many, KEYS)),
-        ):
-            for name, values in one._asdict().items():
-                assert np.array_equal(values, getattr(other, name)[: len(few)]), name
+        few = columns(list(preset("dino", local_crops=0).views), KEYS[:500])
+        many = columns(list(preset("dino", local_crops=8).views), KEYS[:500])
+        for name, values in few.items():
+            assert np.array_equal(values, many[name]), name
 
-    @pytest.mark.parametrize(
-        ("switch", "decides"),
-        [
-            ("flip", {"flip"}),
-            ("jitter", {"jitter"}),
-            ("grey", {"grey"}),
-            ("blur", {"sigma"}),
-            ("solarize", {"solarize"}),
-            ("affine", {"angle", "shear", "down", "right", "zoom"}),
-            ("stroke", {"stroke"}),
-        ],
-    )
-    def test_switching_an_augmentation_off_changes_no_other_draw(self, switch, decides):
-        before = columns([EVERYTHING, EVERYTHING], KEYS[:500])
-        after = columns([EVERYTHING, replace(EVERYTHING, **{switch: 0.0})], KEYS[:500])
+    @pytest.mark.parametrize("switch", EVERYTHING)
+    def test_switching_an_augmentation_off_changes_no_other_draw(self, switch):
+        before = columns([cropped(**EVERYTHING)] * 2, KEYS[:500])
+        after = columns([cropped(**EVERYTHING), cropped(**EVERYTHING | {switch: 0.0})], KEYS[:500])
         changed = {name for name in before if not np.array_equal(before[name], after[name])}
-        assert changed == {f"{name} of view 1" for name in decides}
+        assert changed
+        assert all(name.startswith(switch) and name.endswith("of view 1") for name in changed)
 
     def test_views_of_one_kind_are_drawn_apart(self):
-        drawn = columns([EVERYTHING] * 3, KEYS[:500])
-        for one in range(3):
-            for other in range(one):
-                for name in columns([EVERYTHING], KEYS[:1]):
-                    name = name.removesuffix(" of view 0")
-                    assert not np.array_equal(drawn[f"{name} of view {one}"], drawn[f"{name} of view {other}"]), name
-
-    def test_flat_orders_view_by_view(self):
-        drawn = draw_geometry([EVERYTHING] * 3, KEYS[:5], np.full((5, 2), 60))
-        flat = drawn.flat(slice(1, 3))
-        for name, values in drawn._asdict().items():
-            expected = [values[view, image] for view in (1, 2) for image in range(5)]
-            assert np.array_equal(getattr(flat, name), expected), name
+        table = columns([cropped(**EVERYTHING)] * 3, KEYS[:500])
+        names = {name.removesuffix(" of view 0") for name in table if name.endswith("0")} - {"stroke applied 0"}
+        for name in names:
+            rows = [table[f"{name} of view {view}"].tolist() for view in range(3)]
+            assert rows[0] != rows[1] != rows[2] != rows[0], name

@@ -1,12 +1,17 @@
-"""Presets are those that were published."""
+"""Presets are those that were published, and settings change what they say."""
 
 from dataclasses import replace
 
 import pytest
-from material import preset
+from material import PRESETS, preset
 
 from dino.config.schema import Config
-from dino.views import multi_crop
+from dino.errors import UserError
+from dino.training.settings import load
+from dino.views.spec import PRESETS as TABLE
+from dino.views.spec import Preset
+
+COLOURS = {"flip": 0.5, "jitter": 0.8, "grey": 0.2}
 
 
 class TestPresets:
@@ -15,14 +20,10 @@ class TestPresets:
     @pytest.mark.parametrize("name", ["dino", "dinov2"])
     def test_probabilities(self, name):
         spec = preset(name)
-        for view in (*spec.globals_, *spec.locals_):
-            assert (view.flip, view.jitter, view.grey) == (0.5, 0.8, 0.2)
-            assert view.blur_sigma == (0.1, 2.0)
-            assert view.affine == 0
-            assert view.stroke == 0
-        assert [view.blur for view in spec.globals_] == [1.0, 0.1]
-        assert [view.solarize for view in spec.globals_] == [0.0, 0.2]
-        assert {(view.blur, view.solarize) for view in spec.locals_} == {(0.5, 0.0)}
+        first, second = spec.globals_
+        assert first.amounts == {**COLOURS, "blur": 1.0}
+        assert second.amounts == {**COLOURS, "blur": 0.1, "solarize": 0.2}
+        assert [view.amounts for view in spec.locals_] == [{**COLOURS, "blur": 0.5}] * 3
 
     def test_dinov2_blurs_with_9_pixels_and_dino_with_three_sigma(self):
         """DINO blurs with PIL's Gaussian of any extent: its kernel must hold 3 × the largest sigma of 2 each side."""
@@ -30,12 +31,11 @@ class TestPresets:
         assert min(view.blur_kernel for view in preset("dino").views) >= 2 * 3 * 2 + 1
 
     def test_inverted_blur_is_what_the_released_weights_had(self):
-        spec = preset("dinov2", inverted_blur=True)
-        assert [view.blur for view in spec.globals_] == [0.0, 0.9]
-        assert {view.blur for view in spec.locals_} == {0.5}
-        assert [replace(view, blur=0) for view in spec.views] == [
-            replace(view, blur=0) for view in preset("dinov2").views
-        ]
+        views, published = preset("dinov2", inverted_blur=True).views, preset("dinov2").views
+        assert [view.amounts["blur"] for view in views] == [0.0, 0.9, 0.5, 0.5, 0.5]
+        for view, other in zip(views, published, strict=True):
+            assert replace(view, amounts={**view.amounts, "blur": other.amounts["blur"]}) == other
+        assert preset("line_art", inverted_blur=True) == preset("line_art")
 
     def test_defaults_are_dinos_crops(self):
         views = Config().views
@@ -43,18 +43,43 @@ class TestPresets:
         assert (views.global_scale, views.local_scale) == ([0.4, 1.0], [0.05, 0.4])
 
     def test_sizes_and_scales_are_taken_as_given(self):
-        spec = multi_crop("dinov2", 98, (0.32, 1.0), 42, (0.05, 0.32), 5)
+        scales = {"global_scale": [0.32, 1.0], "local_scale": [0.05, 0.32]}
+        spec = preset("dinov2", global_size=98, local_size=42, local_crops=5, **scales)
         assert [(view.size, view.scale) for view in spec.globals_] == [(98, (0.32, 1.0))] * 2
         assert [(view.size, view.scale) for view in spec.locals_] == [(42, (0.05, 0.32))] * 5
         assert spec.views == spec.globals_ + spec.locals_
 
     def test_handwriting_is_neither_flipped_nor_coloured(self):
-        for view in preset("line_art").views:
-            assert (view.flip, view.jitter, view.grey, view.blur, view.solarize) == (0, 0, 0, 0, 0)
-            assert view.affine > 0
-            assert view.stroke > 0
+        assert [view.amounts for view in preset("line_art").views] == [{"affine": 1.0, "stroke": 0.5}] * 5
 
-    @pytest.mark.parametrize("name", ["dino", "dinov2", "line_art"])
-    @pytest.mark.parametrize("changes", [{"affine": 0.3}, {"stroke": 0.2}, {"affine": 0.0, "stroke": 0.0}])
-    def test_affine_and_stroke_can_be_set_and_change_nothing_else(self, name, changes):
-        assert preset(name, **changes).views == tuple(replace(view, **changes) for view in preset(name).views)
+    def test_a_new_preset_is_one_entry(self, monkeypatch):
+        monkeypatch.setitem(TABLE, "grey", Preset({"grey": 1.0}, {}, {"grey": 0.5}))
+        assert [view.amounts for view in preset("grey", local_crops=1).views] == [{"grey": 1.0}, {}, {"grey": 0.5}]
+
+    @pytest.mark.parametrize("name", PRESETS)
+    @pytest.mark.parametrize(
+        ("settings", "amounts"),
+        [
+            ({"affine": 0.3}, {"affine": 0.3}),
+            ({"stroke": 0.0, "affine": 0.0}, {"affine": 0.0, "stroke": 0.0}),
+            ({"augment": {"blur": 0.7, "jitter": 0.0}}, {"blur": 0.7, "jitter": 0.0}),
+            ({"augment": {"blur": 0.7}, "inverted_blur": True}, {"blur": 0.7}),
+            ({"augment": {"stroke": 0.1}, "stroke": 0.2}, {"stroke": 0.1}),
+        ],
+    )
+    def test_amounts_can_be_set_and_change_nothing_else(self, name, settings, amounts):
+        expected = tuple(replace(view, amounts={**view.amounts, **amounts}) for view in preset(name).views)
+        assert preset(name, **settings).views == expected
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ("{solarise: 0.2}", r"'solarise' is none of the augmentations affine, .*; did you mean 'solarize'\?"),
+            ("{blur: 1.5}", r"blur must lie between 0 and 1, got 1\.5"),
+            ("{affine: -1}", r"affine must lie between 0 and 4, got -1"),
+            ("{blur: .nan}", r"blur must lie between 0 and 1, got nan"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_before_any_work(self, setting, message):
+        with pytest.raises(UserError, match=r"views\.augment: " + message):
+            load(None, [f"views.augment={setting}"])

@@ -1,0 +1,55 @@
+"""What an augmentation is: what is drawn for each view, and how that is applied to a batch."""
+
+from enum import Enum
+
+import numpy as np
+from torch import Tensor
+
+from dino.data import Canvas
+from dino.views.draws import Numbers
+from dino.views.view import View
+
+Draw = dict[str, np.ndarray]  # what chance decides, by name, each (V, B, …)
+
+
+class Stage(Enum):
+    """When an augmentation has its turn; within a stage, in the order of the registry."""
+
+    IMAGE = "before the crop, on whole images"
+    CROP = "after the crop, on uint8; by whoever crops"
+    PHOTOMETRIC = "after that, on fp32; always on the device"
+
+
+class Augmentation:
+    """One augmentation. Its amount for a view is `view.amounts[name]`: a probability or a strength, up to `limit`."""
+
+    stage = Stage.PHOTOMETRIC
+    limit = 1.0
+
+    def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:
+        """What chance decides; of crops, `applied` (bool) says which are changed at all.
+
+        Args:
+            numbers: uniform in [0, 1): `numbers[name]` is (V, B), and for one name the same whatever else is drawn.
+            amount: (V, 1), of each view.
+        """
+        raise NotImplementedError
+
+    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
+        """Change the crops that `applied` says.
+
+        Args:
+            pixels: (n, C, S, S), 0 … 255; may be overwritten.
+            draw: as drawn for them, each (n, …).
+            view: one of their views, which all have one size.
+        """
+        raise NotImplementedError
+
+    def apply_to_images(self, canvas: Canvas, draw: Draw) -> Tensor:
+        """At stage IMAGE, change whole images instead: one for each of V·B views, (V·B, C, H, W) fp32.
+
+        Args:
+            canvas: V·B images, pixels and background in fp32; may be overwritten.
+            draw: as drawn for them, each (V·B, …).
+        """
+        raise NotImplementedError

@@ -1,0 +1,32 @@
+"""Stroke width: dark strokes thinner or thicker, light ones the other way round.
+
+| number | decides |
+|---|---|
+| stroke | change at each side of a line, uniform within ± the amount, in pixels; positive: dark strokes thinner |
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.views.draws import Numbers, between
+from dino.views.ops.augmentation import Augmentation, Draw
+from dino.views.view import View
+
+
+class Stroke(Augmentation):
+    """Amount: greatest change, as a fraction of one pixel added to or removed from each side of a line."""
+
+    limit = 4.0
+
+    def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:
+        stroke = amount * between(numbers["stroke"], -1, 1)
+        return {"applied": stroke != 0, "stroke": stroke}
+
+    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
+        """A blend of the image with its 3×3 maximum or minimum, so that a fraction of a pixel is possible."""
+        change = torch.from_numpy(draw["stroke"]).to(pixels)[:, None, None, None]
+        sign = torch.where(change >= 0, 1.0, -1.0)
+        extreme = sign * F.max_pool2d(sign * pixels, kernel_size=3, stride=1, padding=1)
+        return torch.lerp(pixels, extreme, change.abs())

@@ -1,0 +1,303 @@
+"""What is done to the pixels of crops: by definition, as torchvision does it, as often as published; and a new one."""
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from material import (
+    EVERYTHING,
+    PRESETS,
+    RAGGED,
+    Pool,
+    canvas_of,
+    change,
+    drawn,
+    equal,
+    keys_of,
+    noise,
+    only,
+    plain,
+    preset,
+    views_of,
+)
+from oracle import MOST, oracle_views, photometric, row
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from dino.training.settings import load
+from dino.views import DeviceViews, MultiCrop, View, ViewsDataset, view_spec
+from dino.views.ops import AUGMENTATIONS, Augmentation, Draw
+from dino.views.ops.blur import Blur, gaussian_blur
+from dino.views.ops.jitter import turn_hue
+
+ROUNDING = 0.51  # levels
+UNCHANGED = {"brightness": [1.0], "contrast": [1.0], "saturation": [1.0], "hue": [0.0], "order": [[0, 1, 2, 3]]}
+LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
+
+
+def jittered(images: Tensor, **draw: list) -> Tensor:
+    """Crops of which all but `draw` stays as it is."""
+    values = {name: value * len(images) for name, value in UNCHANGED.items()} | draw
+    return change("jitter", images, **values)
+
+
+class TestDefinitions:
+    def test_solarize_inverts_from_128_up(self):
+        values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+        assert torch.equal(change("solarize", values).byte(), torch.where(values >= 128, 255 - values, values))
+
+    def test_grey_makes_all_channels_the_luminance(self):
+        image = noise(1, 3, 8, 8)
+        luminance = torch.einsum("c,nchw->nhw", LUMINANCE, image.float())
+        assert (change("grey", image) - luminance[:, None]).abs().max() <= ROUNDING
+
+    @pytest.mark.parametrize("channels", [1, 5])
+    def test_what_is_about_colour_leaves_other_images_alone(self, channels):
+        image = noise(1, channels, 8, 8)
+        assert torch.equal(change("grey", image), image.float())
+        assert torch.equal(jittered(image, saturation=[0.8], hue=[0.1]), image.float())
+
+    @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
+    def test_brightness_multiplies(self, factor):
+        image = noise(1, 3, 8, 8)
+        expected = (factor * image.float()).clamp(max=255)
+        assert (jittered(image, brightness=[factor]) - expected).abs().max() <= ROUNDING
+
+    @pytest.mark.parametrize("channels", [1, 3, 5])
+    def test_contrast_pulls_towards_the_mean_grey_value(self, channels):
+        """Of all colours together in RGB; of each channel by itself where channels are no colours."""
+        image = noise(1, channels, 8, 8, low=60, high=200)
+        weights = LUMINANCE if channels == 3 else torch.eye(channels)
+        mean = (weights @ image.float().mean(dim=(0, 2, 3))).view(-1, 1, 1)
+        assert (jittered(image, contrast=[0.7]) - (0.7 * image + 0.3 * mean)).abs().max() <= ROUNDING
+
+    def test_saturation_pulls_towards_grey_of_the_same_luminance(self):
+        image = noise(1, 3, 8, 8, low=60, high=200)
+        luminance = torch.einsum("c,nchw->nhw", LUMINANCE, image.float())[:, None]
+        assert (jittered(image, saturation=[1.2]) - (1.2 * image - 0.2 * luminance)).abs().max() <= ROUNDING
+
+    def test_hue_is_that_of_the_colour_circle(self):
+        """Also of greys, and of colours of which two components are equal."""
+        levels = torch.tensor([0.0, 40.0, 127.0, 255.0])
+        pixels = torch.cartesian_prod(levels, levels, levels).mT.reshape(1, 3, 8, 8)
+        for shift in (-0.5, -0.1, 0.0, 1 / 12, 0.4):
+            turned = turn_hue(pixels, torch.tensor([shift])).flatten(2)[0].mT.tolist()
+            for before, after in zip(pixels.flatten(2)[0].mT.tolist(), turned, strict=True):
+                hue, saturation, value = colorsys.rgb_to_hsv(*before)
+                assert after == pytest.approx(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value), abs=1e-3)
+
+    def test_colours_are_changed_in_the_order_drawn(self):
+        """Twice as bright saturates at white before the contrast is halved, and does not after it."""
+        image = torch.tensor([[100.0, 200.0]]).repeat(1, 4, 2).to(torch.uint8).expand(2, 3, 4, 4)
+        orders = [[0, 1, 2, 3], [1, 0, 2, 3]]
+        first, second = jittered(image, brightness=[2.0] * 2, contrast=[0.5] * 2, order=orders)[:, 0, 0, :2]
+        assert (first - torch.tensor([213.75, 241.25])).abs().max() <= ROUNDING  # 200 and 255, mean 227.5
+        assert (second - torch.tensor([250.0, 255.0])).abs().max() <= ROUNDING  # 125 and 175, doubled
+
+    @pytest.mark.parametrize("sigma", [0.3, 1.5, 2.0])
+    def test_blur_is_a_gaussian(self, sigma):
+        """One bright pixel becomes exp(−d²/2σ²), normalised over the kernel of 13."""
+        image = torch.zeros(1, 1, 25, 25, dtype=torch.uint8)
+        image[..., 12, 12] = 255
+        offsets = torch.arange(25) - 12.0
+        line = torch.exp(-(offsets**2) / (2 * sigma**2)) * (offsets.abs() <= 6)
+        expected = 255 * torch.outer(line, line) / line.sum() ** 2
+        assert (change("blur", image, sigma=[sigma]) - expected).abs().max() <= ROUNDING
+
+    @pytest.mark.parametrize(("size", "kernel"), [(24, 9), (24, 13), (13, 13), (7, 7), (2, 1), (1, 1)])
+    def test_blur_also_at_the_edges_of_small_crops(self, size, kernel):
+        images, sigmas = noise(5, 3, size, size).float(), torch.tensor([0.1, 0.5, 1.0, 1.7, 2.0])
+        for image, sigma, blurred in zip(images, sigmas.tolist(), gaussian_blur(images, sigmas, kernel), strict=True):
+            expected = functional.gaussian_blur(image, [kernel] * 2, [sigma] * 2)
+            torch.testing.assert_close(blurred, expected, atol=1e-3, rtol=0)
+
+    def test_strokes_are_blended_with_the_brightest_or_darkest_neighbour(self):
+        images = noise(2, 3, 9, 9)
+        brightest, darkest = (torch.from_numpy(most(images.numpy(), (1, 1, 3, 3), mode="nearest")) for most in MOST)
+        expected = torch.stack([0.7 * images[0] + 0.3 * brightest[0], 0.3 * images[1] + 0.7 * darkest[1]])
+        assert (change("stroke", images, stroke=[0.3, -0.7]) - expected).abs().max() <= ROUNDING
+
+    @pytest.mark.parametrize("width", [3, 5])
+    def test_dark_strokes_grow_with_a_negative_amount_and_shrink_with_a_positive_one(self, width):
+        """Light strokes on a dark page go the other way."""
+        page = torch.full((1, 1, 15, 15), 255, dtype=torch.uint8)
+        page[..., 5 : 5 + width] = 0
+        for amount, wider in [(0.0, 0.0), (-1.0, 2.0), (1.0, -2.0), (-0.5, 1.0), (0.25, -0.5)]:
+            dark = change("stroke", page, stroke=[amount])[0, 0, 7].mean() / 255
+            light = change("stroke", 255 - page, stroke=[amount])[0, 0, 7].mean() / 255
+            assert 15 * (1 - dark) == pytest.approx(width + wider, abs=0.02)
+            assert 15 * light == pytest.approx(width - wider, abs=0.02)
+
+
+# Just below or above 127.5, a pixel is inverted or not: the results are half a level apart each way.
+SOLARIZED = ROUNDING + 0.5
+
+
+class TestAgainstTorchvision:
+    """torchvision's operations in double precision on one image at a time, rounded at the end."""
+
+    @pytest.mark.parametrize("channels", [1, 3, 5])
+    @pytest.mark.parametrize("what", ["stroke", "jitter", "grey", "blur", "solarize", "everything"])
+    def test_crops_differ_by_the_last_rounding_only(self, what, channels):
+        names = ("stroke", "jitter", "grey", "blur", "solarize") if what == "everything" else (what,)
+        view, images, keys = plain(24, **dict.fromkeys(names, 1.0)), noise(48, channels, 24, 24), keys_of(48)
+        draws, allowed = drawn([view], keys), SOLARIZED if "solarize" in names else ROUNDING
+        (augmented,) = DeviceViews(only(view)).photometric([images], keys)
+        assert augmented.dtype == torch.uint8
+        for n, image in enumerate(images):
+            expected = photometric(image, view, {name: row(draw, n) for name, draw in draws.items()})
+            assert (augmented[n] - expected).abs().max() <= allowed
+
+    @pytest.mark.parametrize("channels", [1, 3, 5])
+    @pytest.mark.parametrize("settings", [{}, {"stroke": 0.5}, {"local_size": 24}, {"local_crops": 0}])
+    def test_whole_views_of_the_same_keys(self, settings, channels):
+        for name in ("dino", "dinov2"):
+            spec, keys, images = preset(name, **settings), keys_of(12), noise(12, channels, 48, 36)
+            theirs = [oracle_views(spec, image, int(key)) for image, key in zip(images, keys, strict=True)]
+            for ours, group in zip(views_of(spec, images, keys), spec.groups, strict=True):
+                expected = torch.stack([views[index] for index in group.indices for views in theirs])
+                assert (ours - expected).abs().max() <= SOLARIZED
+
+
+class TestBatches:
+    @pytest.mark.parametrize("channels", [1, 3, 5])
+    def test_crops_are_augmented_alike_alone_and_among_others(self, channels):
+        ours, keys = DeviceViews(preset("dino", stroke=0.5)), keys_of(16)
+        crops = [noise(2 * 16, channels, 24, 24), noise(3 * 16, channels, 12, 12)]
+        together = ours.photometric(crops, keys)
+        for image in range(16):
+            alone = ours.photometric([group[image::16] for group in crops], keys[image : image + 1])
+            for one, other in zip(alone, together, strict=True):
+                assert (one.int() - other[image::16].int()).abs().max() <= 1  # sums in another order round otherwise
+                assert (one != other[image::16]).float().mean() < 1e-3
+
+    @pytest.mark.parametrize("settings", [{}, {"affine": 1.0, "stroke": 0.5}])
+    def test_views_are_a_function_of_keys_and_leave_what_they_are_given_alone(self, settings):
+        spec, keys, canvas = preset("dino", **settings), keys_of(4), canvas_of(RAGGED[:4])
+        ours, pixels = DeviceViews(spec), canvas.pixels.clone()
+        crops = ours.crop(canvas, keys)
+        before = [group.clone() for group in crops]
+        first = ours.photometric(crops, keys)
+        assert equal(crops, before)
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        assert equal(views_of(spec, RAGGED[:4], keys), first)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(canvas.pixels, pixels)
+        for one, other in zip(views_of(spec, RAGGED[:4], keys + np.uint64(1)), first, strict=True):
+            assert not torch.equal(one, other)
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_views_of_one_image_differ_from_each_other(self, name):
+        globals_, locals_ = views_of(preset(name), [Pool().read(0)], keys_of(1))
+        assert not torch.equal(globals_[0], globals_[1])
+        assert not torch.equal(locals_[0], locals_[1])
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_five_equal_channels_stay_equal(self, name):
+        """However many channels, all share one draw."""
+        for views in views_of(preset(name), list(noise(20, 1, 20, 20).expand(-1, 5, -1, -1)), keys_of(20)):
+            assert (views == views[:, :1]).all()
+
+    def test_line_art_keeps_colours_and_flips_nothing(self):
+        left, right = torch.tensor([200, 30, 90]), torch.tensor([20, 180, 140])
+        halves = [colour.view(3, 1, 1).expand(3, 40, 20) for colour in (left, right)]
+        image, spec = torch.cat(halves, dim=2).to(torch.uint8), preset("line_art", global_scale=[0.8, 1.0])
+        views = views_of(spec, [image] * 30, keys_of(30))[0]
+        assert (views[:, :, 12, 5] - left).abs().max() <= 2
+        assert (views[:, :, 12, -6] - right).abs().max() <= 2
+
+
+CHECKERBOARD = (torch.arange(9)[:, None] + torch.arange(9)).remainder(2).mul(255).to(torch.uint8).expand(3, 9, 9)
+
+
+class TestMeasuredFrequencies:
+    """DINOv2's own transform took p for 1 − p; so what happens is counted, not what is asked for."""
+
+    def frequency(self, view: View, image: Tensor, count: int = 1000) -> float:
+        """Of a square image changed by a view of all of it."""
+        (views,) = views_of(MultiCrop((view,), ()), [image] * count, keys_of(count))
+        return float((views != image).flatten(1).any(dim=1).float().mean())
+
+    @pytest.mark.parametrize("name", ["dino", "dinov2"])
+    @pytest.mark.parametrize(("inverted", "expected"), [(False, (1.0, 0.1, 0.5)), (True, (0.0, 0.9, 0.5))])
+    def test_blur(self, name, inverted, expected, monkeypatch):
+        monkeypatch.setattr(Blur, "sigma", (2.0, 2.0))  # always wide enough to be seen
+        spec = preset(name, inverted_blur=inverted)
+        for view, probability in zip((*spec.globals_, spec.locals_[0]), expected, strict=True):
+            blurred = View(9, (1.0, 1.0), {"blur": view.amounts["blur"]}, view.blur_kernel)
+            within = 0 if probability in (0, 1) else 0.05
+            assert self.frequency(blurred, CHECKERBOARD) == pytest.approx(probability, abs=within)
+
+    @pytest.mark.parametrize(
+        ("what", "probability"), [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("solarize", 0.2)]
+    )
+    def test_everything_else(self, what, probability):
+        assert preset("dino").globals_[1].amounts[what] == probability
+        view = plain(8, **{what: probability})
+        assert self.frequency(view, noise(3, 8, 8)) == pytest.approx(probability, abs=0.05)
+
+    def test_jitter_keeps_within_its_strengths(self):
+        """Brightness and contrast of a grey constant: at most a factor of 1.4, at least 0.6."""
+        constants = torch.full((300, 3, 8, 8), 100, dtype=torch.uint8)
+        (views,) = DeviceViews(only(plain(8, jitter=1.0))).photometric([constants], keys_of(300))
+        levels = views.float().mean(dim=(1, 2, 3))
+        assert 60 - 1 <= levels.min() < 65
+        assert 135 < levels.max() <= 140 + 1
+
+    def test_strokes_vary_in_width(self):
+        page = torch.full((1, 40, 40), 255, dtype=torch.uint8)
+        page[:, :, 17:23] = 0
+        (views,) = views_of(only(plain(40, stroke=0.5)), [page] * 40, keys_of(40))
+        ink = (255 - views.float()).mean(dim=(1, 2, 3)) / 255
+        assert ink.min() == pytest.approx(5 / 40, abs=0.005)
+        assert ink.max() == pytest.approx(7 / 40, abs=0.005)
+
+
+class Invert(Augmentation):
+    """The negative. Amount: probability."""
+
+    def draw(self, numbers, amount: np.ndarray) -> Draw:
+        return {"applied": numbers["invert"] < amount}
+
+    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
+        return 255 - pixels
+
+
+class TestANewAugmentation:
+    """A file and a line in the registry are all that it takes."""
+
+    @pytest.fixture(autouse=True)
+    def registered(self, monkeypatch):
+        monkeypatch.setitem(AUGMENTATIONS, "invert", Invert())
+
+    def test_a_setting_switches_it_on_and_nothing_else_changes(self):
+        images, keys = list(noise(400, 3, 8, 8)), keys_of(400)
+        sizes = ["views.global_size=8", "views.local_size=4", "views.local_crops=2", "model.patch_size=4"]
+        without = view_spec(load(None, sizes).views)
+        spec = view_spec(load(None, [*sizes, "views.augment={invert: 0.3}"]).views)
+        for before, after in zip(views_of(without, images, keys), views_of(spec, images, keys), strict=True):
+            inverted = (after == 255 - before).flatten(1).all(dim=1)
+            unchanged = (after == before).flatten(1).all(dim=1)
+            assert (inverted | unchanged).all()
+            assert inverted.float().mean() == pytest.approx(0.3, abs=0.05)
+
+    def test_it_draws_by_itself_and_leaves_all_other_draws_as_they_were(self, monkeypatch):
+        keys = keys_of(5000)
+        both = drawn([plain(8, **EVERYTHING, invert=0.5)] * 2, keys)
+        inverted = both.pop("invert")["applied"]
+        before = drawn([plain(8, **EVERYTHING)] * 2, keys)
+        for name, draw in both.items():
+            assert draw.keys() == before[name].keys()
+            for what, values in draw.items():
+                assert np.array_equal(values, before[name][what]), what
+                for column in values.reshape(len(inverted), -1).T.astype(float):
+                    assert column.std() == 0 or abs(np.corrcoef(inverted, column)[0, 1]) < 0.05, what
+        monkeypatch.setitem(AUGMENTATIONS, "negative", Invert())  # one more in the registry
+        assert np.array_equal(drawn([plain(8, invert=0.5, negative=0.1)] * 2, keys)["invert"]["applied"], inverted)
+
+    def test_workers_leave_it_to_the_device(self):
+        pool, spec = Pool(), preset("dino")
+        with_it = preset("dino", augment={"invert": 1.0})
+        assert equal(ViewsDataset(pool, spec, 0)[0, 1].crops, ViewsDataset(pool, with_it, 0)[0, 1].crops)
