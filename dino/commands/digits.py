@@ -17,8 +17,7 @@ from dino.data import open_images
 from dino.errors import UserError
 from dino.evaluation.features import extract
 from dino.evaluation.probes import few_shot
-from dino.methods.network import build_backbone
-from dino.models import load_backbone
+from dino.models import build_backbone, load_backbone
 from dino.report.run import write_report
 from dino.run import RunDirectory
 

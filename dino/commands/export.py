@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dino.errors import UserError
-from dino.models import VisionTransformer, load_backbone
+from dino.models import Backbone, load_backbone
 from dino.models.weights import export
 
 TOLERANCE = 1e-3
@@ -26,8 +26,7 @@ TOLERANCE = 1e-3
 def main() -> None:
     arguments = parse()
     backbone = load_backbone(arguments.weights)
-    if not isinstance(backbone, VisionTransformer):
-        raise UserError(f"{arguments.weights} is a ResNet, whose parameters have torchvision's names already")
+    export.check(backbone, arguments.to)
     size = arguments.image_size or backbone.preprocess.image_size
     if size < 1 or size % backbone.patch_size:
         raise UserError(f"--image-size {size} is not divisible by the patch size {backbone.patch_size}")
@@ -53,7 +52,7 @@ def main() -> None:
     compare(backbone, features, [size] if is_fixed else [size, size + 4 * backbone.patch_size])
 
 
-def write_timm(backbone: VisionTransformer, out: Path, size: int) -> Callable[[Tensor], Tensor]:
+def write_timm(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:
     """model.safetensors, and arguments.json for timm's VisionTransformer."""
     import timm
     from timm.layers import SwiGLUPacked
@@ -68,7 +67,7 @@ def write_timm(backbone: VisionTransformer, out: Path, size: int) -> Callable[[T
     return model.forward_features
 
 
-def write_hugging_face(backbone: VisionTransformer, out: Path, size: int) -> Callable[[Tensor], Tensor]:
+def write_hugging_face(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:
     """A directory that `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` open."""
     from transformers import AutoModel
 
@@ -96,7 +95,7 @@ def write_hugging_face(backbone: VisionTransformer, out: Path, size: int) -> Cal
     return lambda images: model(images, **resamples).last_hidden_state
 
 
-def write_onnx(backbone: VisionTransformer, out: Path, size: int) -> Callable[[Tensor], Tensor]:
+def write_onnx(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:
     """model.onnx."""
     import onnxruntime
 
@@ -106,7 +105,7 @@ def write_onnx(backbone: VisionTransformer, out: Path, size: int) -> Callable[[T
 
 
 @torch.no_grad()
-def compare(backbone: VisionTransformer, features: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+def compare(backbone: Backbone, features: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
     """Print the largest difference of class tokens, which come first in `features`, at each size.
 
     Raises:

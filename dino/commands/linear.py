@@ -18,7 +18,7 @@ from dino.commands import common
 from dino.evaluation.labelled import Labelled, labelled_features
 from dino.evaluation.probes import few_shot, logistic
 from dino.evaluation.sweep import BLOCKS, sweep
-from dino.models import ResNet, load_backbone
+from dino.models import load_backbone
 
 READOUTS = ("sweep", "logistic", "few")
 FEW = (1, 2, 5, 10)
@@ -31,7 +31,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in arguments.weights:
         backbone = load_backbone(name).to(accelerator.device)
-        blocks = 1 if isinstance(backbone, ResNet) else min(max(BLOCKS), len(backbone.blocks))
+        blocks = min(max(BLOCKS), backbone.depth)
         data = labelled_features(
             backbone, arguments.data, arguments.test, arguments.kind, arguments.seed, accelerator, blocks
         )

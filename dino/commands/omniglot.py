@@ -21,7 +21,7 @@ from dino.data import fingerprint, open_images
 from dino.data.sources.omniglot import download
 from dino.errors import UserError
 from dino.evaluation import omniglot
-from dino.models import Backbone, ResNet, load_backbone, random_like
+from dino.models import Backbone, load_backbone, random_like
 from dino.report.pictures import bars, confusion_matrix
 from dino.report.run import write_report
 from dino.run import RunDirectory
@@ -56,8 +56,8 @@ def main() -> None:
     protocols = ["article", "standard"] if arguments.protocol == "all" else [arguments.protocol]
 
     todo: list[tuple[str, Backbone | None]] = [("raw pixels", None)]
-    for name, backbone in backbones.items():
-        todo += [(f"untrained {architecture(backbone)}", random_like(backbone)), (name, backbone)]
+    for name, trained in backbones.items():
+        todo += [(f"untrained {trained.title}", random_like(trained)), (name, trained)]
     for protocol in protocols:
         judge = omniglot.article if protocol == "article" else omniglot.standard
         for name, backbone in todo:
@@ -68,12 +68,6 @@ def main() -> None:
             print(f"{protocol}: {name}: {found['accuracy'] if protocol == 'article' else found['logistic']['random']}")
             save(arguments.out, results)
     show(arguments.out, results)
-
-
-def architecture(backbone: Backbone) -> str:
-    """A short name of what the network is."""
-    spec = backbone.spec
-    return spec.arch if isinstance(backbone, ResNet) else f"ViT {spec.embed_dim}×{spec.depth}/{spec.patch_size}"
 
 
 def earlier_results(out: Path, data: str) -> dict[str, Any]:

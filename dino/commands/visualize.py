@@ -20,7 +20,7 @@ from dino.data import Images, open_images, read_or_reason
 from dino.errors import UserError
 from dino.evaluation.features import extract
 from dino.evaluation.neighbours import nearest
-from dino.models import VisionTransformer, load_backbone
+from dino.models import load_backbone
 from dino.report import page as report
 from dino.report import pictures
 
@@ -35,7 +35,7 @@ def main() -> None:
     images = open_images(arguments.images, arguments.kind, backbone.spec.in_chans)
     shown = readable(images, arguments.shown)
     sections = []
-    if isinstance(backbone, VisionTransformer):
+    if backbone.has_patches:
         size = arguments.size or backbone.preprocess.image_size
         size = max(backbone.patch_size, size // backbone.patch_size * backbone.patch_size)
         preprocess = replace(backbone.preprocess, image_size=size, resize=None)

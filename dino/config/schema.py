@@ -158,6 +158,11 @@ class ModelConfig:
         ("published", "fan_in"),
         was="model.initialisation",
     )
+    positions: str = setting(
+        "learned",
+        "how a ViT knows where a patch lies: by a learned table, or by rotating queries and keys (RoPE)",
+        ("learned", "rotary"),
+    )
     position_size: int | None = setting(
         None, "side of the images whose grid of patches has positions; none: views.global_size", unit="pixels"
     )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dino.data import Pool, read_or_reason
 from dino.distributed import cores
 from dino.files import cache_directory, replacing
-from dino.models import Backbone, ResNet
+from dino.models import Backbone
 from dino.models.weights import weights_digest
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def extract(
         transform: (C, H, W) uint8 to what the backbone takes; all outputs of one size.
         title: what the progress bar says.
         accelerator: shares the images among its processes; each of them gets all features, every image once.
-        blocks: how many of the last blocks' class tokens to take; of a ResNet, 1.
+        blocks: how many of the last blocks' class tokens to take; at most the backbone's `depth`.
     """
     device = next(backbone.parameters()).device
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -148,7 +148,7 @@ def extract(
 
 def _outputs(backbone: Backbone, images: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Class tokens (B, blocks, D) and mean patch token (B, D) of a batch."""
-    if blocks == 1 or isinstance(backbone, ResNet):
+    if blocks == 1 or backbone.depth == 1:
         outputs = backbone.forward_features(images)
         class_tokens, patches = outputs["x_norm_clstoken"][:, None], outputs["x_norm_patchtokens"]
     else:

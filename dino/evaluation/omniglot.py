@@ -112,7 +112,7 @@ def own_input(image: Tensor, backbone: Backbone) -> Tensor:
 def input_size(backbone: Backbone) -> int:
     """98 pixels, or the weights' own size where that is smaller, as a multiple of the patch size."""
     size = min(IMAGE_SIZE, backbone.preprocess.image_size)
-    patch = getattr(backbone, "patch_size", 1)
+    patch = backbone.patch_size
     return max(patch, round(size / patch) * patch)
 
 

@@ -26,9 +26,9 @@ from dino.methods.heads import DINOHead
 from dino.methods.losses import Center, SinkhornKnopp, dino_loss, ibot_loss, koleo_loss
 from dino.methods.masks import MaskDraw, Masks
 from dino.methods.method import Batch, Curve, Method, Outside, Seen, drop_gradients
-from dino.methods.network import Network, build_backbone, copy_weights
+from dino.methods.network import Network
 from dino.methods.schedule import Schedule
-from dino.models import Backbone
+from dino.models import Backbone, build_backbone, copy_weights
 
 
 class Target(NamedTuple):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dino.config.auto import SMALL, PoolFacts, Rule
 from dino.config.schema import AUTO, Auto, Config, setting
+from dino.models import BACKBONES
 
 
 @dataclass
@@ -91,8 +92,9 @@ def problems(config: Config) -> Iterator[str]:
     ratio = objective.mask_ratio
     if len(ratio) != 2 or ratio[0] > ratio[1]:
         yield f"objective.mask_ratio must be two fractions of the patches, 0 <= least <= greatest <= 1, got {ratio}"
-    if objective.ibot_weight and not config.model.arch.startswith("vit"):
-        yield f"objective.ibot_weight needs patches, which model.arch={config.model.arch} has not: use a ViT, or 0"
+    arch = config.model.arch
+    if objective.ibot_weight and arch in BACKBONES and not BACKBONES[arch].has_patches:
+        yield f"objective.ibot_weight needs patches, which model.arch={arch} has not: use a ViT, or 0"
 
 
 def _prototypes(config: Config, pool: PoolFacts) -> tuple[int, str]:

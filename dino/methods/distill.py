@@ -76,7 +76,7 @@ class FrozenTeacher:
         Raises:
             UserError: it cannot teach this student.
         """
-        backbone, patch_size = self.backbone, getattr(self.backbone, "patch_size", 1)
+        backbone, patch_size = self.backbone, self.backbone.patch_size
         values: dict[str, object] = {"data.channels": backbone.spec.in_chans}
         values |= {f"views.{key}": list(getattr(backbone.preprocess, key)) for key in ("mean", "std")}
         if self.head is not None:
@@ -93,7 +93,7 @@ class FrozenTeacher:
 
     def _patch_settings(self, config: Config) -> dict[str, object]:
         """Those of the masked-patch loss."""
-        if getattr(self.backbone, "patch_size", None) != config.model.patch_size:
+        if not self.backbone.has_patches or self.backbone.patch_size != config.model.patch_size:
             raise UserError(
                 f"objective.ibot_weight compares patches: model.patch_size={config.model.patch_size} must be that "
                 f"of {self.name}, or the weight 0"

@@ -1,7 +1,6 @@
 """The parts of a Vision Transformer, on packed tokens: all sequences of all crop sizes in one (T, D) matrix."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +8,21 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Interpolation = Literal["offset", "size"]
+from dino.models.positions import Grid, Positions
 
 
 class Group(NamedTuple):
-    """A run of equally long sequences in a packed (T, D) matrix: `batch` sequences of `length` tokens."""
+    """A run of equally long sequences in a packed (T, D) matrix.
+
+    Attributes:
+        batch: number of sequences.
+        length: tokens of each.
+        grid: rows and columns of the patches, which are a sequence's last tokens.
+    """
 
     batch: int
     length: int
+    grid: Grid
 
 
 class PatchEmbed(nn.Module):
@@ -44,73 +50,119 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale and stochastic depth, on packed tokens (T, D)."""
+    """Pre-norm transformer block with LayerScale and stochastic depth, on packed tokens (T, D).
+
+    Attributes:
+        activation_checkpointing: keep only the input for the backward pass, and compute the rest again.
+    """
 
     def __init__(
         self,
         width: int,
         num_heads: int,
+        *,
         mlp_ratio: float,
         ffn: str,
         layer_scale: float,
         drop_path: float,
-        drop_subset: bool = False,
+        positions: Positions,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, num_heads)
+        self.attn = Attention(width, num_heads, positions)
         self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = (SwiGLU if ffn == "swiglu" else MLP)(width, mlp_ratio)
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path, drop_subset)
-        self.recompute = False  # keep only the input for the backward pass (activation checkpointing)
+        self.drop_path = DropPath(drop_path)
+        self.activation_checkpointing = False
 
-    def forward(self, tokens: Tensor, groups: list[Group], shortened: list[Group] | None = None) -> Tensor:
-        """(T, D) to (T, D).
+    def forward(self, tokens: Tensor, groups: list[Group], lengths: list[int] | None = None) -> Tensor:
+        """(T, D) to (T, D), or where `lengths` are given to (T', D): see `first_tokens`."""
+        # Both ways lead through here, because sharding and compilation act on a module's call.
+        arguments = (tokens, groups) if lengths is None else (tokens, groups, lengths)
+        compute = self.all_tokens if lengths is None else self.first_tokens
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(compute, *arguments, use_reentrant=False)
+        return compute(*arguments)
 
-        Args:
-            shortened: the groups to give; those that are one token long here are given by their class tokens alone,
-                and nothing is computed for the others. None: all tokens.
+    def all_tokens(self, tokens: Tensor, groups: list[Group]) -> Tensor:
+        """(T, D) to (T, D)."""
+        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens), groups)), groups)
+        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))), groups)
+
+    def first_tokens(self, tokens: Tensor, groups: list[Group], lengths: list[int]) -> Tensor:
+        """(T, D) to (T', D): the first `lengths[i]` tokens of each sequence of group i, exactly as in `all_tokens`.
+
+        For the last block: where only class tokens are asked for, patches need no more than their keys and values.
         """
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._both, tokens, groups, shortened or groups, use_reentrant=False)
-        return self._both(tokens, groups, shortened or groups)
+        attended = self.ls1(self.attn(self.norm1(tokens), groups, lengths))
+        tokens, groups = shorten(tokens, groups, lengths)
+        tokens = tokens + self.drop_path(attended, groups)
+        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))), groups)
 
-    def _both(self, tokens: Tensor, groups: list[Group], wanted: list[Group]) -> Tensor:
-        def attend(tokens: Tensor, groups: list[Group]) -> Tensor:
-            return self.ls1(self.attn(self.norm1(tokens), groups, [group.length for group in wanted]))
 
-        def feed_forward(tokens: Tensor, groups: list[Group]) -> Tensor:
-            return self.ls2(self.mlp(self.norm2(tokens)))
+class SubsetBlock(Block):
+    """A block with DINOv2's stochastic depth (Oquab et al. 2023, §5).
 
-        tokens = self.drop_path(tokens, groups, attend, wanted)
-        return self.drop_path(tokens, wanted, feed_forward, wanted)
+    In training each branch is computed for a fixed number of random sequences of each group only, and scaled up for
+    them: what is dropped costs nothing.
+    """
+
+    def all_tokens(self, tokens: Tensor, groups: list[Group]) -> Tensor:
+        """(T, D) to (T, D)."""
+        if not self.training or self.drop_path.rate == 0:
+            return super().all_tokens(tokens, groups)
+        subset = draw_subset(groups, self.drop_path.rate, tokens.device)
+        inputs = tokens[rows_of(groups, subset)]
+        attended = self.ls1(self.attn(self.norm1(inputs), groups_of(groups, subset)))
+        tokens = add_to_subset(tokens, attended, groups, subset)
+        return self._feed_forward(tokens, groups)
+
+    def first_tokens(self, tokens: Tensor, groups: list[Group], lengths: list[int]) -> Tensor:
+        """(T, D) to (T', D): the first `lengths[i]` tokens of each sequence of group i."""
+        if not self.training or self.drop_path.rate == 0:
+            return super().first_tokens(tokens, groups, lengths)
+        subset = draw_subset(groups, self.drop_path.rate, tokens.device)
+        inputs = tokens[rows_of(groups, subset)]
+        attended = self.ls1(self.attn(self.norm1(inputs), groups_of(groups, subset), lengths))
+        tokens, groups = shorten(tokens, groups, lengths)
+        tokens = add_to_subset(tokens, attended, groups, subset)
+        return self._feed_forward(tokens, groups)
+
+    def _feed_forward(self, tokens: Tensor, groups: list[Group]) -> Tensor:
+        subset = draw_subset(groups, self.drop_path.rate, tokens.device)
+        inputs = tokens[rows_of(groups, subset)]
+        return add_to_subset(tokens, self.ls2(self.mlp(self.norm2(inputs))), groups, subset)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention inside each sequence of a packed matrix, by `scaled_dot_product_attention`."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, positions: Positions):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.positions = num_heads, positions
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, groups: list[Group], asking: list[int]) -> Tensor:
-        """(T, D) to (T', D): of each group's sequences, only the first `asking` tokens ask, and are given."""
-        packed = self.qkv(tokens).split([group.batch * group.length for group in groups])
+    def forward(self, tokens: Tensor, groups: list[Group], lengths: list[int] | None = None) -> Tensor:
+        """(T, D) to (T, D); with `lengths` to (T', D): of each group's sequences, only the first tokens ask."""
+        lengths = lengths or [group.length for group in groups]
         outputs = []
-        for qkv, group, count in zip(packed, groups, asking, strict=True):
-            query, key, value = self.heads(qkv, group)
-            attended = attend(query[:, :, :count], key, value)
+        for (query, key, value), length in zip(self.project(tokens, groups), lengths, strict=True):
+            attended = attend(query[:, :, :length], key, value)
             outputs.append(rearrange(attended, "b m n d -> (b n) (m d)"))
         return self.proj(torch.cat(outputs))
 
-    def heads(self, qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch·length, 3D) to query, key and value, each (batch, heads, length, D / heads)."""
-        query, key, value = rearrange(qkv, "(b n) (s m d) -> s b m n d", b=group.batch, s=3, m=self.num_heads)
-        return query, key, value
+    def project(self, tokens: Tensor, groups: list[Group]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(T, D) to query, key and value of each group, each (batch, heads, length, D / heads)."""
+        projected = []
+        packed = self.qkv(tokens).split([group.batch * group.length for group in groups])
+        for qkv, group in zip(packed, groups, strict=True):
+            query, key, value = rearrange(qkv, "(b n) (s m d) -> s b m n d", b=group.batch, s=3, m=self.num_heads)
+            query, key = self.positions.rotate(query, key, group.grid)
+            projected.append((query, key, value))
+        return projected
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -160,99 +212,74 @@ class LayerScale(nn.Module):
         return tokens * self.gamma
 
 
-Branch = Callable[[Tensor, list[Group]], Tensor]
-
-
 class DropPath(nn.Module):
-    """A residual branch with stochastic depth (Huang et al. 2016): in training, whole sequences go without it.
+    """Stochastic depth (Huang et al. 2016): in training, random sequences lose a residual branch; others are scaled up.
 
     Args:
-        rate: share of the sequences that do.
-        subset: how they are drawn. Each by itself, as DINO does; or, as DINOv2 does (Oquab et al. 2023, §5), a fixed
-            number of each group, so that the branch need not be computed for them.
+        rate: probability of losing it, of each sequence by itself.
     """
 
-    def __init__(self, rate: float, subset: bool = False):
+    def __init__(self, rate: float):
         super().__init__()
-        self.rate, self.subset = rate, subset
+        self.rate = rate
 
-    def forward(self, tokens: Tensor, groups: list[Group], branch: Branch, wanted: list[Group]) -> Tensor:
-        """tokens + branch(tokens), (T, D) to (T', D); what the branch makes of others is scaled up for those without.
-
-        Args:
-            wanted: groups of the result, of as many sequences as `groups`, each as long or cut to its first tokens.
-        """
-        base = cut(tokens, groups, wanted)
+    def forward(self, branch: Tensor, groups: list[Group]) -> Tensor:
+        """(T, D) to (T, D)."""
         if not self.training or self.rate == 0:
-            return base + branch(tokens, groups)
-        if not self.subset:
-            keep = 1 - self.rate
-            kept = [tokens.new_empty(group.batch).bernoulli_(keep).repeat_interleave(group.length) for group in wanted]
-            return base + branch(tokens, groups) * (torch.cat(kept) / keep)[:, None]
-        counts = [max(1, int(group.batch * (1 - self.rate))) for group in groups]
-        chosen = [
-            torch.randperm(group.batch, device=tokens.device)[:count]
-            for group, count in zip(groups, counts, strict=True)
-        ]
-        parts = [Group(count, group.length) for group, count in zip(groups, counts, strict=True)]
-        output = branch(tokens[rows_of(groups, chosen)], parts)
-        factors = [
-            output.new_full((count * group.length, 1), group.batch / count)
-            for group, count in zip(wanted, counts, strict=True)
-        ]
-        return base.index_add(0, rows_of(wanted, chosen), (output * torch.cat(factors)).to(base.dtype))
+            return branch
+        keep = 1 - self.rate
+        factors = []
+        for group in groups:
+            survives = torch.empty(group.batch, device=branch.device).bernoulli_(keep)
+            factors.append(survives.repeat_interleave(group.length))
+        # In fp32, as the residual stream is under autocast, unless the model itself was converted to another type.
+        scaled = branch * (torch.cat(factors) / keep)[:, None]
+        return scaled if torch.is_autocast_enabled(branch.device.type) else scaled.to(branch.dtype)
 
 
-def rows_of(groups: list[Group], chosen: list[Tensor]) -> Tensor:
-    """Where the tokens of chosen sequences are in a packed matrix; `chosen` has their numbers, group by group."""
+def draw_subset(groups: list[Group], rate: float, device: torch.device) -> list[Tensor]:
+    """The numbers of random sequences of each group: its batch but for `rate` of it, and at least one."""
+    subset = []
+    for group in groups:
+        count = max(1, int(group.batch * (1 - rate)))
+        subset.append(torch.randperm(group.batch, device=device)[:count])
+    return subset
+
+
+def groups_of(groups: list[Group], subset: list[Tensor]) -> list[Group]:
+    """The groups that the sequences of a subset make."""
+    return [group._replace(batch=len(numbers)) for group, numbers in zip(groups, subset, strict=True)]
+
+
+def rows_of(groups: list[Group], subset: list[Tensor]) -> Tensor:
+    """Where the tokens of a subset's sequences are in the packed matrix of `groups`."""
     rows, start = [], 0
-    for group, numbers in zip(groups, chosen, strict=True):
+    for group, numbers in zip(groups, subset, strict=True):
         within = torch.arange(group.length, device=numbers.device)
         rows.append((start + numbers[:, None] * group.length + within).flatten())
         start += group.batch * group.length
     return torch.cat(rows)
 
 
-def cut(tokens: Tensor, groups: list[Group], wanted: list[Group]) -> Tensor:
-    """(T, D) to (T', D): every sequence's first tokens, as many as `wanted` has."""
-    if wanted == groups:
-        return tokens
-    return torch.cat(
-        [
-            sequences[:, : group.length].flatten(0, 1)
-            for sequences, group in zip(unpack(tokens, groups), wanted, strict=True)
-        ]
-    )
+def add_to_subset(tokens: Tensor, branch: Tensor, groups: list[Group], subset: list[Tensor]) -> Tensor:
+    """tokens (T, D) plus, for the sequences of a subset, their `branch`, scaled up by how few of the group they are."""
+    factors = []
+    for group, numbers in zip(groups, subset, strict=True):
+        factors.append(branch.new_full((len(numbers) * group.length, 1), group.batch / len(numbers)))
+    scaled = branch * torch.cat(factors)
+    return tokens.index_add(0, rows_of(groups, subset), scaled.to(tokens.dtype))
+
+
+def shorten(tokens: Tensor, groups: list[Group], lengths: list[int]) -> tuple[Tensor, list[Group]]:
+    """(T, D) to (T', D), the first `lengths[i]` tokens of each sequence of group i; and the groups that they make."""
+    shorter = [group._replace(length=length) for group, length in zip(groups, lengths, strict=True)]
+    first = []
+    for sequences, length in zip(unpack(tokens, groups), lengths, strict=True):
+        first.append(sequences[:, :length].flatten(0, 1))
+    return torch.cat(first), shorter
 
 
 def unpack(tokens: Tensor, groups: list[Group]) -> list[Tensor]:
     """(T, D) to one (batch, length, D) per group."""
     parts = tokens.split([group.batch * group.length for group in groups])
-    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
-
-
-def interpolate_positions(table: Tensor, grid: tuple[int, int], convention: Interpolation) -> Tensor:
-    """Resample a square position table to another grid of patches, in fp32.
-
-    Args:
-        table: (1, 1+M², D), the class token's position first.
-        grid: rows and columns of patches.
-        convention: `offset` multiplies by (grid + 0.1) / M without antialiasing, which is what DINO's and DINOv2's
-            plain releases were used with; `size` asks for the exact grid with antialiasing, as the register releases.
-
-    Returns:
-        (1, 1+rows·columns, D), `table` itself if the grid is its own.
-    """
-    side = round((table.shape[1] - 1) ** 0.5)
-    if grid == (side, side):
-        return table
-    positions = rearrange(table[:, 1:].float(), "b (h w) d -> b d h w", h=side)
-    if convention == "offset":
-        factors = [(cells + 0.1) / side for cells in grid]
-        positions = F.interpolate(positions, scale_factor=factors, mode="bicubic")
-    else:
-        positions = F.interpolate(positions, size=grid, mode="bicubic", antialias=True)
-    if positions.shape[-2:] != grid:
-        raise ValueError(f"positions came out as {tuple(positions.shape[-2:])}, not {grid}")
-    positions = rearrange(positions, "b d h w -> b (h w) d").to(table.dtype)
-    return torch.cat([table[:, :1], positions], dim=1)
+    return [part.unflatten(0, (group.batch, group.length)) for part, group in zip(parts, groups, strict=True)]

@@ -1,13 +1,14 @@
 """torchvision's ResNet-18 and ResNet-50 behind the same interface as the Vision Transformer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torchvision
 from torch import Tensor, nn
 
-from dino.models.preprocess import Preprocess
+from dino.config.schema import Config, ModelConfig
+from dino.models.backbone import Backbone, Family
 
 CONSTRUCTORS = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
 
@@ -20,15 +21,12 @@ class ResNetSpec:
     in_chans: int = 3
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """A torchvision ResNet without its classifier; parameter names are torchvision's.
 
     The pooled features stand for the class token and the last feature map for the patch tokens. BatchNorm makes its
     statistics of one micro-batch of one crop size: accumulation changes them, as with any BatchNorm network.
     """
-
-    preprocess: Preprocess  # these two are set by load_backbone
-    description: dict[str, Any]
 
     def __init__(self, spec: ResNetSpec):
         super().__init__()
@@ -42,23 +40,53 @@ class ResNet(nn.Module):
             if name not in ("avgpool", "fc"):
                 self.add_module(name, module)
 
-    def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """(B, C, H, W), or a list of batches, to pooled features (B, D), or a list of them."""
-        if isinstance(images, Tensor):
-            return self._feature_map(images).mean(dim=(2, 3))
-        return [self._feature_map(batch).mean(dim=(2, 3)) for batch in images]
+    @property
+    def title(self) -> str:
+        return self.spec.arch
 
-    def forward_features(self, images: Tensor) -> dict[str, Tensor]:
+    def encode_crops(
+        self, crops: Sequence[Tensor], masks: Tensor | None = None, patches_of: int = 0
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Backbone.encode_crops`. Sizes go through one after the other, each with BatchNorm statistics of its own.
+
+        Raises:
+            ValueError: masks, for which there is no token.
+        """
+        if masks is not None:
+            raise ValueError("a ResNet has no mask token")
+        feature_maps = [self._feature_map(batch) for batch in crops]
+        patches = [features.flatten(2).transpose(1, 2) for features in feature_maps[:patches_of]]
+        return [features.mean(dim=(2, 3)) for features in feature_maps], patches
+
+    def forward_features(self, images: Tensor, masks: None = None) -> dict[str, Tensor]:
         """`x_norm_clstoken` (B, D), `x_norm_patchtokens` (B, h·w, D) and an empty `x_norm_regtokens` (B, 0, D)."""
-        features = self._feature_map(images)
-        patches = features.flatten(2).transpose(1, 2)
-        return {
-            "x_norm_clstoken": features.mean(dim=(2, 3)),
-            "x_norm_regtokens": patches[:, :0],
-            "x_norm_patchtokens": patches,
-        }
+        (pooled,), (patches,) = self.encode_crops([images], masks, patches_of=1)
+        return {"x_norm_clstoken": pooled, "x_norm_regtokens": patches[:, :0], "x_norm_patchtokens": patches}
 
     def _feature_map(self, images: Tensor) -> Tensor:
         for module in self.children():
             images = module(images)
         return images
+
+
+class ResNetFamily(Family):
+    """torchvision's ResNets, which have but one setting: which of them."""
+
+    name, title = "resnet", "ResNet"
+    archs = tuple(CONSTRUCTORS)
+    spec_type = ResNetSpec
+
+    def spec(self, config: Config, mask_token: bool) -> ResNetSpec:
+        return ResNetSpec(config.model.arch, config.data.channels)
+
+    def build(self, spec: ResNetSpec, model: ModelConfig | None = None, drop_path: float = 0.0) -> ResNet:
+        return ResNet(spec)
+
+    def settings(self, spec: ResNetSpec, model: ModelConfig) -> dict[str, Any]:
+        return {"model.arch": spec.arch}
+
+    def infer(self, tensors: Mapping[str, Tensor], num_heads: int | None, source: str) -> ResNetSpec | None:
+        if "conv1.weight" not in tensors or "layer1.0.conv1.weight" not in tensors:
+            return None
+        arch = "resnet50" if "layer1.0.conv3.weight" in tensors else "resnet18"
+        return ResNetSpec(arch, tensors["conv1.weight"].shape[1])

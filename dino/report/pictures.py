@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from dino.models import VisionTransformer
+from dino.models import Backbone
 
 INK, TEACHER, HEALTHY = "#1f3a5f", "#c8553d", "#2e8b57"
 
@@ -60,7 +60,7 @@ def crop_sheet(views: Sequence[Sequence[Tensor]]) -> bytes:
     return _grid_png(tiles, columns=len(views[0]))
 
 
-def attention_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor) -> bytes:
+def attention_sheet(backbone: Backbone, images: Tensor, shown: Tensor) -> bytes:
     """One row an image: the image, where the class token looks on average over heads, and each of up to 6 heads.
 
     Args:
@@ -81,7 +81,7 @@ def attention_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor) 
     return _grid_png(tiles, columns=1 + maps.shape[1])
 
 
-def pca_sheet(backbone: VisionTransformer, images: Tensor, shown: Tensor, separate: bool = False) -> bytes:
+def pca_sheet(backbone: Backbone, images: Tensor, shown: Tensor, separate: bool = False) -> bytes:
     """Pairs of an image and its patches' features, whose first three principal components are red, green and blue.
 
     The components are those of all patches together, so the same colour says the same in every image.

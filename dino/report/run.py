@@ -179,7 +179,7 @@ def feature_pictures(config: Config, images: Images, backbone: Backbone) -> dict
         )
     }
     with as_used(backbone):
-        if hasattr(backbone, "patch_size"):
+        if backbone.has_patches:
             sections |= _patch_pictures(backbone, preprocess, samples)
         sections["neighbours"] = Picture(
             "Nearest neighbours",

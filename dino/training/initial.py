@@ -3,9 +3,9 @@
 import copy
 
 from dino.config.read import assign, follow, get
-from dino.config.schema import Config, ModelConfig
-from dino.models import SIZES, Backbone, ResNetSpec, ViTSpec, load_backbone
-from dino.models.vit import Size
+from dino.config.schema import Config
+from dino.models import Backbone, load_backbone
+from dino.models.registry import family_of
 from dino.training.settings import check
 
 OF_THE_WEIGHTS = (  # settings that the weights decide
@@ -17,6 +17,7 @@ OF_THE_WEIGHTS = (  # settings that the weights decide
     "model.ffn",
     "model.layer_scale",
     "model.registers",
+    "model.positions",
     "model.position_interpolation",
     "model.position_size",
     "data.channels",
@@ -49,35 +50,9 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
         check(followed, weights_known=True)
         return followed, None, {}
     backbone = load_backbone(name)
-    values = _of_spec(backbone.spec, config.model) | {"data.channels": backbone.spec.in_chans}
+    values = family_of(backbone.spec).settings(backbone.spec, config.model) | {"data.channels": backbone.spec.in_chans}
     for key in ("mean", "std"):
         values[f"views.{key}"] = list(getattr(backbone.preprocess, key))
     followed, reasons = follow(config, values, f"model.init={name}")
     check(followed, weights_known=True)
     return followed, backbone, reasons
-
-
-def _of_spec(spec: ViTSpec | ResNetSpec, given: ModelConfig) -> dict[str, object]:
-    """Settings of a spec; in the words of `given`, where they say the same."""
-    if isinstance(spec, ResNetSpec):
-        return {"model.arch": spec.arch}
-    size = Size(spec.embed_dim, spec.depth, spec.num_heads)
-    names = [name for name, named in SIZES.items() if size == named]
-    arch = given.arch if vit_size(given) == size else next(iter(names), ModelConfig.arch)
-    return {
-        "model.arch": arch,
-        **{f"model.{key}": value for key, value in size._asdict().items()},
-        "model.patch_size": spec.patch_size,
-        "model.ffn": spec.ffn,
-        "model.layer_scale": spec.layer_scale,
-        "model.registers": spec.registers,
-        "model.position_interpolation": spec.position_interpolation,
-        "model.position_size": spec.image_size,
-    }
-
-
-def vit_size(model: ModelConfig) -> Size | None:
-    """Width, depth and heads that the settings come to; None for a ResNet."""
-    if (named := SIZES.get(model.arch)) is None:
-        return None
-    return Size(model.embed_dim or named.embed_dim, model.depth or named.depth, model.num_heads or named.num_heads)

@@ -90,8 +90,8 @@ def place(accelerator: Accelerator, method: Method, settings: TrainConfig) -> No
 def _place_network(accelerator: Accelerator, network: Network, settings: TrainConfig) -> None:
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of all GPUs; replaces the parts in place
-    for block in getattr(network.backbone, "blocks", ()):
-        block.recompute = settings.activation_checkpointing
+    for block in network.backbone.transformer_blocks:
+        block.activation_checkpointing = settings.activation_checkpointing
         if settings.compile:
             # Block by block: the one compiled graph serves all of them, and start-up stays short.
             block.compile(dynamic=False)

@@ -8,7 +8,7 @@ from typing import Any
 from dino.config.read import out_of_bounds, read, refuse
 from dino.config.schema import Config
 from dino.methods import METHODS
-from dino.models.vit import SIZES
+from dino.models import BACKBONES
 from dino.views.spec import problems_of_views
 
 
@@ -32,7 +32,9 @@ def check(config: Config, weights_known: bool = False) -> None:
     problems = list(out_of_bounds(config))
     problems += _problems_of_training(config)
     problems += problems_of_views(config.views)
-    problems += _problems_of_sizes(config, weights_known or config.model.init is None)
+    problems += _problems_of_sizes(config)
+    if config.model.arch in BACKBONES and (weights_known or config.model.init is None):
+        problems += BACKBONES[config.model.arch].problems(config)
     problems += METHODS[config.objective.name].problems(config) if config.objective.name in METHODS else []
     refuse(problems)
 
@@ -51,36 +53,21 @@ def _problems_of_training(config: Config) -> Iterator[str]:
         )
     if train.fsdp and optim.name != "adamw":
         yield f"train.fsdp works with optim.name=adamw, not {optim.name}"
-    if train.fsdp and not model.arch.startswith("vit"):
+    if train.fsdp and model.arch in BACKBONES and not BACKBONES[model.arch].has_blocks:
         yield f"train.fsdp shards transformer blocks, which model.arch={model.arch} has not"
-    if named := SIZES.get(model.arch):
-        heads, width = model.num_heads or named.num_heads, model.embed_dim or named.embed_dim
-        if heads > 0 and width % heads:
-            yield f"model.embed_dim={width} is not divisible by model.num_heads={heads}"
     begins = [0.0, *(phase.begin for phase in train.phases), 1.0]
     if any(later <= earlier for earlier, later in itertools.pairwise(begins)):
         yield f"train.phases must begin one after the other, between 0 and 1, got {begins[1:-1]}"
 
 
-def _problems_of_sizes(config: Config, patches_known: bool) -> Iterator[str]:
-    """Crops that cannot be cut, or not into patches."""
-    views, model, phases = config.views, config.model, config.train.phases
-    named = [("views", views.global_size, views.local_size)]
-    named += [(f"train.phases[{i}]", phase.global_size, phase.local_size) for i, phase in enumerate(phases)]
-    sizes = [(f"{name}.global_size", size) for name, size, _ in named]
-    if model.position_size is not None:
-        sizes.append(("model.position_size", model.position_size))
+def _problems_of_sizes(config: Config) -> Iterator[str]:
+    """Crops too small to be any. What a backbone needs of them it says itself."""
+    views, phases = config.views, config.train.phases
+    crops = [("views", views.global_size, views.local_size)]
+    crops += [(f"train.phases[{i}]", phase.global_size, phase.local_size) for i, phase in enumerate(phases)]
+    sizes = {f"{key}.global_size": size for key, size, _ in crops}
+    if config.model.position_size is not None:
+        sizes["model.position_size"] = config.model.position_size
     if views.local_crops:
-        sizes += [(f"{name}.local_size", size) for name, _, size in named]
-    yield from (f"{key} must be at least 2, got {size}" for key, size in sizes if size < 2)
-    if not patches_known or not model.arch.startswith("vit") or model.patch_size < 1:
-        return
-    for key, size in sizes:
-        if 1 <= size < model.patch_size:
-            yield f"{key}={size} is smaller than one patch (model.patch_size={model.patch_size})"
-        elif size >= 1 and size % model.patch_size:
-            below = size - size % model.patch_size
-            yield (
-                f"{key}={size} is not divisible by model.patch_size={model.patch_size}: "
-                f"use {below} or {below + model.patch_size}"
-            )
+        sizes |= {f"{key}.local_size": size for key, _, size in crops}
+    yield from (f"{key} must be at least 2, got {size}" for key, size in sizes.items() if size < 2)

@@ -5,7 +5,6 @@ are brought together for its own forward and backward pass only. A distillation'
 """
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dino.distributed import local
-from dino.models import Backbone, VisionTransformer
+from dino.methods.network import Network
+from dino.models import Backbone, build
 
 
-def shard(network: nn.Module, accelerator: Accelerator) -> None:
+def shard(network: Network, accelerator: Accelerator) -> None:
     """Cut a network up among all processes, block by block, in place; its shares move to this process's device.
 
     On GPUs under bf16 the blocks' parameters travel as bf16, which most of them would become anyway; those of heads and
@@ -32,7 +32,7 @@ def shard(network: nn.Module, accelerator: Accelerator) -> None:
     on_gpu = accelerator.device.type == "cuda"  # CPU kernels of LayerNorm take no bf16 weights for fp32 tokens
     narrow = torch.bfloat16 if accelerator.mixed_precision == "bf16" and on_gpu else None
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in cast(VisionTransformer, network.backbone).blocks:
+    for block in network.backbone.transformer_blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
@@ -76,13 +76,13 @@ def scattered(whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[s
     }
 
 
-def whole_backbone(network: nn.Module, accelerator: Accelerator, everywhere: bool = False) -> Backbone:
+def whole_backbone(network: Network, accelerator: Accelerator, everywhere: bool = False) -> Backbone:
     """A network's backbone in one piece: itself, or where it is sharded a copy; every process must call this.
 
     Args:
         everywhere: whether all processes get a copy that can be used, or only the main process.
     """
-    backbone = cast(VisionTransformer, network.backbone)
+    backbone = network.backbone
     if not is_sharded(network):
         return backbone
     keep = everywhere or accelerator.is_main_process
@@ -90,6 +90,6 @@ def whole_backbone(network: nn.Module, accelerator: Accelerator, everywhere: boo
     if not keep:
         return backbone
     with torch.device("meta"):
-        copy = VisionTransformer(backbone.spec)
+        copy = build(backbone.spec)
     copy.load_state_dict(tensors, assign=True)
     return copy.to(accelerator.device)

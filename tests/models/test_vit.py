@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.models import SIZES, VisionTransformer, ViTSpec
-from dino.models.layers import Group, interpolate_positions, unpack
+from dino.models.layers import Group, draw_subset, unpack
+from dino.models.positions import interpolate_positions
 
 SPEC = ViTSpec(32, 3, 4, patch_size=4, image_size=16, layer_scale=1.0, registers=2, mask_token=True)
 DINOV2 = {"patch_size": 14, "image_size": 518, "layer_scale": 1.0, "mask_token": True}
@@ -404,8 +405,8 @@ def test_drop_path_is_for_training_only(randomise):
 def test_drop_path_keeps_the_expectation():
     """Whole sequences, independently of each other, are dropped at the rate asked for; the others are scaled up."""
     drop_path = VisionTransformer(replace(SPEC, depth=2), drop_path=0.3).train().blocks[-1].drop_path
-    groups = [Group(3000, 2), Group(3000, 5)]
-    outputs = drop_path(torch.zeros(3000 * (2 + 5), 4), groups, lambda tokens, _: tokens + 1, groups)
+    groups = [Group(3000, 2, (1, 1)), Group(3000, 5, (2, 2))]
+    outputs = drop_path(torch.ones(3000 * (2 + 5), 4), groups)
     first, second = outputs[:6000].reshape(3000, -1), outputs[6000:].reshape(3000, -1)
     for sequences in (first, second):
         assert torch.equal(sequences.amin(dim=1), sequences.amax(dim=1))
@@ -425,7 +426,7 @@ def test_recomputed_blocks_drop_the_same_paths(randomise, subset):
         torch.manual_seed(0)
         model = randomise(VisionTransformer(replace(SPEC, depth=3), drop_path=0.5, drop_subset=subset)).train()
         for block in model.blocks:
-            block.recompute = recompute
+            block.activation_checkpointing = recompute
         torch.manual_seed(1)
         model(torch.randn(6, 3, 8, 8)).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -440,11 +441,11 @@ def test_drop_path_leaves_branches_out_of_the_block(randomise):
     model = randomise(VisionTransformer(replace(SPEC, depth=2), drop_path=0.5)).train()
     image = torch.randn(1, 3, 8, 8)
     tokens, block = model.prepare_tokens(image)[0], model.blocks[1]
-    group = [Group(1, len(tokens))]
+    group = [Group(1, len(tokens), (2, 2))]
     tokens = model.blocks[0](tokens, group)  # rate 0
     expected = []
     for attention in (0, 2):
-        attended = tokens + attention * block.ls1(block.attn(block.norm1(tokens), group, [len(tokens)]))
+        attended = tokens + attention * block.ls1(block.attn(block.norm1(tokens), group))
         expected += [attended + mlp * block.ls2(block.mlp(block.norm2(attended))) for mlp in (0, 2)]
     outputs = model.forward_features(image.expand(400, -1, -1, -1))["x_prenorm"]
     distances = torch.stack([(outputs - choice).abs().amax(dim=(1, 2)) for choice in expected])  # (4, 400)
@@ -454,32 +455,28 @@ def test_drop_path_leaves_branches_out_of_the_block(randomise):
 
 
 def test_drop_path_of_a_subset_computes_only_that(randomise):
-    """A fixed number of each group goes through the branch, together, and is scaled up by how many are missing."""
-    drop_path = VisionTransformer(SPEC, drop_path=0.4, drop_subset=True).train().blocks[0].drop_path
-    groups, seen = [Group(10, 3), Group(4, 2), Group(1, 5)], []
-
-    def branch(tokens: torch.Tensor, parts: list[Group]) -> torch.Tensor:
-        seen.append((len(tokens), parts))
-        return 1 + tokens
-
-    tokens = torch.arange(10 * 3 + 4 * 2 + 5, dtype=torch.float32)[:, None].expand(-1, 2)
-    output = drop_path(tokens, groups, branch, groups) - tokens
-    assert seen == [(6 * 3 + 2 * 2 + 5, [Group(6, 3), Group(2, 2), Group(1, 5)])]
-    for part, inputs, kept, scale in zip(
-        unpack(output, groups), unpack(tokens, groups), (6, 2, 1), (10 / 6, 2, 1), strict=True
-    ):
+    """A fixed number of each group goes through a branch, together, and is scaled up by how many are missing."""
+    groups = [Group(10, 3, (1, 2)), Group(4, 2, (1, 1)), Group(1, 5, (2, 2))]
+    block = randomise(VisionTransformer(SPEC, drop_path=0.4, drop_subset=True)).train().blocks[0]
+    seen = []
+    block.attn.register_forward_hook(lambda module, inputs, output: seen.append((len(inputs[0]), inputs[1])))
+    nn.init.zeros_(block.ls2.gamma)
+    tokens = torch.randn(10 * 3 + 4 * 2 + 5, 32)
+    output = block(tokens, groups) - tokens
+    assert seen == [(6 * 3 + 2 * 2 + 5, [Group(6, 3, (1, 2)), Group(2, 2, (1, 1)), Group(1, 5, (2, 2))])]
+    branch = unpack(block.ls1(block.attn(block.norm1(tokens), groups)), groups)
+    for part, whole, count, scale in zip(unpack(output, groups), branch, (6, 2, 1), (10 / 6, 2, 1), strict=True):
         through = part[:, 0, 0] != 0
-        assert through.sum() == kept
-        torch.testing.assert_close(part[through], scale * (1 + inputs[through]))
+        assert through.sum() == count
+        torch.testing.assert_close(part[through], scale * whole[through], rtol=1e-4, atol=1e-5)
         assert not part[~through].any()
 
 
-def test_drop_path_of_a_subset_is_drawn_anew_and_evenly(randomise):
-    drop_path = VisionTransformer(SPEC, drop_path=0.4, drop_subset=True).train().blocks[0].drop_path
-    groups = [Group(10, 1)]
-    counts = sum(
-        drop_path(torch.zeros(10, 1), groups, lambda tokens, _: tokens + 1, groups)[:, 0] > 0 for _ in range(2000)
-    )
+def test_a_subset_is_drawn_anew_and_evenly():
+    counts = torch.zeros(10)
+    for _ in range(2000):
+        counts[draw_subset([Group(10, 1, (1, 1))], 0.4, torch.device("cpu"))[0]] += 1
+    assert counts.sum() == 2000 * 6
     assert (counts - 1200).abs().max() < 4.5 * math.sqrt(2000 * 0.6 * 0.4)
 
 
@@ -492,7 +489,7 @@ def test_drop_path_of_a_subset_in_the_network(randomise):
     block, images = model.blocks[1], torch.randn(6, 3, 8, 8)
     tokens, groups = model._embed([images])
     tokens = model.blocks[0](tokens, groups)
-    attended = unpack(block.ls1(block.attn(block.norm1(tokens), groups, [groups[0].length])), groups)[0]
+    attended = unpack(block.ls1(block.attn(block.norm1(tokens), groups)), groups)[0]
     before = unpack(tokens, groups)[0]
     options = []
     for attention in (0, 2):
@@ -524,13 +521,13 @@ def test_class_tokens_and_the_patches_of_the_first_size(registers, randomise):
     model = randomise(VisionTransformer(replace(SPEC, mask_token=True, registers=registers)))
     first, second = torch.randn(5, 3, 16, 16), torch.randn(3, 3, 8, 8)
     hidden = torch.rand(2, 16) < 0.5
-    classes, patches = model.with_patches([first, second], hidden)
+    classes, (patches,) = model.encode_crops([first, second], hidden, patches_of=1)
     masked, plain = model.forward_features(first[:2], hidden), model.forward_features(first[2:])
     for name, found in (("x_norm_clstoken", classes[0]), ("x_norm_patchtokens", patches)):
         torch.testing.assert_close(found, torch.cat([masked[name], plain[name]]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(classes[1], model(second), rtol=1e-4, atol=1e-5)
-    unmasked = model.with_patches([first])
-    torch.testing.assert_close(unmasked[1], model.forward_features(first)["x_norm_patchtokens"], rtol=1e-4, atol=1e-5)
+    _, (unmasked,) = model.encode_crops([first], patches_of=1)
+    torch.testing.assert_close(unmasked, model.forward_features(first)["x_norm_patchtokens"], rtol=1e-4, atol=1e-5)
 
 
 # Precision

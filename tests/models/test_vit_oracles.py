@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from dino.models import VisionTransformer, ViTSpec
-from dino.models.layers import interpolate_positions
+from dino.models.positions import interpolate_positions
 
 TOLERANCE = 1e-5
 SMALL_V2 = ViTSpec(

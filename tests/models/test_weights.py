@@ -127,7 +127,7 @@ class TestFile:
         def full(descriptor: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("dino.models.weights.os.fsync", full)
+        monkeypatch.setattr("dino.files.os.fsync", full)
         with pytest.raises(OSError, match="No space"):
             save_backbone(path, backbone, PREPROCESSING, {"steps": 11})
         assert path.read_bytes() == before

@@ -17,7 +17,7 @@ from torch import Tensor
 from dino.config.auto import PoolFacts, resolve
 from dino.config.schema import Config
 from dino.data import Images, UnreadableImage, open_images
-from dino.methods.network import build_backbone
+from dino.models import build_backbone
 from dino.report import run as reporting
 from dino.report.run import Reporter, write_report
 from dino.run import RunDirectory

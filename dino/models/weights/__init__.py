@@ -3,7 +3,7 @@
 from dino.models.weights.digest import weights_digest
 from dino.models.weights.load import (
     BACKBONE_FILE,
-    Backbone,
+    copy_weights,
     directory_of,
     load_backbone,
     load_heads,
@@ -14,7 +14,7 @@ from dino.models.weights.load import (
 
 __all__ = [
     "BACKBONE_FILE",
-    "Backbone",
+    "copy_weights",
     "directory_of",
     "load_backbone",
     "load_heads",

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from dino.models.weights.load import Backbone
+from dino.models.backbone import Backbone
 
 
 def weights_digest(backbone: Backbone) -> str:

@@ -5,7 +5,6 @@ the factor: for them the table is resampled here, once, and the export serves th
 others, which ask for the exact grid, serve every size that patches divide.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,56 +13,51 @@ import torch
 from torch import Tensor, nn
 
 from dino.errors import UserError
-from dino.models.layers import interpolate_positions
-from dino.models.vit import VisionTransformer
-
-TO_HUGGING_FACE = (  # pattern in DINOv2's names to theirs, in order
-    (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "layernorm."),
-    (r"^blocks\.", "encoder.layer."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.attn\.(query|key|value)\.", r".attention.attention.\1."),
-    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
-    (r"\.mlp\.w12\.", ".mlp.weights_in."),
-    (r"\.mlp\.w3\.", ".mlp.weights_out."),
-)
-WITHOUT_LAYER_SCALE = (  # ViTModel's other names
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-)
+from dino.models.backbone import Backbone
+from dino.models.positions import interpolate_positions
+from dino.models.registry import build, family_of
+from dino.models.weights import names
 
 
-def at_size(backbone: VisionTransformer, image_size: int) -> VisionTransformer:
+def check(backbone: Backbone, target: str) -> None:
+    """Refuse what a target (`timm`, `huggingface`, `onnx`) cannot hold.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if not backbone.has_patches:
+        title = family_of(backbone.spec).title
+        raise UserError(f"this is a {title}, which needs no export: its parameters have torchvision's names already")
+    spec = backbone.spec
+    if spec.positions == "rotary" and target != "onnx":
+        raise UserError(f"{target} has no model that rotates queries and keys as model.positions=rotary does: use onnx")
+    if target == "huggingface" and spec.registers and not spec.layer_scale:
+        raise UserError("Hugging Face has no model with registers but without LayerScale")
+
+
+def at_size(backbone: Backbone, image_size: int) -> Backbone:
     """The same network with its position table resampled for square images of `image_size` pixels."""
     if image_size % backbone.patch_size:
         raise UserError(f"image size {image_size} is not divisible by the patch size {backbone.patch_size}")
-    side = image_size // backbone.patch_size
+    side, spec = image_size // backbone.patch_size, backbone.spec
+    if spec.positions != "learned":
+        return backbone  # which any size needs no change for
     state = dict(backbone.state_dict())
     state["pos_embed"] = interpolate_positions(
         state["pos_embed"], (side, side), backbone.spec.position_interpolation
     ).clone()
-    resized = VisionTransformer(replace(backbone.spec, image_size=image_size))
+    resized = build(replace(backbone.spec, image_size=image_size))
     resized.load_state_dict(state)
     resized.preprocess, resized.description = backbone.preprocess, backbone.description
     return resized.eval()
 
 
-def timm_state(backbone: VisionTransformer) -> dict[str, Tensor]:
-    """Tensors under timm's names. timm has no mask token, and adds the class token's position to it beforehand."""
-    state = {name.replace(".w12.", ".fc1.").replace(".w3.", ".fc2."): t for name, t in backbone.state_dict().items()}
-    state.pop("mask_token", None)
-    if backbone.spec.registers:
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-        state["pos_embed"] = state["pos_embed"][:, 1:]
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+def timm_state(backbone: Backbone) -> dict[str, Tensor]:
+    """Tensors under timm's names."""
+    return {name: tensor.contiguous() for name, tensor in names.to_timm(backbone.state_dict()).items()}
 
 
-def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:
+def timm_arguments(backbone: Backbone) -> dict[str, Any]:
     """What `timm.models.vision_transformer.VisionTransformer(**…)` takes to hold them."""
     spec = backbone.spec
     arguments: dict[str, Any] = {
@@ -86,41 +80,24 @@ def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:
     return arguments
 
 
-def hugging_face_state(backbone: VisionTransformer) -> dict[str, Tensor]:
+def hugging_face_state(backbone: Backbone) -> dict[str, Tensor]:
     """Tensors under the names of Dinov2Model, Dinov2WithRegistersModel or, without LayerScale, ViTModel."""
-    patterns = TO_HUGGING_FACE + (() if backbone.spec.layer_scale else WITHOUT_LAYER_SCALE)
-    split: dict[str, Tensor] = {}
-    for name, tensor in backbone.state_dict().items():
-        if ".attn.qkv." in name:
-            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-            split |= {name.replace(".qkv.", f".{part}."): rows.clone() for part, rows in parts}
-        else:
-            split[name] = tensor
-    state = {}
-    for name, tensor in split.items():
-        for pattern, replacement in patterns:
-            name = re.sub(pattern, replacement, name)
-        state[name] = tensor.contiguous()
     spec = backbone.spec
+    theirs = names.to_hugging_face(backbone.state_dict(), layer_scale=bool(spec.layer_scale))
+    state = {name: tensor.contiguous() for name, tensor in theirs.items()}
     if spec.layer_scale and "embeddings.mask_token" not in state:
         state["embeddings.mask_token"] = torch.zeros(1, spec.embed_dim)
     return state
 
 
-def hugging_face_config(backbone: VisionTransformer) -> dict[str, Any]:
-    """The config.json that `from_pretrained` reads.
-
-    Raises:
-        UserError: registers without LayerScale, which no model there has.
-    """
+def hugging_face_config(backbone: Backbone) -> dict[str, Any]:
+    """The config.json that `from_pretrained` reads."""
     spec = backbone.spec
-    if spec.registers and not spec.layer_scale:
-        raise UserError("Hugging Face has no model with registers but without LayerScale")
     kind = ("dinov2_with_registers" if spec.registers else "dinov2") if spec.layer_scale else "vit"
-    names = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "vit": "ViTModel"}
+    models = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "vit": "ViTModel"}
     config: dict[str, Any] = {
         "model_type": kind,
-        "architectures": [names[kind]],
+        "architectures": [models[kind]],
         "hidden_size": spec.embed_dim,
         "num_hidden_layers": spec.depth,
         "num_attention_heads": spec.num_heads,
@@ -140,7 +117,7 @@ def hugging_face_config(backbone: VisionTransformer) -> dict[str, Any]:
 class ForOnnx(nn.Module):
     """(B, C, H, W), preprocessed, to class tokens (B, D) and patch tokens (B, N, D)."""
 
-    def __init__(self, backbone: VisionTransformer):
+    def __init__(self, backbone: Backbone):
         super().__init__()
         self.backbone = backbone
 
@@ -149,7 +126,7 @@ class ForOnnx(nn.Module):
         return features["x_norm_clstoken"], features["x_norm_patchtokens"]
 
 
-def write_onnx(backbone: VisionTransformer, file: Path, image_size: int) -> None:
+def write_onnx(backbone: Backbone, file: Path, image_size: int) -> None:
     """An ONNX file with a dynamic batch, and dynamic sizes where the position convention has them.
 
     Args:

@@ -1,10 +1,8 @@
 """Backbones on disk: one safetensors file that says of itself what it holds, loaded strictly."""
 
-import dataclasses
 import difflib
 import json
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from dino.config.schema import ModelConfig
 from dino.errors import UserError
-from dino.files import cache_directory
+from dino.files import cache_directory, write_bytes
+from dino.models.backbone import Backbone, Spec
 from dino.models.preprocess import Preprocess
-from dino.models.resnet import ResNet, ResNetSpec
-from dino.models.vit import VisionTransformer, ViTSpec
+from dino.models.registry import build, family_named, family_of
 from dino.models.weights import layouts
 from dino.models.weights.download import fetch
 from dino.models.weights.released import PREPROCESS, RELEASED, Released
 
 BACKBONE_FILE = "backbone.safetensors"
 METADATA_KEY = "dino"
-Backbone = VisionTransformer | ResNet
 logger = logging.getLogger(__name__)
 
 
@@ -39,26 +37,19 @@ def save_backbone(path: Path, backbone: Backbone, preprocessing: dict[str, Any],
         preprocessing: `image_size`, `mean`, `std` that the weights expect.
         training: how it was trained; JSON values without time or place.
     """
+    family = family_of(backbone.spec)
     description = {
         "format": 1,
-        "family": "resnet" if isinstance(backbone, ResNet) else "vit",
-        "spec": dataclasses.asdict(backbone.spec),
+        "family": family.name,
+        "spec": family.describe(backbone.spec),
         **preprocessing,
         "in_chans": backbone.spec.in_chans,
         "training": training,
     }
-    if isinstance(backbone, VisionTransformer):
+    if backbone.has_patches:
         description["patch_size"] = backbone.patch_size
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(save(tensors, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)}))
 
 
 def load_backbone(weights: str | Path) -> Backbone:
@@ -151,7 +142,8 @@ def _own_description(file: Path) -> dict[str, Any] | None:
 
 def _load_own(file: Path, description: dict[str, Any]) -> Backbone:
     try:
-        backbone = _build(description)
+        family = family_named(description["family"])
+        backbone = family.build(family.spec_type(**description["spec"]))
         preprocess = Preprocess(description["image_size"], description["mean"], description["std"])
         tensors = load_file(file)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -161,23 +153,21 @@ def _load_own(file: Path, description: dict[str, Any]) -> Backbone:
     return backbone.eval()
 
 
-def _load_foreign(
-    file: Path, network: str, wanted: ViTSpec | ResNetSpec | None, preprocess: Preprocess, source: str
-) -> Backbone:
-    """Weights of another project; `wanted` is what they should be, where that is known."""
-    found = layouts.read(file, network)
-    spec = layouts.infer_spec(found, file)
-    if wanted is not None and spec != wanted:
-        raise UserError(f"{file} does not hold {source}: it is {spec}, not {wanted}; remove it and start again")
-    backbone: Backbone = ResNet(spec) if isinstance(spec, ResNetSpec) else VisionTransformer(spec)
-    load_strictly(backbone, found.tensors, f"{source} ({found.layout}'s layout)")
-    if found.heads:
-        logger.info("%s: %d tensors of heads are not part of the backbone", source, len(found.heads))
+def _load_foreign(file: Path, network: str, expected: Spec | None, preprocess: Preprocess, source: str) -> Backbone:
+    """Weights of another project; `expected` is what they should be, where that is known."""
+    content = layouts.read(file, network)
+    spec = layouts.infer_spec(content, str(file))
+    if expected is not None and spec != expected:
+        raise UserError(f"{file} does not hold {source}: it is {spec}, not {expected}; remove it and start again")
+    backbone, layout = build(spec), content.layout or family_of(spec).title
+    load_strictly(backbone, content.tensors, f"{source} ({layout}'s layout)")
+    if content.heads:
+        logger.info("%s: %d tensors of heads are not part of the backbone", source, len(content.heads))
     channels = spec.in_chans
     if channels != len(preprocess.mean):
         preprocess = replace(preprocess, mean=[0.5] * channels, std=[0.5] * channels)
     backbone.preprocess = preprocess
-    backbone.description = {"source": source, "layout": found.layout, "spec": dataclasses.asdict(spec)}
+    backbone.description = {"source": source, "layout": layout, "spec": family_of(spec).describe(spec)}
     return backbone.eval()
 
 
@@ -187,14 +177,13 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
     Raises:
         UserError: names what is missing, unexpected, or of another shape.
     """
-    wanted = module.state_dict()
-    missing = sorted(wanted.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - wanted.keys())
-    shapes = [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & tensors.keys())
-        if tensors[name].shape != wanted[name].shape
-    ]
+    expected = module.state_dict()
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected.keys())
+    shapes = []
+    for name in sorted(expected.keys() & tensors.keys()):
+        if tensors[name].shape != expected[name].shape:
+            shapes.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
     if missing or unexpected or shapes:
         problems = [
             f"{len(names)} {what}: {', '.join(names[:3])}{' …' if names[3:] else ''}"
@@ -203,22 +192,23 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
         ]
         raise UserError(f"{source} does not fit the model, {'; '.join(problems)}")
     module.load_state_dict(tensors)
-    logger.info("%s: %d of %d tensors matched", source, len(wanted), len(wanted))
+    logger.info("%s: %d of %d tensors matched", source, len(expected), len(expected))
+
+
+def copy_weights(backbone: Backbone, network: Backbone, source: str) -> None:
+    """Give `network` the weights of `backbone`; its mask token, if it has one more or one fewer, is set aside."""
+    state, expected = dict(backbone.state_dict()), network.state_dict()
+    if "mask_token" in expected:
+        state.setdefault("mask_token", torch.zeros_like(expected["mask_token"]))
+    else:
+        state.pop("mask_token", None)
+    load_strictly(network, state, source)
 
 
 def random_like(backbone: Backbone) -> Backbone:
     """The same architecture as it was before training."""
     training = backbone.description.get("training", {"seed": 0, "initialisation": "published"})
     torch.manual_seed(training["seed"])
-    if isinstance(backbone, ResNet):
-        blank: Backbone = ResNet(backbone.spec)
-    else:
-        blank = VisionTransformer(backbone.spec, initialisation=training["initialisation"])
+    blank = build(backbone.spec, ModelConfig(weight_init=training["initialisation"]))
     blank.preprocess, blank.description = backbone.preprocess, backbone.description
     return blank.eval()
-
-
-def _build(description: dict[str, Any]) -> Backbone:
-    if description["family"] == "resnet":
-        return ResNet(ResNetSpec(**description["spec"]))
-    return VisionTransformer(ViTSpec(**description["spec"]))

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+from dino.models.backbone import Spec
 from dino.models.preprocess import Preprocess
 from dino.models.resnet import ResNetSpec
-from dino.models.vit import SIZES, ViTSpec
+from dino.models.vit import ViTSpec
+from dino.models.vit_family import SIZES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # All of them were evaluated so: the shorter side to 256 pixels, then the central 224.
@@ -26,7 +28,7 @@ class Released:
     """
 
     url: str
-    spec: ViTSpec | ResNetSpec
+    spec: Spec
     licence: str = "Apache-2.0"
     sha256: str = ""
     has_heads: bool = False
