@@ -9,17 +9,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino.curation.curate import Curation, curate
     from dino.errors import UserError
     from dino.models import load_backbone
     from dino.training.train import Run, train
 
 HOMES = {
+    "Curation": "dino.curation.curate",
     "Run": "dino.training.train",
     "UserError": "dino.errors",
+    "curate": "dino.curation.curate",
     "load_backbone": "dino.models",
     "train": "dino.training.train",
 }
-__all__ = ["Run", "UserError", "load_backbone", "train"]
+__all__ = ["Curation", "Run", "UserError", "curate", "load_backbone", "train"]
 
 
 def __getattr__(name: str) -> Any:
