@@ -16,7 +16,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from dino.data import Images, open_images, read_or_reason
+from dino.data import Pool, open_images, read_or_reason
 from dino.errors import UserError
 from dino.evaluation.features import extract
 from dino.evaluation.neighbours import nearest
@@ -72,7 +72,7 @@ def main() -> None:
     print(*(arguments.out / f"{section.title}.png" for section in sections), arguments.out / "page.html", sep="\n")
 
 
-def readable(images: Images, count: int) -> list[tuple[int, torch.Tensor]]:
+def readable(images: Pool, count: int) -> list[tuple[int, torch.Tensor]]:
     """Up to `count` readable images, spread over the pool."""
     candidates = []
     for index in np.linspace(0, len(images.names) - 1, min(4 * count, len(images.names))).astype(int).tolist():
@@ -84,7 +84,7 @@ def readable(images: Images, count: int) -> list[tuple[int, torch.Tensor]]:
     return candidates[:: max(1, len(candidates) // count)][:count]
 
 
-def neighbours(images: Images, indices: np.ndarray, tokens: np.ndarray, rows: int) -> report.Picture:
+def neighbours(images: Pool, indices: np.ndarray, tokens: np.ndarray, rows: int) -> report.Picture:
     queries = np.linspace(0, len(indices) - 1, min(rows, len(indices))).astype(int)
     indices_of_nearest, _ = nearest(tokens, tokens, NEIGHBOURS, itself=0)
     sheet = pictures.neighbours_sheet(
@@ -95,7 +95,7 @@ def neighbours(images: Images, indices: np.ndarray, tokens: np.ndarray, rows: in
     return report.Picture("neighbours", caption, sheet)
 
 
-def two_dimensions(images: Images, indices: np.ndarray, tokens: np.ndarray) -> report.Picture:
+def two_dimensions(images: Pool, indices: np.ndarray, tokens: np.ndarray) -> report.Picture:
     reduced = PCA(min(50, *tokens.shape), random_state=0).fit_transform(tokens)
     perplexity = min(30.0, (len(tokens) - 1) / 3)
     places = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(reduced)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dino.curation.stage import Stage
 from dino.curation.thumbnails import SIDE, thumbnail
-from dino.data import Images
+from dino.data import Pool
 from dino.errors import UserError
 from dino.evaluation.features import Batch, read_batches
 from dino.files import write_text
@@ -68,7 +68,7 @@ def _describe(image: Tensor, preprocess: Preprocess) -> _Description:
 
 @torch.inference_mode()
 def embed(
-    stage: Stage, backbone: Backbone, images: Images, batch_size: int, workers: int, accelerator: Accelerator
+    stage: Stage, backbone: Backbone, images: Pool, batch_size: int, workers: int, accelerator: Accelerator
 ) -> Embedded:
     """Embed what is not there yet; every process must call this and gets all.
 

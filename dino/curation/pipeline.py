@@ -16,7 +16,7 @@ from dino.curation.duplicates import Copies, find_copies
 from dino.curation.embed import Embedded, embed
 from dino.curation.settings import CurateConfig, Duplicates
 from dino.curation.stage import Stage
-from dino.data import Images, fingerprint, open_images, stamp
+from dino.data import Pool, fingerprint, open_images, stamp
 from dino.data.manifest import printable
 from dino.distributed import cores
 from dino.errors import UserError
@@ -51,7 +51,7 @@ class Curated(NamedTuple):
     copies: Copies
 
 
-def curate_pool(work: Surroundings, images: Images) -> Curated:
+def curate_pool(work: Surroundings, images: Pool) -> Curated:
     """All stages; every process must call this and gets all.
 
     Raises:
@@ -86,7 +86,7 @@ def curate_pool(work: Surroundings, images: Images) -> Curated:
     return Curated(manifest_columns(images, embedded, copies, clusters, weights, reasons), copies)
 
 
-def embed_pool(work: Surroundings, images: Images, name: str) -> Embedded:
+def embed_pool(work: Surroundings, images: Pool, name: str) -> Embedded:
     """Class tokens of a pool, in RUN/`name`."""
     settings, backbone, accelerator = work.config.embed, work.backbone, work.accelerator
     workers = min(16, cores() - 1) if settings.workers == "auto" else int(settings.workers)
@@ -109,9 +109,7 @@ def embed_other(work: Surroundings, root: str, name: str, channels: int) -> Embe
     return embedded
 
 
-def _copies(
-    stage: Stage, images: Images, embedded: Embedded, test_sets: list[Embedded], settings: Duplicates
-) -> Copies:
+def _copies(stage: Stage, images: Pool, embedded: Embedded, test_sets: list[Embedded], settings: Duplicates) -> Copies:
     """`find_copies`, or what an earlier call has written down."""
     file = stage.folder / "copies.npz"
     if stage.begin():
@@ -182,7 +180,7 @@ def reasons_to_drop(embedded: Embedded, copies: Copies, test_sets: list[str], we
 
 
 def manifest_columns(
-    images: Images, embedded: Embedded, copies: Copies, clusters: Clusters, weights: np.ndarray, reasons: list[str]
+    images: Pool, embedded: Embedded, copies: Copies, clusters: Clusters, weights: np.ndarray, reasons: list[str]
 ) -> dict[str, Any]:
     """The manifest's columns: one row an image of the pool, none missing."""
     names = [printable(name) for name in images.names]

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dino.config.schema import Config
-from dino.data import Images
+from dino.data import Pool
 from dino.errors import UserError
 from dino.methods.dino_settings import AUTO_RULES, REMEDIES, Settings, problems
 from dino.methods.distill import FrozenTeacher
@@ -67,7 +67,7 @@ class DINO(Method):
         self.draw_masks = mask_draw(config)
         self.logits: tuple[Tensor, Tensor | None]  # the teacher's, from `targets` until `after_update`
 
-    def prepare(self, images: Images, device: torch.device) -> None:
+    def prepare(self, images: Pool, device: torch.device) -> None:
         """A frozen teacher without heads has its prototypes made of the run's own images."""
         self.target_network = self.teacher
         if self.frozen is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dino.config.auto import Rule
 from dino.config.schema import CHOICES, Config
-from dino.data import Images
+from dino.data import Pool
 from dino.methods.network import Network, Outputs
 from dino.methods.schedule import Schedule
 from dino.models import Backbone, build_backbone, copy_weights
@@ -167,7 +167,7 @@ class Method:
 
     # Once, when networks are on their device.
 
-    def prepare(self, images: Images, device: torch.device) -> None:
+    def prepare(self, images: Pool, device: torch.device) -> None:
         """Make what needs the images or the device."""
 
     def state(self) -> dict[str, nn.Module]:

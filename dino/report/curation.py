@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dino.data import Images, read_or_reason
+from dino.data import Pool, read_or_reason
 from dino.data.sampler import effective_number
 from dino.report import page as report
 from dino.report import pictures
@@ -20,7 +20,7 @@ EXAMPLES = 3  # of a reason
 
 def write(
     path: Path,
-    images: Images,
+    images: Pool,
     columns: dict[str, Any],
     *,
     pairs: np.ndarray,
@@ -102,7 +102,7 @@ def _shares(columns: dict[str, Any]) -> Iterator[report.Picture]:
         yield report.Picture(title, caption, picture)
 
 
-def _clusters(images: Images, columns: dict[str, Any]) -> Iterator[report.Picture]:
+def _clusters(images: Pool, columns: dict[str, Any]) -> Iterator[report.Picture]:
     """The largest, the smallest and some random clusters, each a row of its most central images."""
     labels, distances = columns["cluster_1"], np.array(columns["distance"], dtype=float)
     sizes = _sizes(labels)
@@ -125,7 +125,7 @@ def _clusters(images: Images, columns: dict[str, Any]) -> Iterator[report.Pictur
             yield report.Picture(title, caption, pictures.mosaic([row for row in rows if row]))
 
 
-def _near_copies(images: Images, pairs: np.ndarray, cosines: np.ndarray, candidates: int) -> Iterator[report.Picture]:
+def _near_copies(images: Pool, pairs: np.ndarray, cosines: np.ndarray, candidates: int) -> Iterator[report.Picture]:
     """Near copies side by side: the most and the least similar."""
     order = np.argsort(-cosines, kind="stable")
     if len(order) > 2 * PAIRS:
@@ -144,7 +144,7 @@ def _near_copies(images: Images, pairs: np.ndarray, cosines: np.ndarray, candida
         yield report.Picture("Near copies", caption, pictures.mosaic(rows))
 
 
-def _readable(images: Images, indices: np.ndarray) -> list[Tensor]:
+def _readable(images: Pool, indices: np.ndarray) -> list[Tensor]:
     """The images that can still be read."""
     read = [read_or_reason(images, int(index)) for index in indices]
     return [image for image, _ in read if image is not None]

@@ -16,7 +16,7 @@ from dino.config.schema import Config
 from dino.curation.kmeans import kmeans
 from dino.curation.points import Points, own_rows
 from dino.curation.rebalance import flat
-from dino.data import EpochStream, Images
+from dino.data import EpochStream, Pool
 from dino.data.sampler import effective_number
 from dino.errors import UserError
 from dino.evaluation.features import extract
@@ -39,7 +39,7 @@ class Rebalancer(nn.Module):
         images: the pool; a manifest's weights are what it begins with.
     """
 
-    def __init__(self, config: Config, images: Images, accelerator: Accelerator):
+    def __init__(self, config: Config, images: Pool, accelerator: Accelerator):
         super().__init__()
         self.config, self.images, self.accelerator = config, images, accelerator
         self.every = config.data.rebalance_every
