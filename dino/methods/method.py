@@ -86,7 +86,7 @@ class Method:
         seen: of the newest step, for the monitor; None before the first.
     """
 
-    Settings: ClassVar[type]
+    Settings: ClassVar[Any]  # a dataclass of its settings; the default of `name` is the method's
     auto_rules: ClassVar[Mapping[str, Rule]] = {}
     remedies: ClassVar[Mapping[str, str]] = {}  # state of the verdict to the remedies published for it
 
