@@ -63,7 +63,8 @@ def _type_name(kind: Any) -> str:
     entry = typing.get_args(kind)[-1]
     if dataclasses.is_dataclass(entry):
         return f"a list of {{{', '.join(field.name for field in dataclasses.fields(entry))}}}"
-    return str(kind)
+    entries = {str: "texts", int: "whole numbers", float: "numbers"}[entry]
+    return f"{{name: …}} of {entries}" if typing.get_origin(kind) is dict else f"a list of {entries}"
 
 
 def leaves(config: Any) -> dict[str, Leaf]:
