@@ -1,5 +1,7 @@
-"""What several commands share: the processes, the threads, the output file."""
+"""What several commands share: options, processes, threads, output files, tables."""
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,29 @@ from accelerate import Accelerator
 
 from dino.distributed import cores
 from dino.errors import UserError
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "weights": {"required": True, "metavar": "W", "help": "released name, run directory or file"},
+    "data": {"required": True, "help": "folder, zip archive or another source of images"},
+    "test": {"help": "the same of the test images"},
+    "kind": {"default": "auto", "help": "as data.kind"},
+    "seed": {"type": int, "default": 0, "help": "of what is drawn at random"},
+    "out": {"type": Path, "help": "file or folder to write to"},
+    "wandb": {"metavar": "PROJECT", "help": "log to this W&B project too"},
+}
+
+
+def parser(description: str | None, **options: dict[str, Any]) -> argparse.ArgumentParser:
+    """A command's parser.
+
+    Args:
+        description: the module's text.
+        options: names of OPTIONS, in the order of `--help`, with what is other than there.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, changes in options.items():
+        made.add_argument(f"--{name}", **OPTIONS[name] | changes)
+    return made
 
 
 def accelerator(wandb: str | None = None, settings: dict[str, Any] | None = None) -> Accelerator:
@@ -18,15 +43,14 @@ def accelerator(wandb: str | None = None, settings: dict[str, Any] | None = None
         settings: what W&B notes of the call.
     """
     # Without being told so, Accelerate takes each of several CPU processes for the only one.
-    found = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if wandb else None)
+    made = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if wandb else None)
     if wandb:
-        found.init_trackers(wandb, config=settings)
-    return found
+        made.init_trackers(wandb, config=settings)
+    return made
 
 
 def set_cpu_threads(threads: int | str) -> None:
     """CPU threads of this process; `auto`: its share of the cores, where launchers would leave it with one."""
-
     torch.set_num_threads(cores() if threads == "auto" else int(threads))
 
 
@@ -44,3 +68,13 @@ def output_file(path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def print_table(rows: Sequence[Sequence[str]], caption: str = "") -> None:
+    """Print rows of cells in columns, the first to the left and the others to the right; a caption stands above."""
+    if caption:
+        print(f"\n{caption}\n")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  " + row[0].ljust(widths[0]) + "".join(cells))

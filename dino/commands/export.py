@@ -1,13 +1,12 @@
 """A backbone for use elsewhere: as a timm state, a Hugging Face directory, or an ONNX file.
 
-    python eval/export.py --weights runs/mine --to huggingface --out exported/
-    python eval/export.py --weights dinov2_vits14_reg --to onnx --out exported/ --image-size 224
+    dino export --weights runs/mine --to huggingface --out exported/
+    dino export --weights dinov2_vits14_reg --to onnx --out exported/ --image-size 224
 
 The export's features are compared with this project's, by the library it is for, and the largest difference is printed,
 with the image sizes that it serves. The libraries come with pip install -e ".[export]".
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dino.commands import common
 from dino.errors import UserError
 from dino.models import Backbone, load_backbone
 from dino.models.weights import export
@@ -24,32 +24,28 @@ TOLERANCE = 1e-3
 
 
 def main() -> None:
-    arguments = parse()
+    options = common.parser(__doc__, weights={}, out={"required": True, "help": "folder to write to"})
+    options.add_argument("--to", required=True, choices=WRITERS)
+    options.add_argument("--image-size", type=int, help="side in pixels; default: the weights' own")
+    arguments = options.parse_args()
     backbone = load_backbone(arguments.weights)
     export.check(backbone, arguments.to)
-    size = arguments.image_size or backbone.preprocess.image_size
-    if size < 1 or size % backbone.patch_size:
-        raise UserError(f"--image-size {size} is not divisible by the patch size {backbone.patch_size}")
+    size, patch = arguments.image_size or backbone.preprocess.image_size, backbone.patch_size
+    if size < 1 or size % patch:
+        raise UserError(f"--image-size {size} is not divisible by the patch size {patch}")
     # Positions resampled as Meta's plain releases do it exist nowhere else, and in Hugging Face's library only the
     # models with registers resample as the register releases do: then the table is made for one size.
     is_fixed = backbone.spec.position_interpolation == "offset"
     is_fixed |= arguments.to == "huggingface" and not backbone.spec.registers
     exported = export.at_size(backbone, size) if is_fixed else backbone
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write = {"timm": write_timm, "huggingface": write_hugging_face, "onnx": write_onnx}[arguments.to]
     try:
-        features = write(exported, arguments.out, size)
+        features = WRITERS[arguments.to](exported, arguments.out, size)
     except ModuleNotFoundError as error:
-        raise UserError(f'{error.name} is needed for this: pip install -e ".[export]"') from error
-    print(
-        f"{arguments.out}: {arguments.to}, "
-        + (
-            f"square images of {size} pixels only"
-            if is_fixed
-            else f"any size that patches of {backbone.patch_size} divide"
-        )
-    )
-    compare(backbone, features, [size] if is_fixed else [size, size + 4 * backbone.patch_size])
+        raise UserError(f'{error.name} is needed for this: pip install "dino-pretrain[export]"') from error
+    sizes = f"square images of {size} pixels only" if is_fixed else f"any size that patches of {patch} divide"
+    print(f"{arguments.out}: {arguments.to}, {sizes}")
+    compare(backbone, features, [size] if is_fixed else [size, size + 4 * patch])
 
 
 def write_timm(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:
@@ -120,10 +116,4 @@ def compare(backbone: Backbone, features: Callable[[Tensor], Tensor], sizes: lis
             raise UserError(f"the export's features are others than this project's at {size}×{size}: do not use it")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, metavar="W", help="released name, run directory or file")
-    parser.add_argument("--to", required=True, choices=["timm", "huggingface", "onnx"])
-    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--image-size", type=int, help="side in pixels; default: the weights' own")
-    return parser.parse_args()
+WRITERS = {"timm": write_timm, "huggingface": write_hugging_face, "onnx": write_onnx}

@@ -9,9 +9,10 @@ standardised, regularisation chosen inside the training part, five seeds, and sp
 one.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from tqdm import tqdm
 from dino.data import Pool
 from dino.data.sources.omniglot import TRAINING_DRAWERS, article_subset, held_out, parse
 from dino.errors import UserError
-from dino.evaluation.features import cached, content_digest
-from dino.evaluation.probes import Accuracy, few_labelled, knn, logistic, logistic_optimum
+from dino.evaluation.features import Features, cached, content_digest
+from dino.evaluation.probes import few_labelled, knn, logistic, logistic_optimum
 from dino.models import Backbone
 
 IMAGE_SIZE, RAW_SIZE, SEEDS = 98, 28, 5
@@ -129,146 +130,105 @@ def article(data: Drawings, backbone: Backbone | None, title: str) -> dict[str, 
         backbone: None: raw pixels instead of features.
         title: what the progress bar says.
     """
-    if backbone is None:
-        size, features, antialiased_features = RAW_SIZE, raw_pixels(data), None
-    else:
-        size = input_size(backbone)
-        features = _article_tokens(data, backbone, title, antialias=False)
-        antialiased_features = _article_tokens(data, backbone, f"{title}, antialiased", antialias=True)
-    truth, train_labels = data.labels[data.test], data.labels[data.train]
-    train, test = features[data.train], features[data.test]
+    train_labels, truth, is_held_out = data.labels[data.train], data.labels[data.test], data.held_out
+    size = RAW_SIZE if backbone is None else input_size(backbone)
+    tokens = raw_pixels(data) if backbone is None else _article_tokens(data, backbone, title, antialias=False)
+    train, test = tokens[data.train], tokens[data.test]
     answers = logistic(train, train_labels, test)
-    correct, is_held_out = answers.labels == truth, data.held_out
-    converged = logistic_optimum(train, train_labels, test)
-    antialiased = None
-    if antialiased_features is not None:
-        predicted = logistic(antialiased_features[data.train], train_labels, antialiased_features[data.test]).labels
-        antialiased = float((predicted == truth).mean())
-    return {
+    correct = answers.labels == truth
+    outcome = {
         "input": f"{size}×{size}",
         "accuracy": float(correct.mean()),
         "has_converged": answers.converged,
-        "converged": float((converged == truth).mean()),
-        "antialiased": antialiased,
+        "converged": float((logistic_optimum(train, train_labels, test) == truth).mean()),
+        "antialiased": None,
         "kept": float(correct[is_held_out].mean()) if is_held_out.any() else None,
     }
+    if backbone is not None:
+        tokens = _article_tokens(data, backbone, f"{title}, antialiased", antialias=True)
+        answers = logistic(tokens[data.train], train_labels, tokens[data.test])
+        outcome["antialiased"] = float((answers.labels == truth).mean())
+    return outcome
 
 
 def _article_tokens(data: Drawings, backbone: Backbone, title: str, antialias: bool) -> np.ndarray:
-    def transform(image: Tensor) -> Tensor:
-        return article_input(image, backbone, antialias)
-
     normalises = "training" in backbone.description
-    wording = f"article, {input_size(backbone)} pixels, antialias {antialias}, normalises {normalises}"
-    preprocessing = f"{wording}, {backbone.preprocess}"
-    return cached(
-        backbone,
-        data.images,
-        data.indices,
-        transform,
-        content=data.content,
-        preprocessing=preprocessing,
-        title=title,
-    ).class_tokens
+    preprocessing = f"article, {input_size(backbone)} pixels, antialias {antialias}, normalises {normalises}"
+    transform = functools.partial(article_input, backbone=backbone, antialias=antialias)
+    return _features(data, backbone, transform, f"{preprocessing}, {backbone.preprocess}", title).class_tokens
 
 
-class Split(NamedTuple):
-    """Which of the drawings are learned from, and which are the test."""
-
-    train: np.ndarray
-    test: np.ndarray
+def _features(data: Drawings, backbone: Backbone, transform: Any, preprocessing: str, title: str) -> Features:
+    options = {"content": data.content, "preprocessing": preprocessing, "title": title}
+    return cached(backbone, data.images, data.indices, transform, **options)
 
 
-def splits(data: Drawings, seed: int) -> dict[str, Split]:
-    """The standard protocol's three splits, from the easy one to those that drawers or characters are new in.
+def splits(data: Drawings, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What the standard protocol learns from and tests on, from the easy split to those with new drawers or characters.
 
     *random*: 70/30. *by drawer*: drawers 1–14 and 15–20, the same for all seeds. *by character*: a fifth of each
-    alphabet's characters is the test.
+    alphabet's characters is the test. The others: a few labels of each alphabet.
     """
     rows = np.arange(len(data.indices))
     names = [data.images.names[index] for index in data.indices]
     early = np.array([parse(name).drawer <= TRAINING_DRAWERS for name in names])
     new = held_out(names, seed, by_drawer=False)
+    few = {name: few_labelled(data.labels, count, seed) for count, name in FEW.items()}
     return {
-        "random": Split(*train_test_split(rows, test_size=0.3, random_state=seed)),
-        "by drawer": Split(rows[early], rows[~early]),
-        "by character": Split(rows[~new], rows[new]),
+        "random": tuple(train_test_split(rows, test_size=0.3, random_state=seed)),
+        "by drawer": (rows[early], rows[~early]),
+        "by character": (rows[~new], rows[new]),
+        **few,
     }
 
 
-class Standard(NamedTuple):
-    """The standard protocol's outcome for one set of features.
-
-    Attributes:
-        logistic, knn: by split, then by labels per alphabet.
-        confusion: (30, 30) counts of the random splits' tests, true alphabets in rows, in alphabetical order.
-    """
-
-    logistic: dict[str, Accuracy]
-    knn: dict[str, Accuracy]
-    confusion: np.ndarray
-
-
-def probe_splits(data: Drawings, features: np.ndarray, title: str, seeds: int = SEEDS) -> Standard:
-    """Probe features (N, D) by every split and number of labels.
-
-    With few labels there is nothing to choose regularisation by: scikit-learn's default on features standardised over
-    all drawings, which needs no labels, and the nearest neighbour instead of the 20 nearest.
-    """
-    alphabets = np.unique(data.labels)
-    confusion = np.zeros((len(alphabets), len(alphabets)), dtype=int)
-    accuracies: dict[str, dict[str, list[float]]] = {"logistic": {}, "knn": {}}
-    with tqdm(total=seeds * (3 + len(FEW)), desc=title, unit="fit", leave=False) as bar:
-        for seed in range(seeds):
-            named = splits(data, seed)
-            named |= {name: Split(*few_labelled(data.labels, count, seed)) for count, name in FEW.items()}
-            for name, split in named.items():
-                train, test, truth = features[split.train], features[split.test], data.labels[split.test]
-                labels, is_few = data.labels[split.train], name in FEW.values()
-                if is_few:
-                    by_logistic = logistic(train, labels, test, iterations=1000, standardise_by=features)
-                else:
-                    by_logistic = logistic(train, labels, test, iterations=200, standardise_by=train, tuning_seed=seed)
-                answers = {"logistic": by_logistic.labels, "knn": knn(train, labels, test, k=1 if is_few else 20)}
-                for probe, predicted in answers.items():
-                    accuracies[probe].setdefault(name, []).append(float((predicted == truth).mean()))
-                if name == "random":
-                    pairs = np.searchsorted(alphabets, truth), np.searchsorted(alphabets, by_logistic.labels)
-                    np.add.at(confusion, pairs, 1)
-                bar.update()
-    means = {probe: {name: Accuracy.of(values) for name, values in of.items()} for probe, of in accuracies.items()}
-    return Standard(means["logistic"], means["knn"], confusion)
-
-
 def standard(data: Drawings, backbone: Backbone | None, title: str) -> dict[str, Any]:
-    """Accuracy by every split, and the confusion of the random one.
+    """Accuracy by every split; see `probe_splits`.
 
     Args:
         backbone: None: raw pixels instead of features.
         title: what the progress bar says.
     """
     if backbone is None:
-        features = raw_pixels(data)
-    else:
+        return probe_splits(data, raw_pixels(data), title)
+    transform = functools.partial(own_input, backbone=backbone)
+    features = _features(data, backbone, transform, f"own {backbone.preprocess}", title)
+    return probe_splits(data, features.both, title)
 
-        def transform(image: Tensor) -> Tensor:
-            return own_input(image, backbone)
 
-        preprocessing = f"own {backbone.preprocess}"
-        features = cached(
-            backbone,
-            data.images,
-            data.indices,
-            transform,
-            content=data.content,
-            preprocessing=preprocessing,
-            title=title,
-        ).both
-    outcome = probe_splits(data, features, title)
-    accuracies = {
-        probe: {name: [accuracy.mean, accuracy.std] for name, accuracy in values.items()}
-        for probe, values in (("logistic", outcome.logistic), ("knn", outcome.knn))
+def probe_splits(data: Drawings, features: np.ndarray, title: str, seeds: int = SEEDS) -> dict[str, Any]:
+    """Probe features (N, D) by every split.
+
+    With few labels there is nothing to choose regularisation by: scikit-learn's default on features standardised over
+    all drawings, which needs no labels, and the nearest neighbour instead of the 20 nearest.
+
+    Returns:
+        `logistic`, `knn`: name of the split to mean and deviation over seeds. Of the random split: `confusion`, counts
+        with true alphabets in rows, and `per_alphabet`, their own accuracy.
+    """
+    alphabets = np.unique(data.labels)
+    confusion = np.zeros((len(alphabets), len(alphabets)), dtype=int)
+    accuracies: dict[str, dict[str, list[float]]] = {"logistic": {}, "knn": {}}
+    with tqdm(total=seeds * (3 + len(FEW)), desc=title, unit="fit", leave=False) as bar:
+        for seed in range(seeds):
+            for name, (train, test) in splits(data, seed).items():
+                x, y, x_test, truth = features[train], data.labels[train], features[test], data.labels[test]
+                if name in FEW.values():
+                    by_logistic = logistic(x, y, x_test, iterations=1000, standardise_by=features)
+                    by_neighbours = knn(x, y, x_test, k=1)
+                else:
+                    by_logistic = logistic(x, y, x_test, iterations=200, standardise_by=x, tuning_seed=seed)
+                    by_neighbours = knn(x, y, x_test)
+                for probe, predicted in (("logistic", by_logistic.labels), ("knn", by_neighbours)):
+                    accuracies[probe].setdefault(name, []).append(float((predicted == truth).mean()))
+                if name == "random":
+                    pairs = np.searchsorted(alphabets, truth), np.searchsorted(alphabets, by_logistic.labels)
+                    np.add.at(confusion, pairs, 1)
+                bar.update()
+    means = {
+        probe: {name: [float(np.mean(values)), float(np.std(values))] for name, values in of.items()}
+        for probe, of in accuracies.items()
     }
-    own = outcome.confusion.diagonal() / outcome.confusion.sum(axis=1)
-    per_alphabet = dict(zip(np.unique(data.labels).tolist(), own.tolist(), strict=True))
-    return {**accuracies, "per_alphabet": per_alphabet, "confusion": outcome.confusion.tolist()}
+    own = confusion.diagonal() / confusion.sum(axis=1)
+    per_alphabet = dict(zip(alphabets.tolist(), own.tolist(), strict=True))
+    return {**means, "per_alphabet": per_alphabet, "confusion": confusion.tolist()}

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dino.files import write_text
+
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; margin: 0; background: #f6f7f9; }
@@ -66,14 +68,14 @@ def write(
     title: str,
     facts: dict[str, str],
     sections: Sequence[Picture | Table],
-    settings: str,
+    settings: str = "",
     status: Status | None = None,
 ) -> None:
     """Write the page; every text is escaped, every picture embedded.
 
     Args:
         facts: what ran, name to value.
-        settings: the resolved config, shown folded.
+        settings: the resolved config, shown folded; empty: there is none.
     """
     rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
     body = "".join(_picture(part) if isinstance(part, Picture) else _table(part) for part in sections)
@@ -82,13 +84,16 @@ def write(
         f'<meta name="viewport" content="width=device-width, initial-scale=1">{_refresh(status)}<style>{STYLE}</style>'
         f"</head><body><main><h1>{_text(title)}</h1>{_status(status)}"
         f"<section><h2>What ran</h2><table>{rows}</table></section>{body}"
-        f"<section><details><summary>All settings (config.yaml)</summary><pre>{_text(settings)}</pre></details>"
-        "</section>"
-        "</main></body></html>\n"
+        f"{_settings(settings)}</main></body></html>\n"
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)
+
+
+def _settings(settings: str) -> str:
+    if not settings:
+        return ""
+    summary = "<summary>All settings (config.yaml)</summary>"
+    return f"<section><details>{summary}<pre>{_text(settings)}</pre></details></section>"
 
 
 def _refresh(status: Status | None) -> str:

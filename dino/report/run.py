@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dino.config.schema import Config
-from dino.data import Pool, open_images, read_or_reason
+from dino.data import Images, open_images, read_or_reason
 from dino.evaluation.features import extract
 from dino.evaluation.neighbours import nearest
 from dino.methods import METHODS
@@ -20,7 +20,7 @@ from dino.methods.network import as_used
 from dino.models import Backbone, Preprocess, load_backbone
 from dino.monitor.indicators import INDICATORS
 from dino.monitor.verdict import healthy_ranges, judge, measured_lines
-from dino.report import page, pictures
+from dino.report import charts, page, pictures
 from dino.report.page import Picture, Status, Table
 from dino.run import RunDirectory
 from dino.views import DeviceViews, canvas_of, view_spec
@@ -46,7 +46,7 @@ class Reporter:
         is_main_process: the others write nothing.
     """
 
-    def __init__(self, directory: RunDirectory, config: Config, images: Pool, is_main_process: bool = True):
+    def __init__(self, directory: RunDirectory, config: Config, images: Images, is_main_process: bool = True):
         self.directory, self.config, self.images = directory, config, images
         self.due = 0.0 if is_main_process else math.inf
 
@@ -99,7 +99,7 @@ def write_report(directory: RunDirectory) -> None:
     Reporter(directory, config, images).write(load_backbone(directory.path), "ended", alive=False)
 
 
-def run_facts(config: Config, images: Pool, metrics: list[dict]) -> dict[str, str]:
+def run_facts(config: Config, images: Images, metrics: list[dict]) -> dict[str, str]:
     """What ran and how far it is, name to text."""
     model, views, train = config.model, config.views, config.train
     last = metrics[-1] if metrics else {"step": 0, "epoch": 0.0}
@@ -142,17 +142,17 @@ def _curves(config: Config, metrics: list[dict], width: int) -> Iterator[Picture
     yield Picture(
         "Progress",
         "Means between two log points. A loss need not fall evenly: what it compares with changes as the run goes on.",
-        pictures.curves(metrics, losses | SPEED),
+        charts.curves(metrics, losses | SPEED),
     )
     if lines := measured_lines(metrics):
         ranges = healthy_ranges(config, width)
         titles = {indicator.name: indicator.title for indicator in INDICATORS}
         titles["health/gradient_norm"] = "gradient norm before clipping"
         caption = "The network while it learns. Shaded: where runs lie that learn; outside of it, look closer."
-        yield Picture("Health", caption, pictures.curves(metrics, titles, ranges))
+        yield Picture("Health", caption, charts.curves(metrics, titles, ranges))
         yield Table("", "", ["indicator", "now", "healthy", "what it says"], _health_rows(lines[-1], ranges))
     rates = RATES | {name: name.replace("/", " ") for name in method.make_schedules(config)}
-    yield Picture("Schedules", "As set for this run.", pictures.curves(metrics, rates))
+    yield Picture("Schedules", "As set for this run.", charts.curves(metrics, rates))
 
 
 def _health_rows(line: dict, ranges: dict[str, tuple[float, float]]) -> list[list[str]]:
@@ -165,7 +165,7 @@ def _health_rows(line: dict, ranges: dict[str, tuple[float, float]]) -> list[lis
     return rows
 
 
-def feature_pictures(config: Config, images: Pool, backbone: Backbone) -> dict[str, Picture]:
+def feature_pictures(config: Config, images: Images, backbone: Backbone) -> dict[str, Picture]:
     """Crops, attention, patch features and neighbours of a few images spread over the pool, by name."""
     samples = _readable(images)
     if not samples:
@@ -224,7 +224,7 @@ def _patch_pictures(backbone: Backbone, preprocess: Preprocess, samples: dict[in
     }
 
 
-def _neighbours_sheet(images: Pool, samples: dict[int, Tensor], backbone: Backbone, preprocess: Preprocess) -> bytes:
+def _neighbours_sheet(images: Images, samples: dict[int, Tensor], backbone: Backbone, preprocess: Preprocess) -> bytes:
     spread = range(0, len(images.names), -(-len(images.names) // POOL))
     indices = np.unique([*spread, *samples])
     features = extract(backbone, images, indices, preprocess, batch_size=64, title="neighbours")
@@ -237,7 +237,7 @@ def _neighbours_sheet(images: Pool, samples: dict[int, Tensor], backbone: Backbo
     return pictures.neighbours_sheet(queries, rows)
 
 
-def _readable(images: Pool) -> dict[int, Tensor]:
+def _readable(images: Images) -> dict[int, Tensor]:
     """Up to six readable images by index, evenly spread over the pool."""
     samples = []
     for index in range(0, len(images.names), max(1, len(images.names) // (4 * ROWS))):

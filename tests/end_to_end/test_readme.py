@@ -110,7 +110,7 @@ def test_judging(runs, places):
     for command in COMMANDS:
         if "eval/" in command and "omniglot" not in command:
             printed[command.split()[1].split("/")[1]] = run(runs, command, places)
-    assert "k=10:" in printed["knn.py"]
+    assert "knn/top1_k10" in printed["knn.py"]
     assert "10 classes" in printed["knn.py"]
     assert {"linear/sweep", "linear/logistic", "few/1_knn"} <= set(printed["linear.py"].split())
     for name in ("attention", "pca", "foreground", "neighbours", "map"):

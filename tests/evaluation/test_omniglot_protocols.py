@@ -15,11 +15,11 @@ from dino.data.sources.omniglot import article_subset, held_out, parse
 from dino.errors import UserError
 from dino.evaluation import omniglot
 from dino.evaluation.omniglot import article_input, drawings, input_size, own_input, probe_splits, splits
-from dino.evaluation.probes import Answers, few_labelled
+from dino.evaluation.probes import Answers
 from dino.models import Preprocess, ResNet, ResNetSpec, VisionTransformer, ViTSpec
 
 CHARACTERS = {"Alphaic": 5, "Betaic": 11, "Gammaic": 8}
-FEW = ["1 label", "2 labels", "5 labels", "10 labels"]
+SPLITS = ["random", "by drawer", "by character", "1 label", "2 labels", "5 labels", "10 labels"]
 NAMES = [
     f"images_background/{alphabet}/character{character:02d}/{100 * number + character:04d}_{drawer:02d}.png"
     for number, (alphabet, count) in enumerate(CHARACTERS.items())
@@ -110,41 +110,38 @@ class TestSplits:
     @pytest.mark.parametrize("seed", [0, 1])
     def test_training_and_test_have_every_drawing_once(self, data, seed):
         found = splits(data, seed)
-        assert list(found) == ["random", "by drawer", "by character"]
-        few = [few_labelled(data.labels, count, seed) for count in (1, 10)]
-        for train, test in [*found.values(), *few]:
+        assert list(found) == SPLITS
+        for train, test in found.values():
             assert sorted([*train, *test]) == list(range(240))
 
     def test_random_is_70_to_30(self, data):
-        assert len(splits(data, 0)["random"].test) == 72
+        assert len(splits(data, 0)["random"][1]) == 72
 
     def test_by_drawer_tests_on_drawers_who_are_new(self, data):
-        first, second = (splits(data, seed)["by drawer"] for seed in (0, 1))
-        assert {drawing.drawer for drawing in parsed(data, first.test)} == set(range(15, 21))
-        assert {drawing.drawer for drawing in parsed(data, first.train)} == set(range(1, 15))
-        assert np.array_equal(first.test, second.test)
+        (train, test), (_, again) = (splits(data, seed)["by drawer"] for seed in (0, 1))
+        assert {drawing.drawer for drawing in parsed(data, test)} == set(range(15, 21))
+        assert {drawing.drawer for drawing in parsed(data, train)} == set(range(1, 15))
+        assert np.array_equal(test, again)
 
     @pytest.mark.parametrize("seed", [0, 1, 2])
     def test_by_character_tests_on_a_fifth_of_the_characters_never_seen(self, data, seed):
-        split = splits(data, seed)["by character"]
-        seen, new = ({drawing[:2] for drawing in parsed(data, part)} for part in split)
+        train, test = splits(data, seed)["by character"]
+        seen, new = ({drawing[:2] for drawing in parsed(data, part)} for part in (train, test))
         assert not seen & new
         assert Counter(alphabet for alphabet, _ in new) == {"Alphaic": 1, "Betaic": 2, "Gammaic": 2}  # of 5, 11, 8
-        assert min(Counter(drawing.drawer > 14 for drawing in parsed(data, split.test)).values()) > 5  # of all drawers
+        assert min(Counter(drawing.drawer > 14 for drawing in parsed(data, test)).values()) > 5  # of all drawers
 
-    @pytest.mark.parametrize("count", [1, 2, 5, 10, 40])
-    def test_few_labels_are_so_many_of_each_alphabet(self, data, count):
-        train, _ = few_labelled(data.labels, count, 0)
+    @pytest.mark.parametrize(("count", "name"), omniglot.FEW.items())
+    def test_few_labels_are_so_many_of_each_alphabet(self, data, count, name):
+        train, _ = splits(data, 0)[name]
         assert len(train) == len(set(train))
         assert Counter(data.labels[train].tolist()) == dict.fromkeys(CHARACTERS, count)
 
     def test_seeds_draw_anew_and_again_the_same(self, data):
-        for name in ("random", "by character", "few"):
-            tests = []
-            for seed in (0, 1, 2, 3, 3):
-                split = few_labelled(data.labels, 5, seed) if name == "few" else splits(data, seed)[name]
-                tests.append(tuple(split[1]))
-            assert tests[-1] == tests[-2], name
+        drawn = [splits(data, seed) for seed in (0, 1, 2, 3, 3)]
+        for name in ("random", "by character", "5 labels"):
+            tests = [found[name][1] for found in drawn]
+            assert np.array_equal(tests[-1], tests[-2]), name
             assert len({tuple(sorted(test)) for test in tests}) > 2, name  # characters of few are sometimes the same
 
 
@@ -156,60 +153,60 @@ def marks(data: omniglot.Drawings, spread: float) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def found(data) -> omniglot.Standard:
+def found(data) -> dict:
     """The outcome of features that are neither perfect nor useless."""
     return probe_splits(data, marks(data, 0.4), "marks", seeds=2)
 
 
 class TestStandard:
     def test_every_split_and_number_of_labels_by_both_probes(self, found):
-        for scores in (found.logistic, found.knn):
-            assert list(scores) == ["random", "by drawer", "by character", *FEW]
-            assert all(0 < score.mean <= 1 for score in scores.values())
-            assert scores["10 labels"].mean > scores["1 label"].mean
-        assert found.logistic["random"].std > 0
-        assert found.knn["by drawer"].std == 0  # the same split for all seeds
+        for probe in ("logistic", "knn"):
+            assert list(found[probe]) == SPLITS
+            assert all(0 < mean <= 1 for mean, _ in found[probe].values())
+            assert found[probe]["10 labels"][0] > found[probe]["1 label"][0]
+        assert found["logistic"]["random"][1] > 0
+        assert found["knn"]["by drawer"][1] == 0  # the same split for all seeds
 
     def test_confusion_counts_each_test_drawing_of_the_random_splits(self, data, found):
-        truth = Counter(label for seed in range(2) for label in data.labels[splits(data, seed)["random"].test].tolist())
-        assert found.confusion.sum() == 2 * 72
-        assert found.confusion.sum(axis=1).tolist() == [truth[name] for name in sorted(CHARACTERS)]
-        assert np.trace(found.confusion) / 144 == pytest.approx(found.logistic["random"].mean)
-        assert 0 < np.trace(found.confusion) < 144
+        truth = Counter(label for seed in range(2) for label in data.labels[splits(data, seed)["random"][1]].tolist())
+        confusion = np.array(found["confusion"])
+        assert confusion.sum(axis=1).tolist() == [truth[name] for name in sorted(CHARACTERS)]
+        assert np.trace(confusion) / 144 == pytest.approx(found["logistic"]["random"][0])
+        assert 0 < np.trace(confusion) < confusion.sum() == 144
+        assert found["per_alphabet"]["Betaic"] == confusion[1, 1] / truth["Betaic"]
 
     def test_confusion_has_truth_in_rows_and_answers_in_columns(self, data, monkeypatch):
         def always_gammaic(train, labels, test, **options):
             return Answers(np.full(len(test), "Gammaic"), converged=True)
 
         monkeypatch.setattr(omniglot, "logistic", always_gammaic)
-        found = probe_splits(data, marks(data, 0.4), "marks", seeds=1)
-        assert found.confusion[:, :2].sum() == 0
-        assert (found.confusion[:, 2] > 0).all()
-        assert found.logistic["random"].mean == found.confusion[2, 2] / 72
+        outcome = probe_splits(data, marks(data, 0.4), "marks", seeds=1)
+        confusion = np.array(outcome["confusion"])
+        assert confusion[:, :2].sum() == 0
+        assert (confusion[:, 2] > 0).all()
+        assert outcome["logistic"]["random"][0] == confusion[2, 2] / 72
 
     def test_accuracies_are_those_of_the_splits_by_hand(self, data, found):
-        """By the simplest readout, the nearest neighbour of few labels, one drawing at a time."""
+        """By the simplest probe, the nearest neighbour of few labels."""
         features = marks(data, 0.4)
         features /= np.linalg.norm(features, axis=1, keepdims=True)
-        for count in (1, 5):
+        for name in ("1 label", "5 labels"):
             accuracies = []
             for seed in range(2):
-                train, test = few_labelled(data.labels, count, seed)
+                train, test = splits(data, seed)[name]
                 neighbours = train[(features[test] @ features[train].T).argmax(axis=1)]
                 accuracies.append(np.mean(data.labels[neighbours] == data.labels[test]))
-            score = found.knn[omniglot.FEW[count]]
-            assert score.mean == pytest.approx(np.mean(accuracies), abs=1e-9)
-            assert score.std == pytest.approx(np.std(accuracies), abs=1e-9)
+            assert found["knn"][name] == pytest.approx([np.mean(accuracies), np.std(accuracies)], abs=1e-9)
 
     def test_alphabets_well_apart_are_told_everywhere(self, data):
-        found = probe_splits(data, marks(data, 0.001), "marks", seeds=1)
-        assert {score.mean for scores in (found.logistic, found.knn) for score in scores.values()} == {1.0}
+        outcome = probe_splits(data, marks(data, 0.001), "marks", seeds=1)
+        assert {mean for probe in ("logistic", "knn") for mean, _ in outcome[probe].values()} == {1.0}
 
     def test_features_that_say_nothing_are_at_chance(self, data):
         noise = np.random.default_rng(1).normal(size=(240, 6)).astype(np.float32)
-        found = probe_splits(data, noise, "noise", seeds=2)
-        assert found.logistic["random"].mean < 0.6
-        assert found.knn["by character"].mean < 0.6
+        outcome = probe_splits(data, noise, "noise", seeds=2)
+        assert outcome["logistic"]["random"][0] < 0.6
+        assert outcome["knn"]["by character"][0] < 0.6
 
 
 def backbone(image_size: int, patch: int | None, channels: int = 3, trained: bool = False):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dino.models import VisionTransformer, ViTSpec
+from dino.report import charts, pictures
 from dino.report import page as report
-from dino.report import pictures
 from dino.report.page import Picture, Status, Table
 
 EVIL = "<script>alert('x')</script> & \"quotes\" <img src=x onerror=alert(1)>"
@@ -286,18 +286,18 @@ class TestPictures:
             pixels = self.opened(content).astype(int)
             return float(((pixels[..., 1] - pixels[..., 0] > 8) & (pixels[..., 1] - pixels[..., 2] > 4)).mean())
 
-        assert green(pictures.curves(metrics, names)) == 0
-        assert green(pictures.curves(metrics, names, {"other": (0.4, 1.0)})) == 0
-        assert green(pictures.curves(metrics, names, {"health/rank_me": (0.4, 1.0)})) > 0.001
+        assert green(charts.curves(metrics, names)) == 0
+        assert green(charts.curves(metrics, names, {"other": (0.4, 1.0)})) == 0
+        assert green(charts.curves(metrics, names, {"health/rank_me": (0.4, 1.0)})) > 0.001
 
     @pytest.mark.parametrize("lines", [1, 2, 50])
     def test_curves_of_metrics_that_some_lines_lack(self, lines):
         metrics = [{"step": step, "loss/dino": 1.0 / (step + 1), "never": None} for step in range(lines)]
         metrics[0]["optim/lr"] = 0.1
         names = {"loss/dino": "loss", "optim/lr": "learning rate", "absent": "absent"}
-        assert self.opened(pictures.curves(metrics, names)).std() > 0
+        assert self.opened(charts.curves(metrics, names)).std() > 0
 
     def test_bars(self):
         rows = [("raw pixels", 52.5, 1.2), ("pre-trained", 84.0, 0.0)]
-        assert self.opened(pictures.bars({"one": rows, "other": rows}, "accuracy", {"chance": 10.0})).std() > 0
-        assert self.opened(pictures.bars({"one": rows}, "accuracy", {})).std() > 0
+        assert self.opened(charts.bars({"one": rows, "other": rows}, "accuracy", {"chance": 10.0})).std() > 0
+        assert self.opened(charts.bars({"one": rows}, "accuracy", {})).std() > 0
