@@ -1,5 +1,6 @@
 """The command `dino`: its subcommands, and what every one does around its work."""
 
+import difflib
 import errno
 import importlib
 import io
@@ -20,6 +21,7 @@ COMMANDS = {  # name to what it does; each is a file of dino/commands with a mai
     "visualize": "draw attention, patch features, neighbours and a map",
     "embed": "write features of images to a table",
     "export": "write a backbone for timm, Hugging Face or ONNX",
+    "report": "write a run's page anew",
 }
 HELP = "usage: dino COMMAND …; dino COMMAND --help says more\n\n" + "\n".join(
     f"  {name:<11}{what}" for name, what in COMMANDS.items()
@@ -35,7 +37,10 @@ def main(command: str | None = None) -> None:
             print(HELP)
             return
         if command not in COMMANDS:
-            sys.exit(f"error: there is no command '{command}'\n{HELP}")
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            print(f"error: there is no command '{command}'{hint}\n{HELP}", file=sys.stderr)
+            sys.exit(2)
         sys.argv = [f"dino {command}", *arguments]
     # Read once, when torch loads OpenMP, so it must be set before. Threads that spin while they wait make a CPU run
     # several times slower as soon as anything else, such as the run's own DataLoader workers, needs a core.

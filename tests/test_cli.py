@@ -1,12 +1,20 @@
-"""What a user sees when a command cannot go on: one message and an exit code, never a traceback."""
+"""The command `dino`: its subcommands, and what a user sees when one cannot go on: one message, never a traceback."""
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import dino
 from dino import cli
+from dino.config.recipes import recipe_and_settings, recipe_path
 from dino.errors import UserError
+
+PACKAGE = Path(dino.__file__).parent
+UNASKED = ("torch", "wandb", "opentelemetry")
 
 
 def raising(error: BaseException):
@@ -63,3 +71,84 @@ def test_other_errors_are_programming_errors_and_keep_their_traceback():
 
 def test_ctrl_c_before_the_run_has_the_shells_code():
     assert exit_code(KeyboardInterrupt()) == 130
+
+
+class TestSubcommands:
+    def test_each_is_a_file_and_each_file_with_a_main_is_one(self):
+        files = {path.stem for path in (PACKAGE / "commands").glob("*.py") if "def main()" in path.read_text()}
+        assert set(cli.COMMANDS) == files
+
+    @pytest.mark.parametrize("command", cli.COMMANDS)
+    def test_each_explains_itself_and_shows_how_it_is_called(self, command, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["dino", command, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert f"usage: dino {command}" in text
+        assert f"\n    dino {command} " in text
+
+    def test_without_a_command_all_are_listed(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["dino"])
+        cli.main()
+        text = capsys.readouterr().out
+        assert all(f"  {command} " in text for command in cli.COMMANDS)
+
+    def test_an_unknown_one_names_the_nearest(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["dino", "trian"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+
+
+class TestRecipes:
+    def test_all_of_configs_are_found_by_name(self):
+        for file in (PACKAGE.parent / "configs").glob("*.yaml"):
+            assert recipe_path(file.stem).read_text() == file.read_text()
+
+    def test_a_path_is_itself(self, tmp_path):
+        (tmp_path / "mine").write_text("")
+        for path in (tmp_path / "none.yaml", tmp_path / "mine"):
+            assert recipe_path(path) == path
+
+    @pytest.mark.parametrize("name", ["omniglot_cqu", "../omniglot_cpu", ""])
+    def test_an_unknown_name_lists_those_there_are(self, name):
+        with pytest.raises(UserError, match=r"no recipe is called.*omniglot_cpu"):
+            recipe_path(name)
+
+    def test_the_nearest_is_proposed(self):
+        with pytest.raises(UserError, match="did you mean omniglot_cpu"):
+            recipe_path("omniglot_cqu")
+
+    def test_the_first_word_may_be_one(self):
+        assert recipe_and_settings(["demo", "a=1"], None) == ("demo", ["a=1"])
+        assert recipe_and_settings(["a=1"], "x.yaml") == ("x.yaml", ["a=1"])
+        assert recipe_and_settings([], None) == (None, [])
+        with pytest.raises(UserError, match="leave one out"):
+            recipe_and_settings(["demo"], "x.yaml")
+
+
+def test_importing_the_package_loads_little_and_changes_nothing():
+    script = f"""
+import os, sys
+before = dict(os.environ)
+import dino
+assert os.environ == before, set(os.environ) ^ set(before)
+assert not set({UNASKED}) & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_run_loads_no_tracker_that_nobody_asked_for(tmp_path):
+    settings = ["data.kind=digits", "data.workers=0", "model.arch=vit_tiny", "model.patch_size=4", "model.depth=1"]
+    settings += ["views.global_size=8", "views.local_crops=0", "train.steps=1", "train.batch_size=8"]
+    script = f"""
+import sys
+from dino import cli
+sys.argv = ["dino", "train", *{settings}, "objective.prototypes=16", "run.dir={tmp_path / "run"}"]
+cli.main()
+assert not set({UNASKED[1:]}) & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -13,6 +13,7 @@ import json
 import sys
 
 from dino.config.describe import describe, json_schema
+from dino.config.recipes import recipe_and_settings
 from dino.config.schema import Config, method_settings
 from dino.methods import METHODS
 from dino.training.settings import load
@@ -30,13 +31,17 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, take two steps, write nothing")
     parser.add_argument("--help-json", action="store_true", help="print the settings as a JSON schema")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="settings that take precedence over the file's"
+        "settings",
+        nargs="*",
+        metavar="[RECIPE] key=value",
+        help="a recipe's name, such as omniglot_cpu, then settings that take precedence over its own",
     )
     arguments = parser.parse_intermixed_args()
     if arguments.help_json:
         print(json.dumps(json_schema(blank), indent=1, ensure_ascii=False))
         return
-    config = load(arguments.config, arguments.settings)
+    recipe, settings = recipe_and_settings(arguments.settings, arguments.config)
+    config = load(recipe, settings)
     run_training(config, dry_run=arguments.dry_run)
 
 

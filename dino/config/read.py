@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dino.config.recipes import recipe_path
 from dino.config.schema import AUTO, CHOICES, method_settings
 from dino.errors import UserError
 
@@ -63,8 +64,7 @@ def _type_name(kind: Any) -> str:
     entry = typing.get_args(kind)[-1]
     if dataclasses.is_dataclass(entry):
         return f"a list of {{{', '.join(field.name for field in dataclasses.fields(entry))}}}"
-    entries = {str: "texts", int: "whole numbers", float: "numbers"}[entry]
-    return f"{{name: …}} of {entries}" if typing.get_origin(kind) is dict else f"a list of {entries}"
+    return str(kind)
 
 
 def leaves(config: Any) -> dict[str, Leaf]:
@@ -73,15 +73,15 @@ def leaves(config: Any) -> dict[str, Leaf]:
     for group in dataclasses.fields(config):
         value = getattr(config, group.name)
         if not dataclasses.is_dataclass(value):
-            settings[group.name] = _leaf(group.name, typing.get_type_hints(type(config))[group.name], group)
+            settings[group.name] = _leaf(group.name, type(config), group)
             continue
-        hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):
-            settings[f"{group.name}.{field.name}"] = _leaf(f"{group.name}.{field.name}", hints[field.name], field)
+            settings[f"{group.name}.{field.name}"] = _leaf(f"{group.name}.{field.name}", type(value), field)
     return settings
 
 
-def _leaf(key: str, hint: Any, field: dataclasses.Field) -> Leaf:
+def _leaf(key: str, owner: Any, field: dataclasses.Field) -> Leaf:
+    hint = typing.get_type_hints(owner)[field.name]
     is_container = typing.get_origin(hint) in (list, dict)
     alternatives = () if is_container else typing.get_args(hint)
     return Leaf(key, alternatives or (hint,), field.metadata)
@@ -103,11 +103,13 @@ def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable
 
     Args:
         schema: the tree's class.
+        path: a YAML file, or a recipe's name.
         overrides: `key=value` texts of a command line, or values by key; they take precedence over the file.
 
     Raises:
         UserError: unreadable YAML, unknown key (with the nearest valid one), or wrong type; all are listed at once.
     """
+    path = recipe_path(path) if path else None
     given = _renamed(dict(_read_yaml(path, schema)) if path else {}, schema, str(path))
     texts: dict[str, str] = {}
     if isinstance(overrides, Mapping):
@@ -119,9 +121,6 @@ def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable
     given |= {key: _parse(text, settings[key]) if key in settings else text for key, text in texts.items()}
     config, errors = OmegaConf.structured(tree), []
     for key, value in given.items():
-        if key in REMOVED:
-            errors.append(f"{key}={value} cannot be had any more, only what was {key}={REMOVED[key]}: leave it out")
-            continue
         if key not in settings:
             near = difflib.get_close_matches(key, settings, n=1, cutoff=0.3)
             errors.append(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))

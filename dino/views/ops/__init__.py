@@ -9,15 +9,14 @@ from dino.views.ops.jitter import Jitter
 from dino.views.ops.solarize import Solarize
 from dino.views.ops.stroke import Stroke
 
-IN_ORDER: tuple[Augmentation, ...] = (
-    Affine(),
-    Flip(),
-    Stroke(),
-    Jitter(),
-    Grey(),
-    Blur(),
-    Solarize(),
-)
-AUGMENTATIONS = {augmentation.name: augmentation for augmentation in IN_ORDER}
+AUGMENTATIONS: dict[str, Augmentation] = {  # in the order in which they are applied
+    "affine": Affine(),
+    "flip": Flip(),
+    "stroke": Stroke(),
+    "jitter": Jitter(),
+    "grey": Grey(),
+    "blur": Blur(),
+    "solarize": Solarize(),
+}
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Draw", "Stage"]
