@@ -33,9 +33,9 @@ import torch
 from PIL import Image, ImageChops
 
 from dino import cli, load_backbone
-from dino.curation.rebalance import effective_number
 from dino.data import Pool, open_images
 from dino.data.manifest import write_manifest
+from dino.data.sampler import effective_number
 from dino.data.sources.omniglot import parse as drawing
 from dino.evaluation.features import extract
 from dino.evaluation.probes import knn, logistic

@@ -9,19 +9,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino.curation.curate import Curation, curate
     from dino.errors import UserError
     from dino.evaluation.embed import embed
     from dino.models import load_backbone
     from dino.training.train import Run, train
 
 HOMES = {
+    "Curation": "dino.curation.curate",
     "Run": "dino.training.train",
     "UserError": "dino.errors",
+    "curate": "dino.curation.curate",
     "embed": "dino.evaluation.embed",
     "load_backbone": "dino.models",
     "train": "dino.training.train",
 }
-__all__ = ["Run", "UserError", "embed", "load_backbone", "train"]
+__all__ = ["Curation", "Run", "UserError", "curate", "embed", "load_backbone", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
 
 
@@ -32,6 +33,13 @@ def allowed_cores() -> int:
 def cores() -> int:
     """This process's share of them, where the run has several processes on this machine."""
     return max(1, allowed_cores() // local_processes())
+
+
+def forget_earlier_runs() -> None:
+    """Let a new Accelerator be as it is told: a run before it, in this process, may have had another precision."""
+    if PartialState._shared_state and not is_distributed():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def reduced(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:

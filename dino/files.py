@@ -7,16 +7,20 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A path beside `path` to write to; once that is done it takes the place of `path`, at once and on the disk.
 
     A failure, or a kill, leaves what was at `path` before. Names that begin with a dot and end in `.partial` are
     passed over by everything that reads a run.
+
+    Args:
+        durable: wait for the disk, so that it outlives a power failure; what is written every second need not.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _to_disk(partial)
+        if durable:
+            _to_disk(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

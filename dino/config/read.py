@@ -64,7 +64,8 @@ def _type_name(kind: Any) -> str:
     entry = typing.get_args(kind)[-1]
     if dataclasses.is_dataclass(entry):
         return f"a list of {{{', '.join(field.name for field in dataclasses.fields(entry))}}}"
-    return str(kind)
+    entries = {str: "texts", int: "whole numbers", float: "numbers"}[entry]
+    return f"{{name: …}} of {entries}" if typing.get_origin(kind) is dict else f"a list of {entries}"
 
 
 def leaves(config: Any) -> dict[str, Leaf]:
@@ -73,15 +74,15 @@ def leaves(config: Any) -> dict[str, Leaf]:
     for group in dataclasses.fields(config):
         value = getattr(config, group.name)
         if not dataclasses.is_dataclass(value):
-            settings[group.name] = _leaf(group.name, type(config), group)
+            settings[group.name] = _leaf(group.name, typing.get_type_hints(type(config))[group.name], group)
             continue
+        hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):
-            settings[f"{group.name}.{field.name}"] = _leaf(f"{group.name}.{field.name}", type(value), field)
+            settings[f"{group.name}.{field.name}"] = _leaf(f"{group.name}.{field.name}", hints[field.name], field)
     return settings
 
 
-def _leaf(key: str, owner: Any, field: dataclasses.Field) -> Leaf:
-    hint = typing.get_type_hints(owner)[field.name]
+def _leaf(key: str, hint: Any, field: dataclasses.Field) -> Leaf:
     is_container = typing.get_origin(hint) in (list, dict)
     alternatives = () if is_container else typing.get_args(hint)
     return Leaf(key, alternatives or (hint,), field.metadata)
@@ -121,6 +122,9 @@ def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable
     given |= {key: _parse(text, settings[key]) if key in settings else text for key, text in texts.items()}
     config, errors = OmegaConf.structured(tree), []
     for key, value in given.items():
+        if key in REMOVED:
+            errors.append(f"{key}={value} cannot be had any more, only what was {key}={REMOVED[key]}: leave it out")
+            continue
         if key not in settings:
             near = difflib.get_close_matches(key, settings, n=1, cutoff=0.3)
             errors.append(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))

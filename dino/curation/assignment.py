@@ -17,7 +17,7 @@ from dino.curation.points import Points
 from dino.distributed import reduced
 
 ROWS = 64  # products have a multiple of as many, as libraries round those of a few rows otherwise
-WORTHWHILE = 0.9  # of the centroids: where more have moved, all are compared
+WORTHWHILE = 0.9  # fraction of the centroids: where more have moved, all are compared
 ROUNDING = 2e-6  # of fp32 scores, relative to the squares that they come from
 BF16_STEP = 2**-7  # from one bf16 number to the next, at most, relative to it
 
@@ -31,17 +31,18 @@ class Assignment:
 
     Attributes:
         labels: (n,) int64, the nearest centroid of each point; the first of equals.
+        own_score: (n,) of each point with that centroid; see `_Scores`.
+        runner_up: (n,) what no other centroid's score exceeds.
         sums: (k, D) fp64, of the points of each cluster as `Points.integers`; of this process.
     """
 
     def __init__(self, points: Points, clusters: int, precision: torch.dtype = torch.float32):
         self.points, self.precision = points, precision
         self.labels = torch.full((len(points),), -1, device=points.device)
-        # Of each point the score of its centroid, and what no other centroid's exceeds.
-        self.best, self.others = torch.full((2, len(points)), math.inf, device=points.device)
+        self.own_score, self.runner_up = torch.full((2, len(points)), math.inf, device=points.device)
         self.squares = torch.zeros(len(points), device=points.device)
-        for place, block in points:
-            self.squares[place] = block.square().sum(dim=1)
+        for rows, block in points:
+            self.squares[rows] = block.square().sum(dim=1)
         self.sums = torch.zeros(clusters, points.mean.numel(), dtype=torch.float64, device=points.device)
         self.centroids: Tensor | None = None
 
@@ -51,21 +52,25 @@ class Assignment:
         if self.centroids is not None:
             moved = (centroids != self.centroids).any(dim=1)
         self.centroids = centroids
-        share = float(moved.float().mean())
-        if not share:
+        moved_fraction = float(moved.float().mean())
+        if not moved_fraction:
             return 0
-        every, exact = (_Scores(centroids, precision) for precision in (self.precision, torch.float32))
-        some = every if share > WORTHWHILE else _Scores(centroids[moved], self.precision)
+        compare_all = moved_fraction > WORTHWHILE
+        with_all, with_all_exactly = _Scores(centroids, self.precision), _Scores(centroids, torch.float32)
+        with_moved = with_all if compare_all else _Scores(centroids[moved], self.precision)
         changed = torch.zeros((), dtype=torch.int64, device=centroids.device)
-        for place, block in self.points:
-            old, scores = self.labels[place].clone(), some(block)
-            doubtful = self._set(place, scores, every) if some is every else self._revise(place, scores, moved, every)
-            if len(doubtful):
-                self._set(doubtful + place.start, exact(block[doubtful]), exact)
-            rows = (self.labels[place] != old).nonzero()[:, 0]
-            changed += len(rows)
-            if len(rows):
-                self._carry(block[rows], old[rows], self.labels[place][rows])
+        for rows, block in self.points:
+            old = self.labels[rows].clone()
+            scores = with_moved(block)
+            ambiguous = (
+                self._set(rows, scores, with_all) if compare_all else self._revise(rows, scores, moved, with_all)
+            )
+            if len(ambiguous):
+                self._set(ambiguous + rows.start, with_all_exactly(block[ambiguous]), with_all_exactly)
+            switched = (self.labels[rows] != old).nonzero()[:, 0]
+            changed += len(switched)
+            if len(switched):
+                self._move(block[switched], old[switched], self.labels[rows][switched])
         return int(reduced(changed))
 
     def settle(self, centroids: Tensor) -> None:
@@ -74,36 +79,42 @@ class Assignment:
             self.precision, self.centroids = torch.float32, None
         self.update(centroids)
 
-    def _set(self, rows: slice | Tensor, scores: Tensor, every: "_Scores") -> Tensor:
-        """Take what scores (m, k) with all centroids say of these points; gives places among them that need fp32."""
-        best, labels, second = _two_best(scores)
-        self.best[rows], self.labels[rows], self.others[rows] = best, labels, second
-        if every.precision == torch.float32:
-            return torch.empty(0, dtype=torch.int64)
-        return (best - second <= every.error(best, self.squares[rows], labels, labels)).nonzero()[:, 0]
-
-    def _revise(self, place: slice, scores: Tensor, moved: Tensor, every: "_Scores") -> Tensor:
-        """Take what scores (b, m) with the centroids that have moved (k,) say of a block's points.
+    def _set(self, rows: slice | Tensor, scores: Tensor, with_all: "_Scores") -> Tensor:
+        """Take over what scores (m, k) with all centroids say of these points.
 
         Returns:
-            The places in the block that this does not settle.
+            The indices among them of those that need fp32.
         """
-        old, held, others = self.labels[place], self.best[place], self.others[place]
-        score, column, next_ = _two_best(scores)
-        label = moved.nonzero()[:, 0][column]
-        left = moved[old]  # points whose own centroid moved: those that did not score `others` at most
-        known = torch.where(left, others, held)
-        error = every.error(known, self.squares[place], old, label)
-        doubtful = torch.where(left, score <= known + error, (score - known).abs() <= error)
-        taken = left | (score > held)
-        doubtful |= taken & (score - next_ <= error)
-        rivals = torch.where(taken, torch.where(left, next_, torch.maximum(next_, held)), score)
-        self.labels[place] = torch.where(taken, label, old)
-        self.best[place] = torch.where(taken, score, held)
-        self.others[place] = torch.maximum(others, rivals)
-        return doubtful.nonzero()[:, 0]
+        best, labels, second = _two_best(scores)
+        self.own_score[rows], self.labels[rows], self.runner_up[rows] = best, labels, second
+        if with_all.precision == torch.float32:
+            return torch.empty(0, dtype=torch.int64)
+        return (best - second <= with_all.error(best, self.squares[rows], labels, labels)).nonzero()[:, 0]
 
-    def _carry(self, block: Tensor, old: Tensor, new: Tensor) -> None:
+    def _revise(self, rows: slice, scores: Tensor, moved: Tensor, with_all: "_Scores") -> Tensor:
+        """Take over what scores (b, m) with the centroids that have moved (k,) say of a block's points.
+
+        Returns:
+            The indices in the block of those that this does not settle.
+        """
+        own, own_score, runner_up = self.labels[rows], self.own_score[rows], self.runner_up[rows]
+        best, column, second = _two_best(scores)
+        candidate = moved.nonzero()[:, 0][column]
+        # Where the own centroid has moved, its old score says nothing any more: the best of the moved ones is nearest
+        # if it beats those at rest, none of which exceeds the runner-up. Elsewhere it has to beat the own score.
+        own_moved = moved[own]
+        to_beat = torch.where(own_moved, runner_up, own_score)
+        error = with_all.error(to_beat, self.squares[rows], own, candidate)
+        ambiguous = torch.where(own_moved, best <= to_beat + error, (best - to_beat).abs() <= error)
+        switches = own_moved | (best > own_score)
+        ambiguous |= switches & (best - second <= error)
+        next_if_switched = torch.where(own_moved, second, torch.maximum(second, own_score))
+        self.labels[rows] = torch.where(switches, candidate, own)
+        self.own_score[rows] = torch.where(switches, best, own_score)
+        self.runner_up[rows] = torch.maximum(runner_up, torch.where(switches, next_if_switched, best))
+        return ambiguous.nonzero()[:, 0]
+
+    def _move(self, block: Tensor, old: Tensor, new: Tensor) -> None:
         """Take points out of the sums of their old clusters and add them to the new ones, without any drift."""
         integers = self.points.integers(block)
         self.sums.index_add_(0, new, integers)
@@ -141,15 +152,15 @@ class _Scores:
 
         In bf16, scores themselves are rounded, and so are the D coordinates before, by which products err each way.
         """
-        of_centroids = -(self.bias[one] + self.bias[other])  # squares
+        centroid_squares = -(self.bias[one] + self.bias[other])
         if self.precision == torch.float32:
-            return ROUNDING * (squares + of_centroids)
-        together = min(1.0, 4 / math.sqrt(self.centroids.shape[1]))
-        return BF16_STEP * (score.abs() + together / 2 * (squares * of_centroids).sqrt())
+            return ROUNDING * (squares + centroid_squares)
+        of_coordinates = min(1.0, 4 / math.sqrt(self.centroids.shape[1]))
+        return BF16_STEP * (score.abs() + of_coordinates / 2 * (squares * centroid_squares).sqrt())
 
 
 def _two_best(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (n, k): the highest score, its place, and the highest of the others (−∞ if k is 1); `scores` is used up.
+    """Of (n, k): the highest score, its column, and the second highest (−∞ if k is 1); `scores` is used up.
 
     On a CPU by NumPy, which is several times as fast as torch here.
     """

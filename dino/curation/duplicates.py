@@ -1,68 +1,106 @@
 """Duplicates: images of equal pixels, and near copies, of which one is kept (Oquab et al. 2023, appendix A).
 
-Features bring forward candidates; near ones are confirmed at image level, as different images of one thing may lie as
-close in feature space as copies do.
+Features propose pairs, thumbnails confirm them; a copy of a copy is a copy.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
 
-SIDE = 32  # pixels of a thumbnail
-SHIFT = 3  # pixels by which thumbnails may be apart
-SAME_GREY = 4  # of 255, by which the greys of two blank images may differ
-
-
-def thumbnail(image: Tensor) -> Tensor:
-    """(C, H, W) uint8 to (32, 32) uint8, the mean of the channels: what copies are confirmed by."""
-    grey = image.float().mean(dim=0, keepdim=True)[None]
-    small = F.interpolate(grey, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
-    return small[0, 0].round().clamp(0, 255).to(torch.uint8)
+from dino.curation.embed import Embedded
+from dino.curation.points import own_rows
+from dino.curation.settings import Duplicates
+from dino.curation.thumbnails import confirmed
+from dino.distributed import gathered_rows, reduced
+from dino.evaluation.neighbours import nearest
 
 
-def likeness(first: Tensor, second: Tensor) -> Tensor:
-    """Greatest correlation of two thumbnails over shifts of up to 3 pixels, whole or not.
+class Copies(NamedTuple):
+    """What is a copy of what among N images.
+
+    Attributes:
+        original: (N,) index of the image that stands for each: itself, or the one of its copies; −1: unreadable.
+        matches: (N,) number, from 1 on, of the test set that an image or one of its copies matches; 0: none.
+        near: (m, 2) pairs of near copies.
+        cosines: (m,) fp32, of their features.
+        candidates: pairs that features proposed.
+    """
+
+    original: np.ndarray
+    matches: np.ndarray
+    near: np.ndarray
+    cosines: np.ndarray
+    candidates: int
+
+
+def find_copies(
+    embedded: Embedded,
+    names: Sequence[str],
+    test_sets: Sequence[Embedded],
+    settings: Duplicates,
+    device: torch.device | str = "cpu",
+) -> Copies:
+    """Equal pixels, near copies, and matches with test sets; every process must call this and gets all.
 
     Args:
-        first, second: (n, 32, 32) uint8.
+        names: (N,) of the images.
+        test_sets: images that none of the pool's may match.
+        device: where features are compared.
+    """
+    near, cosines, candidates = near_copies(embedded, embedded, settings, device)
+    group = groups(len(embedded.hashes), np.concatenate([same_pixels(embedded.hashes), near]))
+    original = originals(group, embedded.sizes.prod(axis=1), np.array(names))
+    original[~embedded.readable] = -1
+    matches = np.zeros(len(group), dtype=np.int64)
+    for number, test_set in enumerate(test_sets, 1):
+        pairs, _, _ = near_copies(embedded, test_set, settings, device)
+        equal = np.isin(embedded.hashes, test_set.hashes[test_set.readable]) & embedded.readable
+        matching_groups = np.unique(np.concatenate([group[pairs[:, 0]], group[equal]]))
+        matches[np.isin(group, matching_groups) & (matches == 0)] = number
+    return Copies(original, matches, near, cosines, candidates)
+
+
+def near_copies(
+    first: Embedded, second: Embedded, settings: Duplicates, device: torch.device | str
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Near copies between images of `first` and of `second`, which may be the same; every process gets all.
+
+    One of each set of equal images is compared: many would be each other's neighbours, and no one else's.
 
     Returns:
-        (n,) in [−1, 1]; 1 where both are of one and the same grey, 0 where only one is of one grey, or each of another.
+        (m, 2) pairs of indices, (m,) cosines of their features, and how many candidates features proposed.
     """
-    if not len(first):
-        return torch.empty(0)
-    shifts = range(-SHIFT, SHIFT + 1)
-    surface = torch.stack(
-        [_correlation(first, second, down, right) for down in shifts for right in shifts], dim=1
-    ).view(-1, 1, len(shifts), len(shifts))
-    # Thin strokes half a pixel apart correlate little; between whole shifts the correlation is smooth.
-    finer = F.interpolate(surface, (16 * SHIFT + 1, 16 * SHIFT + 1), mode="bicubic", align_corners=True)
-    best = finer.amax(dim=(1, 2, 3)).clamp(max=1)
-    spread, mean = zip(*(torch.std_mean(pixels.flatten(1).float(), dim=1) for pixels in (first, second)), strict=True)
-    flat = [deviation < 1 for deviation in spread]
-    best[flat[0] | flat[1]] = 0
-    best[flat[0] & flat[1] & ((mean[0] - mean[1]).abs() < SAME_GREY)] = 1
-    return best
-
-
-def _correlation(first: Tensor, second: Tensor, down: int, right: int) -> Tensor:
-    """(n,) of what the two have in common when the first is moved."""
-
-    def part(pixels: Tensor, rows: int, columns: int) -> Tensor:
-        return pixels[:, max(0, rows) : SIDE + min(0, rows), max(0, columns) : SIDE + min(0, columns)]
-
-    return (_standard(part(first, -down, -right).float()) * _standard(part(second, down, right).float())).sum(
-        dim=(1, 2)
+    if not settings.near:
+        return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.float32), 0
+    among_themselves = first is second
+    queries, keys = distinct(first.hashes), distinct(second.hashes)
+    rows = own_rows(len(queries))
+    indices_and_cosines = nearest(
+        first.tokens[queries[rows]],
+        second.tokens if len(keys) == len(second.tokens) else second.tokens[keys],
+        settings.neighbours,
+        itself=rows.start if among_themselves else None,
+        device=device,
+        queries_of_all=len(queries),
     )
-
-
-def _standard(pixels: Tensor) -> Tensor:
-    """(n, h, w) less its mean, of length 1."""
-    centred = pixels - pixels.mean(dim=(1, 2), keepdim=True)
-    return F.normalize(centred.flatten(1), dim=1).view_as(centred)
+    neighbours, similarities = (tensor.numpy() for tensor in indices_and_cosines)
+    row, rank = np.nonzero((similarities >= settings.near) & (neighbours >= 0))
+    pairs = np.stack([queries[rows][row], keys[neighbours[row, rank]]], axis=1)
+    cosines = similarities[row, rank]
+    candidates = int(reduced(torch.tensor(len(pairs), device=device)))
+    if settings.similarity:
+        are_copies = confirmed(pairs, first.thumbnails, second.thumbnails, settings.similarity)
+        pairs, cosines = pairs[are_copies], cosines[are_copies]
+    pairs = gathered_rows(torch.from_numpy(pairs).to(device)).cpu().numpy()
+    cosines = gathered_rows(torch.from_numpy(cosines).to(device)).cpu().numpy()
+    if among_themselves:
+        pairs, firsts = np.unique(np.sort(pairs, axis=1), axis=0, return_index=True)
+        cosines = cosines[firsts]
+    return pairs, cosines, candidates
 
 
 def groups(count: int, pairs: np.ndarray) -> np.ndarray:
@@ -90,15 +128,6 @@ def same_pixels(hashes: np.ndarray) -> np.ndarray:
 
 
 def distinct(hashes: np.ndarray) -> np.ndarray:
-    """Places, ascending, of the first image of each hash; images that could not be read are none."""
-    found, firsts = np.unique(hashes, return_index=True)
-    return np.sort(firsts[found != ""])
-
-
-def confirmed(pairs: np.ndarray, first: np.ndarray, second: np.ndarray, least: float, chunk: int = 4096) -> np.ndarray:
-    """(m,) bool: whether the thumbnails of pairs (m, 2), places among `first` and `second`, are alike enough."""
-    alike = [
-        likeness(torch.from_numpy(first[part[:, 0]]), torch.from_numpy(second[part[:, 1]])).numpy() >= least
-        for part in np.array_split(pairs, max(1, -(-len(pairs) // chunk)))
-    ]
-    return np.concatenate(alike)
+    """Indices, ascending, of the first image of each hash; images that could not be read are none."""
+    values, firsts = np.unique(hashes, return_index=True)
+    return np.sort(firsts[values != ""])

@@ -1,25 +1,26 @@
 """A pool of images as embeddings in a memory-mapped file, written in parts that survive a kill."""
 
+import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.lib.format import open_memmap
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dino.curation.duplicates import SIDE, thumbnail
 from dino.curation.stage import Stage
-from dino.data import Images, UnreadableImage
+from dino.curation.thumbnails import SIDE, thumbnail
+from dino.data import Pool
 from dino.errors import UserError
-from dino.models import Backbone
+from dino.evaluation.features import Batch, read_batches
+from dino.files import write_text
+from dino.models import Backbone, Preprocess
 
 PART = 1024  # images
 LARGEST = float(np.finfo(np.float16).max)
@@ -34,6 +35,7 @@ class Embedded(NamedTuple):
         hashes: (N,) of the pixels, as hexadecimal digits; empty where there is no image.
         sizes: (N, 2), height and width in pixels.
         reasons: (N,) why there is no image, or nothing.
+        key: of the stage that has made this.
     """
 
     tokens: np.ndarray
@@ -41,6 +43,7 @@ class Embedded(NamedTuple):
     hashes: np.ndarray
     sizes: np.ndarray
     reasons: np.ndarray
+    key: list[Any]
 
     @property
     def readable(self) -> np.ndarray:
@@ -48,27 +51,24 @@ class Embedded(NamedTuple):
         return self.hashes != ""
 
 
-class _Inputs(Dataset):
-    """Images as the backbone takes them, with their thumbnail, hash and size; the reason where there is none."""
+class _Description(NamedTuple):
+    """What is taken of an image where it is decoded: `model_input` is what the backbone takes."""
 
-    def __init__(self, images: Images, transform: Callable[[Tensor], Tensor]):
-        self.images, self.transform = images, transform
+    model_input: Tensor
+    thumbnail: Tensor
+    digest: str
+    height: int
+    width: int
 
-    def __len__(self) -> int:
-        return len(self.images.names)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, str, tuple[int, int]] | str:
-        try:
-            image = self.images.read(row)
-        except UnreadableImage as reason:
-            return str(reason)
-        digest = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()[:32]
-        return self.transform(image), thumbnail(image), digest, (image.shape[1], image.shape[2])
+def _describe(image: Tensor, preprocess: Preprocess) -> _Description:
+    digest = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()[:32]
+    return _Description(preprocess(image), thumbnail(image), digest, image.shape[1], image.shape[2])
 
 
 @torch.inference_mode()
 def embed(
-    stage: Stage, backbone: Backbone, images: Images, batch_size: int, workers: int, accelerator: Accelerator
+    stage: Stage, backbone: Backbone, images: Pool, batch_size: int, workers: int, accelerator: Accelerator
 ) -> Embedded:
     """Embed what is not there yet; every process must call this and gets all.
 
@@ -76,73 +76,84 @@ def embed(
         UserError: a class token is not finite or too large for fp16.
     """
     folder, count = stage.folder, len(images.names)
-    files = {"tokens": ((count, backbone.embed_dim), np.float16), "thumbnails": ((count, SIDE, SIDE), np.uint8)}
     if stage.begin():
         if accelerator.is_main_process:
-            for name, (shape, dtype) in files.items():
-                if not (folder / f"{name}.npy").exists():
-                    open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
-            (folder / "parts").mkdir(exist_ok=True)
+            _create_files(folder, count, backbone.embed_dim)
         accelerator.wait_for_everyone()
-        mine = range(accelerator.process_index, -(-count // PART), accelerator.num_processes)
-        left = {
-            part: [range(first, min(first + batch_size, count, (part + 1) * PART))
-                   for first in range(part * PART, min(count, (part + 1) * PART), batch_size)]
-            for part in mine if not _facts(folder, part).exists()
-        }  # fmt: skip
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in files}
-        loader = DataLoader(
-            _Inputs(images, backbone.preprocess),
-            batch_sampler=[list(rows) for rows in itertools.chain.from_iterable(left.values())],
-            num_workers=workers,
-            collate_fn=list,
-        )
-        loaded = iter(loader)
-        with tqdm(
-            total=len(left), desc="embedding", unit=f" × {PART} images", disable=not accelerator.is_main_process
-        ) as bar:
-            for part, batches in left.items():
-                found = zip(batches, loaded, strict=False)
-                _embed_part(backbone, found, arrays, _facts(folder, part), accelerator)
-                bar.update()
+        own = range(accelerator.process_index, -(-count // PART), accelerator.num_processes)
+        missing = [part for part in own if not _facts_file(folder, part).exists()]
+        batches = {part: _batches(part, count, batch_size) for part in missing}
+        describe = functools.partial(_describe, preprocess=backbone.preprocess)
+        reading = read_batches(images, [batch for part in missing for batch in batches[part]], describe, workers)
+        bar = tqdm(missing, desc="embedding", unit=f" × {PART} images", disable=not accelerator.is_main_process)
+        for part in bar:
+            _embed_part(backbone, batches[part], reading, _facts_file(folder, part), accelerator)
         stage.finish()
-    tokens, thumbnails = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in files)
-    facts = [row for part in range(-(-count // PART)) for row in json.loads(_facts(folder, part).read_text())]
-    hashes, heights, widths, reasons = (np.array(column) for column in zip(*facts, strict=True))
-    return Embedded(tokens, thumbnails, hashes, np.stack([heights, widths], axis=1), reasons)
+    facts = [row for part in range(-(-count // PART)) for row in json.loads(_facts_file(folder, part).read_text())]
+    return Embedded(
+        tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
+        thumbnails=np.load(folder / "thumbnails.npy", mmap_mode="r"),
+        hashes=np.array([digest for digest, _, _, _ in facts]),
+        sizes=np.array([[height, width] for _, height, width, _ in facts]),
+        reasons=np.array([reason for _, _, _, reason in facts]),
+        key=stage.key,
+    )
 
 
-def _facts(folder: Path, part: int) -> Path:
+def _create_files(folder: Path, count: int, width: int) -> None:
+    """The arrays of all images, if a run before this one has not made them."""
+    for file, shape, dtype in (
+        (folder / "tokens.npy", (count, width), np.float16),
+        (folder / "thumbnails.npy", (count, SIDE, SIDE), np.uint8),
+    ):
+        if not file.exists():
+            open_memmap(file, "w+", dtype, shape).flush()
+    (folder / "parts").mkdir(exist_ok=True)
+
+
+def _batches(part: int, count: int, batch_size: int) -> list[list[int]]:
+    """Indices of the images of each batch of a part."""
+    first, last = part * PART, min(count, (part + 1) * PART)
+    return [list(range(start, min(start + batch_size, last))) for start in range(first, last, batch_size)]
+
+
+def _facts_file(folder: Path, part: int) -> Path:
     """The file of a part's hashes, sizes and reasons; it is there once the part's embeddings are."""
     return folder / "parts" / f"{part:06d}.json"
 
 
 def _embed_part(
-    backbone: Backbone,
-    batches: Iterable[tuple[range, list]],
-    arrays: dict[str, np.ndarray],
-    file: Path,
-    accelerator: Accelerator,
+    backbone: Backbone, batches: list[list[int]], reading: Iterator[Batch], facts_file: Path, accelerator: Accelerator
 ) -> None:
-    """Embed a part's batches, each with its rows, and write down that it is done."""
+    """Embed a part's batches, which are the next of `reading`, and write down that it is done."""
+    folder = facts_file.parent.parent
+    all_tokens = np.load(folder / "tokens.npy", mmap_mode="r+")
+    all_thumbnails = np.load(folder / "thumbnails.npy", mmap_mode="r+")
     facts = []
-    for rows, batch in batches:
-        found = [(row, *item) for row, item in zip(rows, batch, strict=True) if not isinstance(item, str)]
-        if found:
-            numbers, inputs, thumbnails, _, _ = zip(*found, strict=True)
-            with accelerator.autocast():
-                tokens = backbone(torch.stack(inputs).to(accelerator.device)).float().cpu()
-            if not bool((tokens.abs() <= LARGEST).all()):
-                raise UserError(
-                    "a class token is NaN, infinite or above 65,504, which does not fit into fp16: "
-                    "embed with other weights, or with --mixed_precision no",
-                    alone=True,
-                )
-            arrays["tokens"][list(numbers)] = tokens.half().numpy()
-            arrays["thumbnails"][list(numbers)] = torch.stack(thumbnails).numpy()
-        facts += [("", 0, 0, item) if isinstance(item, str) else (item[2], *item[3], "") for item in batch]
-    for array in arrays.values():
-        array.flush()  # type: ignore[attr-defined]  # of a memory map
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(facts))
-    partial.replace(file)
+    for indices in batches:
+        batch = next(reading)
+        of_image = {index: ("", 0, 0, reason) for index, reason in batch.reasons.items()}
+        if batch.inputs:
+            readable = [indices[position] for position in batch.positions]
+            inputs = torch.stack([description.model_input for description in batch.inputs])
+            all_tokens[readable] = _class_tokens(backbone, inputs, accelerator)
+            all_thumbnails[readable] = torch.stack([description.thumbnail for description in batch.inputs]).numpy()
+            for index, description in zip(readable, batch.inputs, strict=True):
+                of_image[index] = (description.digest, description.height, description.width, "")
+        facts += [of_image[index] for index in indices]
+    all_tokens.flush()
+    all_thumbnails.flush()
+    write_text(facts_file, json.dumps(facts))
+
+
+def _class_tokens(backbone: Backbone, inputs: Tensor, accelerator: Accelerator) -> np.ndarray:
+    """(B, D) fp16."""
+    with accelerator.autocast():
+        tokens = backbone(inputs.to(accelerator.device)).float().cpu()
+    if not bool((tokens.abs() <= LARGEST).all()):
+        raise UserError(
+            "a class token is NaN, infinite or above 65,504, which does not fit into fp16: "
+            "embed with other weights, or with --mixed_precision no",
+            alone=True,
+        )
+    return tokens.half().numpy()

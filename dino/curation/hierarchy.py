@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dino.curation.kmeans import Clustering, kmeans
-from dino.curation.points import Points, share
-from dino.distributed import gathered_rows, rank_and_size
+from dino.curation.points import Points, own_rows
+from dino.distributed import gathered_rows
 from dino.errors import UserError
 
 
@@ -48,7 +48,7 @@ def hierarchical_kmeans(
     Args:
         clusters: of each level, fewer from one to the next.
         resamplings: how often each level is clustered anew on a few points of each cluster.
-        sample: how many: the nearest to the centroid.
+        sample: points of each cluster that this takes: the nearest to its centroid.
         progress: folder in which a killed call keeps what the next one goes on from.
 
     Raises:
@@ -62,55 +62,51 @@ def hierarchical_kmeans(
     levels: list[Level] = []
     below = points
     for number, count in enumerate(clusters, 1):
-        found: Clustering | None = None
+        clustering: Clustering | None = None
         for turn in range(resamplings + 1):
-            again = f", resampled {turn}" if turn else ""
-            arguments = (
-                count, iterations, seed + turn, precision, None,
-                progress and progress / f"level{number}-{turn}.safetensors", f"level {number}{again}",
-            )  # fmt: skip
-            if found is None:
-                found = kmeans(below, *arguments)
-                continue
-            rows = nearest_members(below, found, sample)
-            if len(rows) < count:  # equal points: clusters are empty
+            part = below if clustering is None else _central_points(below, clustering, sample)
+            if part.total < count:  # equal points: clusters are empty
                 break
-            some = below.at(rows) + below.mean.float()
-            part = Points(some[_mine(len(some))], below.device, below.spherical)
-            centroids = kmeans(part, *arguments).centroids
-            found = kmeans(below, count, 0, initial=centroids)
-        assert found is not None
-        whole = number == 1
-        levels.append(
-            Level(
-                found.centroids,
-                found.labels if whole else gathered_rows(found.labels),
-                found.distances if whole else gathered_rows(found.distances),
+            clustering = kmeans(
+                part,
+                count,
+                iterations=iterations,
+                seed=seed + turn,
+                precision=precision,
+                progress=None if progress is None else progress / f"level{number}-{turn}.safetensors",
+                title=f"level {number}, resampled {turn}" if turn else f"level {number}",
             )
-        )
-        below = Points(found.centroids[_mine(count)], points.device, points.spherical)
+            if turn:
+                clustering = kmeans(below, count, iterations=0, initial=clustering.centroids)
+        assert clustering is not None
+        labels = clustering.labels if number == 1 else gathered_rows(clustering.labels)
+        distances = clustering.distances if number == 1 else gathered_rows(clustering.distances)
+        levels.append(Level(clustering.centroids, labels, distances))
+        below = Points(clustering.centroids[own_rows(count)], points.device, points.spherical)
     return levels
 
 
-def nearest_members(points: Points, found: Clustering, count: int) -> Tensor:
-    """Of each cluster the `count` points nearest to its centroid, by their numbers among all, in ascending order."""
-    order = np.lexsort((found.distances.cpu().numpy(), found.labels.cpu().numpy()))
-    own = order[_places_within(found.labels.cpu().numpy()[order]) < count]
-    facts = [found.labels[own].double(), found.distances[own].double(), torch.from_numpy(own + points.first).double()]
-    candidates = gathered_rows(torch.stack([fact.cpu() for fact in facts], dim=1).to(points.device)).cpu().numpy()
-    candidates = candidates[np.lexsort((candidates[:, 2], candidates[:, 1], candidates[:, 0]))]
-    chosen = candidates[_places_within(candidates[:, 0]) < count, 2]
-    return torch.from_numpy(np.sort(chosen).astype(np.int64)).to(points.device)
+def _central_points(points: Points, clustering: Clustering, count: int) -> Points:
+    """The `count` points of each cluster that are nearest to its centroid."""
+    members = points.at(nearest_members(points, clustering, count)) + points.mean.float()
+    return Points(members[own_rows(len(members))], points.device, points.spherical)
 
 
-def _places_within(sorted_labels: np.ndarray) -> np.ndarray:
+def nearest_members(points: Points, clustering: Clustering, count: int) -> Tensor:
+    """Of each cluster the `count` points nearest to its centroid, by their indices among all, in ascending order."""
+    own_labels, own_distances = clustering.labels.cpu().numpy(), clustering.distances.cpu().numpy()
+    order = np.lexsort((own_distances, own_labels))
+    candidates = torch.from_numpy(order[_rank_within(own_labels[order]) < count]).to(points.device)
+    labels = gathered_rows(clustering.labels[candidates]).cpu().numpy()
+    distances = gathered_rows(clustering.distances[candidates]).cpu().numpy()
+    indices = gathered_rows(candidates + points.first).cpu().numpy()
+    order = np.lexsort((indices, distances, labels))
+    nearest = indices[order[_rank_within(labels[order]) < count]]
+    return torch.from_numpy(np.sort(nearest)).to(points.device)
+
+
+def _rank_within(sorted_labels: np.ndarray) -> np.ndarray:
     """0, 1, 2 … within each run of equal labels."""
     starts = np.flatnonzero(np.diff(sorted_labels, prepend=sorted_labels[:1] - 1))
     lengths = np.diff(starts, append=len(sorted_labels))
     return np.arange(len(sorted_labels)) - np.repeat(starts, lengths)
-
-
-def _mine(points: int) -> slice:
-    """This process's share."""
-    rows = share(points, *rank_and_size())
-    return slice(rows.start, rows.stop)

@@ -1,6 +1,6 @@
-"""k-means over all processes: each holds a share of the points, and only sums and counts travel.
+"""k-means over all processes: each holds a shard of the points, and only sums and counts travel.
 
-The result depends on the points, the number of clusters and the seed, not on how many processes share the points.
+The result depends on the points, the number of clusters and the seed, not on how many processes hold the points.
 """
 
 import math
@@ -20,6 +20,7 @@ from dino.curation.assignment import Assignment
 from dino.curation.points import Points, exact_scale
 from dino.distributed import gathered_rows, rank_and_size, reduced
 from dino.errors import UserError
+from dino.files import replacing
 
 SAMPLE = 16  # points a cluster, among which k-means++ looks for the first centroids
 
@@ -33,7 +34,7 @@ class Clustering(NamedTuple):
         distances: (n,) fp32, squared, to it; if spherical 2 − 2·cosine.
         sizes: (k,) int64, points of all processes.
         objective: mean squared distance of all points.
-        iterations: taken until no point changed its cluster, or until the limit.
+        iterations: until no point changed its cluster, or until the limit.
     """
 
     centroids: Tensor
@@ -42,6 +43,15 @@ class Clustering(NamedTuple):
     sizes: Tensor
     objective: float
     iterations: int
+
+
+class _Progress(NamedTuple):
+    """Where a call stands: centroids (k, D) less the mean of all points, before and after its latest iteration."""
+
+    iteration: int
+    before: Tensor
+    centroids: Tensor
+    converged: bool = False
 
 
 def kmeans(
@@ -70,43 +80,44 @@ def kmeans(
     """
     if not 1 <= clusters <= points.total:
         raise UserError(f"{clusters:,} clusters of {points.total:,} points: there must be at least as many points")
-    begin, before, centroids, ended = _earlier(progress, points.device)
     assignment = Assignment(points, clusters, precision)
-    if before is not None and not ended:
-        assignment.update(before)  # so that it is known what changes next
-    if centroids is None:
-        centroids = (
-            seeds(points, clusters, seed) if initial is None else initial.to(points.device) - points.mean.float()
-        )
+    state = _load(progress, points.device)
+    if state is None:
+        first = seeds(points, clusters, seed) if initial is None else initial.to(points.device) - points.mean.float()
+        state = _Progress(0, first, first)
+    elif not state.converged:
+        assignment.update(state.before)  # so that it is known what changes next
     rank, _ = rank_and_size()
-    taken = begin
+    hidden = rank > 0 or not iterations
     with tqdm(
-        total=iterations, initial=begin, desc=title, unit="iteration", leave=False, disable=rank > 0 or not iterations
+        total=iterations, initial=state.iteration, desc=title, unit="iteration", leave=False, disable=hidden
     ) as bar:
-        for taken in range(begin + 1, begin if ended else iterations + 1):
-            changed = assignment.update(centroids)
+        while state.iteration < iterations and not state.converged:
+            changed = assignment.update(state.centroids)
             bar.set_postfix_str(f"{changed / points.total:.2%} changed", refresh=False)
             bar.update()
-            if not changed:
-                _keep(progress, taken, centroids, centroids, rank, ended=True)
-                break
-            sizes, before = reduced(torch.bincount(assignment.labels, minlength=clusters)), centroids
-            centroids = _means(points, reduced(assignment.sums.clone()), sizes, before, assignment.labels)
-            _keep(progress, taken, before, centroids, rank)
-    assignment.settle(centroids)
-    labels = assignment.labels
-    distances = _distances(points, centroids, labels)
+            moved = _moved_centroids(points, assignment, state.centroids) if changed else state.centroids
+            state = _Progress(state.iteration + 1, state.centroids, moved, converged=not changed)
+            if progress is not None and rank == 0:
+                _save(progress, state)
+    assignment.settle(state.centroids)
+    return _clustering(points, assignment.labels, state)
+
+
+def _clustering(points: Points, labels: Tensor, state: _Progress) -> Clustering:
+    """What is known of the clusters in the end."""
+    distances = _distances(points, state.centroids, labels)
     largest = distances.max() if len(distances) else torch.zeros((), device=points.device)
     scale = exact_scale(points.total, float(reduced(largest.clone(), dist.ReduceOp.MAX)))
     total = reduced((distances.double() * scale).round().sum())
-    whole = centroids + points.mean.float()
+    centroids = state.centroids + points.mean.float()
     return Clustering(
-        F.normalize(whole, dim=1) if points.spherical else whole,
-        labels,
-        distances,
-        reduced(torch.bincount(labels, minlength=clusters)),
-        float(total) / scale / points.total,
-        taken,
+        centroids=F.normalize(centroids, dim=1) if points.spherical else centroids,
+        labels=labels,
+        distances=distances,
+        sizes=reduced(torch.bincount(labels, minlength=len(centroids))),
+        objective=float(total) / scale / points.total,
+        iterations=state.iteration,
     )
 
 
@@ -117,28 +128,31 @@ def seeds(points: Points, clusters: int, seed: int) -> Tensor:
         (k, D), less the mean of all points; the same in every process.
     """
     generator = np.random.default_rng((seed, clusters))
-    drawn = np.sort(generator.choice(points.total, min(points.total, SAMPLE * clusters), replace=False))
-    sample = points.at(torch.from_numpy(drawn).to(points.device))
+    indices = np.sort(generator.choice(points.total, min(points.total, SAMPLE * clusters), replace=False))
+    sample = points.at(torch.from_numpy(indices).to(points.device))
     squares = sample.square().sum(dim=1)
-    chosen = [int(generator.integers(len(sample)))]
+    rows = [int(generator.integers(len(sample)))]
     nearest = torch.full_like(squares, math.inf)
-    for draw in generator.random(clusters - 1):
-        newest = sample[chosen[-1]]
-        nearest = torch.minimum(nearest, (squares - 2 * (sample @ newest) + squares[chosen[-1]]).clamp(min=0))
-        nearest[chosen[-1]] = 0
+    for number in generator.random(clusters - 1):
+        newest = sample[rows[-1]]
+        nearest = torch.minimum(nearest, (squares - 2 * (sample @ newest) + squares[rows[-1]]).clamp(min=0))
+        nearest[rows[-1]] = 0
         heights = nearest.double().cumsum(dim=0)
-        place = torch.searchsorted(heights, draw * heights[-1], right=True)
-        chosen.append(int(place.clamp(max=len(sample) - 1)))
-    return sample[chosen]
+        row = torch.searchsorted(heights, number * heights[-1], right=True)
+        rows.append(int(row.clamp(max=len(sample) - 1)))
+    return sample[rows]
 
 
-def _means(points: Points, sums: Tensor, sizes: Tensor, before: Tensor, labels: Tensor) -> Tensor:
-    """Centroids (k, D) less the mean, from the sums of all processes."""
+def _moved_centroids(points: Points, assignment: Assignment, before: Tensor) -> Tensor:
+    """The means (k, D) of the clusters of all processes, less the mean of all points."""
+    sizes = reduced(torch.bincount(assignment.labels, minlength=len(before)))
+    sums = reduced(assignment.sums.clone())
     means = (sums / (sizes.clamp(min=1)[:, None] * points.scale)).float()
     if points.spherical:
         means = F.normalize(means + points.mean.float(), dim=1) - points.mean.float()
-    if empty := (sizes == 0).nonzero()[:, 0].tolist():
-        farthest = _farthest(points, before, means, labels, len(empty))
+    empty = (sizes == 0).nonzero()[:, 0].tolist()
+    if empty:
+        farthest = _farthest(points, before, means, assignment.labels, len(empty))
         means[empty] = before[empty]
         means[empty[: len(farthest)]] = farthest
     return means
@@ -146,42 +160,37 @@ def _means(points: Points, sums: Tensor, sizes: Tensor, before: Tensor, labels: 
 
 def _farthest(points: Points, before: Tensor, means: Tensor, labels: Tensor, count: int) -> Tensor:
     """The points, at most `count`, that lay farthest from their centroids and are not on them; the first of equals."""
-    placed = _distances(points, means, labels) <= 1e-13 * points.largest**2
-    distances = _distances(points, before, labels).double().masked_fill(placed, 0.0)
-    best = distances.sort(descending=True, stable=True)
-    some = slice(0, min(count, len(distances)))
-    found = torch.full((count, 2), -1.0, dtype=torch.float64, device=points.device)
-    found[some, 0], found[some, 1] = best.values[some], (best.indices[some] + points.first).double()
-    of_all = gathered_rows(found)
-    order = of_all[of_all[:, 1].argsort()]
-    order = order[order[:, 0].argsort(descending=True, stable=True)][:count]
-    return points.at(order[order[:, 0] > 0, 1].long())
+    on_centroid = _distances(points, means, labels) <= 1e-13 * points.largest**2
+    distances = _distances(points, before, labels).masked_fill(on_centroid, 0.0)
+    own = distances.sort(descending=True, stable=True)
+    distances = gathered_rows(own.values[:count])
+    indices = gathered_rows(own.indices[:count] + points.first)
+    by_index = indices.argsort()
+    distances, indices = distances[by_index], indices[by_index]
+    order = distances.argsort(descending=True, stable=True)[:count]
+    return points.at(indices[order][distances[order] > 0])
 
 
 def _distances(points: Points, centroids: Tensor, labels: Tensor) -> Tensor:
     """(n,) squared distance of each point to its centroid, from the difference: near ones keep their digits."""
-    found = torch.zeros(len(points), device=points.device)
-    for place, block in points:
-        found[place] = (block - centroids[labels[place]]).square().sum(dim=1)
-    return found
+    distances = torch.zeros(len(points), device=points.device)
+    for rows, block in points:
+        distances[rows] = (block - centroids[labels[rows]]).square().sum(dim=1)
+    return distances
 
 
-def _earlier(progress: Path | None, device: torch.device) -> tuple[int, Tensor | None, Tensor | None, bool]:
-    """Iterations taken, centroids of the last and of the next, and whether no point changed any more."""
-    if progress is None or not progress.exists():
-        return 0, None, None, False
-    with safe_open(progress, framework="pt") as file:
-        facts = file.metadata()
-        before, centroids = (file.get_tensor(name).to(device) for name in ("before", "centroids"))
-        return int(facts["iteration"]), before, centroids, facts["ended"] == "True"
+def _load(file: Path | None, device: torch.device) -> _Progress | None:
+    """Where an earlier call stood, if there was one."""
+    if file is None or not file.exists():
+        return None
+    with safe_open(file, framework="pt") as opened:
+        facts = opened.metadata()
+        before, centroids = opened.get_tensor("before").to(device), opened.get_tensor("centroids").to(device)
+    return _Progress(int(facts["iteration"]), before, centroids, facts["converged"] == "True")
 
 
-def _keep(
-    progress: Path | None, iteration: int, before: Tensor, centroids: Tensor, rank: int, ended: bool = False
-) -> None:
-    if progress is None or rank:
-        return
-    partial = progress.with_name(f".{progress.name}.partial")
-    facts = {"iteration": str(iteration), "ended": str(ended)}
-    save_file({"before": before.cpu().clone(), "centroids": centroids.cpu().clone()}, partial, metadata=facts)
-    partial.replace(progress)
+def _save(file: Path, state: _Progress) -> None:
+    facts = {"iteration": str(state.iteration), "converged": str(state.converged)}
+    tensors = {"before": state.before.cpu().clone(), "centroids": state.centroids.cpu().clone()}
+    with replacing(file, durable=False) as partial:
+        save_file(tensors, partial, metadata=facts)

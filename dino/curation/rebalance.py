@@ -1,59 +1,60 @@
-"""How often each image is drawn: equal shares for clusters, level by level, or what is near to given images."""
+"""How often each image is drawn: equal parts for clusters, level by level, or what is near to given images."""
 
 import numpy as np
 
 
-def water_filling(capacities: np.ndarray, budget: float, wanted: np.ndarray | None = None) -> np.ndarray:
-    """Shares of a budget in proportion to what is wanted, but none above its capacity: min(c, cut · w), adding up.
+def water_filling(capacities: np.ndarray, budget: float, proportions: np.ndarray | None = None) -> np.ndarray:
+    """Parts of a budget in given proportions, but none above its capacity: min(c, level · p), adding up.
 
     Args:
         capacities: (k,) of each, not negative.
-        wanted: (k,) above 0; None: equal.
+        proportions: (k,) above 0; None: equal.
 
     Returns:
         (k,) fp64; all capacities where the budget exceeds their sum.
     """
     capacities = np.asarray(capacities, dtype=np.float64)
-    wanted = np.ones(len(capacities)) if wanted is None else wanted
+    proportions = np.ones(len(capacities)) if proportions is None else proportions
     if budget >= capacities.sum():
         return capacities.copy()
-    order = np.argsort(capacities / wanted, kind="stable")
-    full, rest = capacities[order], wanted[order]
-    below = np.cumsum(full) - full
-    cuts = (budget - below) / np.cumsum(rest[::-1])[::-1]  # the cut if all before are full
-    fits = cuts * rest <= full
-    # By a rounding, the budget may be less than the sum and yet no cut fit.
-    return np.minimum(capacities, cuts[fits.argmax()] * wanted) if fits.any() else capacities.copy()
+    order = np.argsort(capacities / proportions, kind="stable")
+    capacity, proportion = capacities[order], proportions[order]
+    budget_before = np.cumsum(capacity) - capacity
+    levels = (budget - budget_before) / np.cumsum(proportion[::-1])[::-1]  # the level if all before are full
+    fits = levels * proportion <= capacity
+    if not fits.any():  # by a rounding, the budget may be less than the sum and yet no level fit
+        return capacities.copy()
+    return np.minimum(capacities, levels[fits.argmax()] * proportions)
 
 
-def whole_numbers(shares: np.ndarray, capacities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Shares rounded to integers of the same sum (rounded), none above its capacity; who gets the rest is drawn."""
-    floors = np.minimum(np.floor(shares + 1e-9), capacities).astype(np.int64)
-    left = round(float(shares.sum())) - int(floors.sum())
-    order = generator.permutation(len(shares))
-    order = order[np.argsort(-(shares - floors)[order], kind="stable")]
-    able = order[floors[order] < np.asarray(capacities)[order]]
-    floors[able[:left]] += 1
+def whole_numbers(parts: np.ndarray, capacities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Parts rounded to integers of the same sum (rounded), none above its capacity; who gets the rest is drawn."""
+    floors = np.minimum(np.floor(parts + 1e-9), capacities).astype(np.int64)
+    rest = round(float(parts.sum())) - int(floors.sum())
+    order = generator.permutation(len(parts))
+    order = order[np.argsort(-(parts - floors)[order], kind="stable")]
+    with_room = order[floors[order] < np.asarray(capacities)[order]]
+    floors[with_room[:rest]] += 1
     return floors
 
 
 def flat(
     labels: np.ndarray, clusters: int, smoothing: float = 0.0, budget: float | None = None, repeats: float = np.inf
 ) -> np.ndarray:
-    """Weights (N,) that add up to the budget: each cluster gets a share in proportion to size^smoothing.
+    """Weights (N,) that add up to the budget: each cluster gets a part in proportion to size^smoothing.
 
     Args:
         labels: (N,) cluster of each image, −1: none, weight 0.
-        smoothing: 0: equal shares; 1: shares as they are.
+        smoothing: 0: equal parts; 1: in proportion to size.
         budget: draws in all; None: N.
-        repeats: the most that one image may get; what a cluster cannot take, the others share.
+        repeats: the most that one image may get; what a cluster cannot take, the others get.
     """
     sizes = np.bincount(labels[labels >= 0], minlength=clusters).astype(np.float64)
-    there = sizes > 0
+    occupied = sizes > 0
     each = np.zeros(clusters)
     total = len(labels) if budget is None else budget
-    capacities = np.minimum(sizes[there] * repeats, total)
-    each[there] = water_filling(capacities, total, sizes[there] ** smoothing) / sizes[there]
+    capacities = np.minimum(sizes[occupied] * repeats, total)
+    each[occupied] = water_filling(capacities, total, sizes[occupied] ** smoothing) / sizes[occupied]
     return np.where(labels >= 0, each[labels], 0.0)
 
 
@@ -65,22 +66,23 @@ def hierarchical(levels: list[np.ndarray], budget: float, repeats: float = 1.0) 
         budget: draws in all.
         repeats: the most that one image may get.
     """
-    of_image = levels[0]
-    sizes = [np.bincount(of_image[of_image >= 0], minlength=len(levels[1]) if levels[1:] else 0)]
-    for number, above in enumerate(levels[1:], 2):
-        sizes.append(np.bincount(above, weights=sizes[-1], minlength=len(levels[number]) if levels[number:] else 0))
-    shares = water_filling(sizes[-1] * repeats, budget)
-    for above, below in zip(reversed(levels[1:]), reversed(sizes[:-1]), strict=True):
-        lower = np.zeros(len(below))
-        for parent, children in enumerate(members(above, len(shares))):
-            lower[children] = water_filling(below[children] * repeats, shares[parent])
-        shares = lower
-    each = np.divide(shares, sizes[0], out=np.zeros_like(shares), where=sizes[0] > 0)
-    return np.where(of_image >= 0, each[of_image], 0.0)
+    labels, parents_of_levels = levels[0], levels[1:]
+    clusters = [len(parents) for parents in parents_of_levels] + [0]  # of each level; of the top one, as many as occur
+    sizes = [np.bincount(labels[labels >= 0], minlength=clusters[0])]  # images in each cluster, level by level
+    for parents, above in zip(parents_of_levels, clusters[1:], strict=True):
+        sizes.append(np.bincount(parents, weights=sizes[-1], minlength=above))
+    parts = water_filling(sizes[-1] * repeats, budget)
+    for parents, below in zip(reversed(parents_of_levels), reversed(sizes[:-1]), strict=True):
+        parts_below = np.zeros(len(below))
+        for parent, children in enumerate(members(parents, len(parts))):
+            parts_below[children] = water_filling(below[children] * repeats, parts[parent])
+        parts = parts_below
+    each = np.divide(parts, sizes[0], out=np.zeros_like(parts), where=sizes[0] > 0)
+    return np.where(labels >= 0, each[labels], 0.0)
 
 
 def subset(weights: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """Whole numbers of draws (N,) for weights that are equal within each cluster, in which who is taken is drawn.
+    """Whole numbers of draws (N,) for weights that are equal within each cluster, in which who gets one is drawn.
 
     Args:
         labels: (N,) cluster of each image, −1: none.
@@ -89,45 +91,39 @@ def subset(weights: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     clusters = int(labels.max(initial=-1)) + 1
     inside = labels >= 0
     sizes = np.bincount(labels[inside], minlength=clusters)
-    shares = np.bincount(labels[inside], weights=weights[inside], minlength=clusters).astype(np.float64)
-    most = np.ceil(np.divide(shares, sizes, out=np.zeros_like(shares), where=sizes > 0) - 1e-9)
-    totals = whole_numbers(shares, sizes * most, generator)
+    parts = np.bincount(labels[inside], weights=weights[inside], minlength=clusters).astype(np.float64)
+    most = np.ceil(np.divide(parts, sizes, out=np.zeros_like(parts), where=sizes > 0) - 1e-9)
+    totals = whole_numbers(parts, sizes * most, generator)
     order = np.lexsort((generator.permutation(len(labels)), labels))
     order = order[labels[order] >= 0]
     starts = np.concatenate([[0], np.cumsum(sizes)])[:-1]
-    place = np.arange(len(order)) - starts[labels[order]]
+    rank = np.arange(len(order)) - starts[labels[order]]  # of an image in its cluster
     draws = np.zeros(len(labels), dtype=np.int64)
-    full, rest = np.divmod(totals, np.maximum(sizes, 1))
-    draws[order] = full[labels[order]] + (place < rest[labels[order]])
+    of_each, rest = np.divmod(totals, np.maximum(sizes, 1))
+    draws[order] = of_each[labels[order]] + (rank < rest[labels[order]])
     return draws
 
 
-def by_samples(places: np.ndarray, count: int) -> np.ndarray:
+def by_samples(neighbours: np.ndarray, count: int) -> np.ndarray:
     """(count,) bool: images that are among the neighbours (Q, k) of a seed image; −1 are none."""
-    chosen = np.zeros(count, dtype=bool)
-    chosen[places[places >= 0]] = True
-    return chosen
+    selected = np.zeros(count, dtype=bool)
+    selected[neighbours[neighbours >= 0]] = True
+    return selected
 
 
 def by_clusters(labels: np.ndarray, seed_labels: np.ndarray, least: int, most: int, seed: int) -> np.ndarray:
     """(N,) bool: at most `most` images at random of every cluster in which at least `least` seed images lie."""
     hits = np.bincount(seed_labels, minlength=int(labels.max(initial=-1)) + 1)
     generator = np.random.default_rng(seed)
-    chosen = np.zeros(len(labels), dtype=bool)
+    selected = np.zeros(len(labels), dtype=bool)
     of_cluster = members(labels, len(hits))
     for cluster in np.flatnonzero(hits >= least):
-        chosen[generator.permutation(of_cluster[cluster])[:most]] = True
-    return chosen
+        selected[generator.permutation(of_cluster[cluster])[:most]] = True
+    return selected
 
 
 def members(labels: np.ndarray, clusters: int) -> list[np.ndarray]:
-    """The places at which each label is, in ascending order; −1 is no label."""
+    """The indices at which each label is, in ascending order; −1 is no label."""
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
     return np.split(order, np.cumsum(np.bincount(labels[order], minlength=clusters))[:-1])
-
-
-def effective_number(shares: np.ndarray) -> float:
-    """exp of the entropy: how many equal clusters would be as diverse."""
-    shares = shares[shares > 0] / shares.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from dino.errors import UserError
+from dino.files import write_text
 
 
 class Stage:
@@ -19,21 +20,30 @@ class Stage:
     """
 
     def __init__(self, folder: Path, key: list[Any], accelerator: Accelerator):
-        self.folder, self.accelerator = folder, accelerator
-        self.key = json.dumps(key, sort_keys=True)
+        self.folder, self.key, self.accelerator = folder, key, accelerator
 
     def begin(self) -> bool:
-        """Whether there is work left; what was made by another key is removed. Every process must call this.
+        """Whether there is work to do; what was made by another key is removed. Every process must call this.
 
         Raises:
             UserError: the folder holds something else, which is left alone.
         """
-        begun, done = self.folder / "begun.json", self.folder / "done.json"
-        if self.accelerator.is_main_process and not (begun.exists() and begun.read_text() == self.key):
+        begun, done, key = self.folder / "begun.json", self.folder / "done.json", self._key_text()
+        if self.accelerator.is_main_process and not (begun.exists() and begun.read_text() == key):
             self._clear(begun)
-            begun.write_text(self.key)
+            write_text(begun, key)
         self.accelerator.wait_for_everyone()
         return not done.exists()
+
+    def finish(self) -> None:
+        """Mark it as done; every process must call this when its part is."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_text(self.folder / "done.json", self._key_text())
+        self.accelerator.wait_for_everyone()
+
+    def _key_text(self) -> str:
+        return json.dumps(self.key, sort_keys=True)
 
     def _clear(self, begun: Path) -> None:
         """Leave nothing but `begun`, which says nothing from the start on: a kill leaves what must be cleared again."""
@@ -50,10 +60,3 @@ class Stage:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-    def finish(self) -> None:
-        """Mark it as done; every process must call this when its part is."""
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (self.folder / "done.json").write_text(self.key)
-        self.accelerator.wait_for_everyone()

@@ -5,12 +5,9 @@ from dino.data.pool import Pool, fingerprint, open_images, read_or_reason, sampl
 from dino.data.resident import Canvas, ResidentImages, estimated_bytes
 from dino.data.sampler import EpochStream, MicroBatches
 
-Images = Pool
-
 __all__ = [
     "Canvas",
     "EpochStream",
-    "Images",
     "MicroBatches",
     "Pool",
     "ResidentImages",

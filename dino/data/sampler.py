@@ -106,3 +106,9 @@ class MicroBatches:
         for micro in range(self.accumulation):
             first = (micro * self.processes + self.process) * self.size
             yield batch[first : first + self.size]
+
+
+def effective_number(sizes: np.ndarray) -> float:
+    """exp of the entropy: how many equal clusters would be as diverse."""
+    fractions = sizes[sizes > 0] / sizes.sum()
+    return float(np.exp(-(fractions * np.log(fractions)).sum()))

@@ -17,16 +17,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dino.config.schema import Config
-from dino.data import Images
+from dino.data import Pool
 from dino.errors import UserError
 from dino.methods.dino_settings import AUTO_RULES, REMEDIES, Settings, problems
 from dino.methods.distill import FrozenTeacher
 from dino.methods.ema import update_average
 from dino.methods.heads import DINOHead
-from dino.methods.losses import Center, SinkhornKnopp, dino_loss, ibot_loss, koleo_loss
+from dino.methods.losses import TERMS, Center, SinkhornKnopp, dino_loss, ibot_loss, koleo_loss
 from dino.methods.masks import MaskDraw, Masks
 from dino.methods.method import Batch, Curve, Method, Outside, Seen, drop_gradients
-from dino.methods.network import Network
+from dino.methods.network import Network, Outputs
 from dino.methods.schedule import Schedule
 from dino.models import Backbone, build_backbone, copy_weights
 
@@ -38,11 +38,13 @@ class Target(NamedTuple):
         probabilities: (2, B, K) of the class tokens of the global views.
         masks: of these 2·B crops; None without a masked-patch loss.
         patch_probabilities: (M, K') of the masked patches; None without.
+        teacher: what further loss terms compare with; None without.
     """
 
     probabilities: Tensor
-    masks: Masks | None = None
-    patch_probabilities: Tensor | None = None
+    masks: Masks | None
+    patch_probabilities: Tensor | None
+    teacher: Outputs | None
 
 
 class DINO(Method):
@@ -65,7 +67,7 @@ class DINO(Method):
         self.draw_masks = mask_draw(config)
         self.logits: tuple[Tensor, Tensor | None]  # the teacher's, from `targets` until `after_update`
 
-    def prepare(self, images: Images, device: torch.device) -> None:
+    def prepare(self, images: Pool, device: torch.device) -> None:
         """A frozen teacher without heads has its prototypes made of the run's own images."""
         self.target_network = self.teacher
         if self.frozen is not None:
@@ -80,11 +82,12 @@ class DINO(Method):
     @torch.no_grad()
     def targets(self, batches: list[Batch], step: int) -> list[Target]:
         """The teacher sees the global crops of all micro-batches first, so that its targets are balanced over all."""
+        terms = self.config.objective.terms
         masks = [self._masks(batch, step) for batch in batches]
         outputs = []
         for batch, batch_masks in zip(batches, masks, strict=True):
             with self.autocast():
-                outputs.append(self.target_network([_global_crops(batch)], batch_masks))
+                outputs.append(self.target_network([_global_crops(batch)], batch_masks, patches=bool(terms)))
         tokens = _joined([output.tokens for output in outputs])
         logits = _joined([output.logits for output in outputs])
         if self.frozen is not None:  # what is watched is the result, not the frozen teacher
@@ -93,19 +96,20 @@ class DINO(Method):
         probabilities = self.centering.probabilities(logits, temperature)
         self.seen = Seen(tokens, logits, probabilities)
         of_batches = probabilities.split([len(batch.rows) for batch in batches], dim=1)
-        if self.patch_centering is None:
-            self.logits = logits, None
-            return [Target(part) for part in of_batches]
-        patch_logits = torch.cat([output.patch_logits for output in outputs]).float()
+        patch_logits, of_patches = None, [None] * len(batches)
+        if self.patch_centering is not None:
+            patch_logits = torch.cat([output.patch_logits for output in outputs]).float()
+            patch_probabilities = self.patch_centering.probabilities(patch_logits, temperature)
+            of_patches = patch_probabilities.split([len(output.patch_logits) for output in outputs])
         self.logits = logits, patch_logits
-        patch_probabilities = self.patch_centering.probabilities(patch_logits, temperature)
-        of_patches = patch_probabilities.split([len(output.patch_logits) for output in outputs])
-        return [Target(*parts) for parts in zip(of_batches, masks, of_patches, strict=True)]
+        teachers = outputs if terms else [None] * len(batches)
+        return [Target(*parts) for parts in zip(of_batches, masks, of_patches, teachers, strict=True)]
 
     def losses(self, batch: Batch, target: Target) -> dict[str, Tensor]:
         objective, images = self.config.objective, len(batch.rows)
         with self.autocast():
-            output = self.forward(batch.crops, target.masks, hide=self.frozen is None)
+            hides = self.frozen is None
+            output = self.forward(batch.crops, target.masks, hide=hides, patches=bool(objective.terms))
         logits = rearrange(output.logits, "(v b) k -> v b k", b=images)
         losses = {"loss/dino": dino_loss(logits, target.probabilities, objective.student_temperature)}
         if target.masks is not None and target.patch_probabilities is not None:
@@ -123,6 +127,9 @@ class DINO(Method):
             over_processes = objective.koleo_scope == "all"
             spread = koleo_loss(first, over_processes) + koleo_loss(second, over_processes)
             losses["loss/koleo"] = objective.koleo_weight * spread
+        for name, weight in objective.terms.items():
+            assert target.teacher is not None
+            losses[f"loss/{name}"] = weight * TERMS[name](output, target.teacher, batch)
         return losses
 
     def before_update(self, step: int) -> None:
@@ -185,7 +192,10 @@ class DINO(Method):
 
     @classmethod
     def describe(cls, config: Config) -> str:
-        weights = {"iBOT": config.objective.ibot_weight, "KoLeo": config.objective.koleo_weight}
+        weights = {
+            "iBOT": config.objective.ibot_weight,
+            "KoLeo": config.objective.koleo_weight,
+        } | config.objective.terms
         return " + ".join(["DINO", *(f"{weight:g} {name}" for name, weight in weights.items() if weight)])
 
     @classmethod
@@ -203,6 +213,7 @@ class DINO(Method):
             "loss/dino": Curve("loss of class tokens", blank=math.log(config.objective.prototypes)),
             "loss/ibot": Curve("loss of masked patches"),
             "loss/koleo": Curve("KoLeo"),
+            **{f"loss/{name}": Curve(name) for name in config.objective.terms},
         }
 
     @classmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dino.config.auto import SMALL, PoolFacts, Rule
 from dino.config.schema import AUTO, Auto, Config, setting
+from dino.methods.losses import TERMS
 from dino.models import BACKBONES
 
 
@@ -26,6 +27,9 @@ class Settings:
     )
     koleo_scope: str = setting(
         "process", "where KoLeo looks for neighbours: in a process's own micro-batch, or in all", ("process", "all")
+    )
+    terms: dict[str, float] = setting(
+        {}, "further loss terms with their weights, for example {gram: 0.1}: names of dino.methods.losses.TERMS", low=0
     )
     mask_fraction: float = setting(
         0.5, "fraction of the global crops that are masked", above=0, high=1, was="objective.mask_share"
@@ -89,6 +93,10 @@ def problems(config: Config) -> Iterator[str]:
     for key in ("ibot_prototypes", "ibot_head_hidden", "ibot_head_bottleneck"):
         if getattr(objective, key) is not None and objective.ibot_head != "separate":
             yield f"objective.{key} is of a head of its own: it needs objective.ibot_head=separate"
+    for name in objective.terms:
+        if name not in TERMS:
+            known = ", ".join(TERMS) or "none yet"
+            yield f"objective.terms: there is no term '{name}' (there are: {known}); docs/extending.md adds one"
     ratio = objective.mask_ratio
     if len(ratio) != 2 or ratio[0] > ratio[1]:
         yield f"objective.mask_ratio must be two fractions of the patches, 0 <= least <= greatest <= 1, got {ratio}"

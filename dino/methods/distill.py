@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dino.config.schema import Config
-from dino.data import Images, read_or_reason
+from dino.data import Pool, read_or_reason
 from dino.errors import UserError
 from dino.methods.heads import DINOHead
 from dino.methods.network import Network
@@ -107,7 +107,7 @@ class FrozenTeacher:
             values["objective.ibot_prototypes"] = self.head.prototypes  # its one head sees patches too
         return values
 
-    def network(self, config: Config, images: Images, device: torch.device | str = "cpu") -> Network:
+    def network(self, config: Config, images: Pool, device: torch.device | str = "cpu") -> Network:
         """Backbone and heads, frozen, on the device; needs a resolved config."""
         self.backbone.to(device)
         objective = config.objective
@@ -121,7 +121,7 @@ class FrozenTeacher:
         return Network(self.backbone, head, patch_head).to(device).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def _tokens(self, config: Config, images: Images, classes: int, patches: int) -> tuple[Tensor, Tensor]:
+    def _tokens(self, config: Config, images: Pool, classes: int, patches: int) -> tuple[Tensor, Tensor]:
         """(classes, D) class tokens of images drawn by the run's seed; (patches, D), a random patch token of each."""
         device = next(self.backbone.parameters()).device
         generator = np.random.default_rng((config.train.seed, classes))
@@ -138,7 +138,7 @@ class FrozenTeacher:
             raise UserError(f"none of {len(order)} images can be read: there is nothing to make prototypes of")
         return torch.cat(class_tokens)[:classes], torch.cat(patch_tokens)[:patches]
 
-    def _batches(self, config: Config, images: Images, order: np.ndarray, count: int) -> Iterator[Tensor]:
+    def _batches(self, config: Config, images: Pool, order: np.ndarray, count: int) -> Iterator[Tensor]:
         """`count` images, preprocessed; over all once more where there are fewer, none where none can be read."""
         preprocess = replace(self.backbone.preprocess, image_size=config.views.global_size, resize=None)
         indices = itertools.cycle(order.tolist())

@@ -1,6 +1,6 @@
 """Which patches of the global crops are hidden from the student (iBOT, Zhou et al. 2022; Oquab et al. 2023).
 
-As views, masks are a function of (seed, step, place in the global batch): neither processes nor micro-batches matter.
+As views, masks are a function of (seed, step, row of the global batch): neither processes nor micro-batches matter.
 """
 
 from typing import NamedTuple, Self
@@ -21,7 +21,7 @@ class Masks(NamedTuple):
 
     Attributes:
         hidden: (C, N) bool, true where a patch is masked.
-        rows: (M,) their places among the C·N patches.
+        rows: (M,) their indices among the C·N patches.
         weights: (M,) fp32, one over the number of masked patches of the crop.
     """
 
@@ -45,24 +45,24 @@ class Masks(NamedTuple):
 class MaskDraw:
     """Masks of any part of a step's global batch.
 
-    A share of the 2·B global crops is masked. Each of these gets its ratio from a part of `ratio` of its own, all parts
+    A fraction of the 2·B global crops is masked. Each of these gets its ratio from a part of `ratio` of its own, all parts
     equally wide and dealt at random, so that a batch has every ratio; and then exactly that many patches, at least one.
 
     Args:
         seed: of the run.
         batch_size: images of the global batch, B.
-        share: of the crops that are masked; at least one is.
-        ratio: least and greatest share of a crop's patches.
+        fraction: of the crops that are masked; at least one is.
+        ratio: least and greatest fraction of a crop's patches.
     """
 
-    def __init__(self, seed: int, batch_size: int, share: float = 0.5, ratio: tuple[float, float] = (0.1, 0.5)):
-        self.seed, self.batch_size, self.share, self.ratio = seed, batch_size, share, ratio
+    def __init__(self, seed: int, batch_size: int, fraction: float = 0.5, ratio: tuple[float, float] = (0.1, 0.5)):
+        self.seed, self.batch_size, self.fraction, self.ratio = seed, batch_size, fraction, ratio
 
     def __call__(self, step: int, images: range, grid: tuple[int, int]) -> Masks:
         """Masks of some images' global crops in an optimizer step: all first crops, then all second ones.
 
         Args:
-            images: places in the global batch.
+            images: rows of the global batch.
             grid: rows and columns of a crop's patches.
         """
         crops = np.concatenate([np.arange(images.start, images.stop) + view * self.batch_size for view in (0, 1)])
@@ -77,7 +77,7 @@ class MaskDraw:
     def counts(self, step: int, patches: int) -> np.ndarray:
         """(2·B,) masked patches of every global crop of an optimizer step, 0 for those that are not masked."""
         crops, (low, high) = 2 * self.batch_size, self.ratio
-        masked = max(1, int(crops * self.share))
+        masked = max(1, int(crops * self.fraction))
         generator = np.random.default_rng((self.seed, step, int(MASKS)))
         part, within = generator.permutation(crops), generator.random(crops)
         ratios = low + (high - low) * (part + within) / masked
@@ -107,22 +107,22 @@ def block_masks(keys: np.ndarray, counts: np.ndarray, grid: tuple[int, int]) -> 
     u = uniforms(keys, 4 * ROUNDS + patches)
     rows, columns = np.arange(h)[:, None], np.arange(w)
     hidden = np.zeros((crops, h, w), dtype=bool)
-    left = counts.astype(int)
+    missing = counts.astype(int)
     for area, shape, down, right in np.moveaxis(u[:, : 4 * ROUNDS].reshape(crops, ROUNDS, 4), (1, 2), (0, 1)):
-        wanted = np.minimum(SMALLEST, left) + area * (left - np.minimum(SMALLEST, left))
+        least = np.minimum(SMALLEST, missing)
+        size = least + area * (missing - least)
         aspect = np.exp((2 * shape - 1) * np.log(1 / SHAPE))
-        high, wide = (np.round(np.sqrt(value)).astype(int) for value in (wanted * aspect, wanted / aspect))
-        top, first = (
-            (place * (side - size + 1)).astype(int) for place, side, size in ((down, h, high), (right, w, wide))
-        )
-        top, first, high, wide = (value[:, None, None] for value in (top, first, high, wide))
-        block = (rows >= top) & (rows < top + high) & (columns >= first) & (columns < first + wide)
+        high, wide = np.round(np.sqrt(size * aspect)).astype(int), np.round(np.sqrt(size / aspect)).astype(int)
+        top, first = (down * (h - high + 1)).astype(int), (right * (w - wide + 1)).astype(int)
+        in_rows = (rows >= top[:, None, None]) & (rows < (top + high)[:, None, None])
+        in_columns = (columns >= first[:, None, None]) & (columns < (first + wide)[:, None, None])
+        block = in_rows & in_columns  # (C, h, w)
         added = (block & ~hidden).sum(axis=(1, 2))
-        taken = (added <= left) & (high <= h)[:, 0, 0] & (wide <= w)[:, 0, 0]
-        hidden |= block & taken[:, None, None]
-        left = left - np.where(taken, added, 0)
+        fits = (added <= missing) & (high <= h) & (wide <= w)
+        hidden |= block & fits[:, None, None]
+        missing = missing - np.where(fits, added, 0)
     flat = hidden.reshape(crops, patches)
     order = np.where(flat, 2.0, u[:, 4 * ROUNDS :]).argsort(axis=1, kind="stable")
     singly = np.zeros_like(flat)
-    np.put_along_axis(singly, order, np.arange(patches) < left[:, None], axis=1)
+    np.put_along_axis(singly, order, np.arange(patches) < missing[:, None], axis=1)
     return flat | singly

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dino.config.auto import Rule
 from dino.config.schema import CHOICES, Config
-from dino.data import Images
+from dino.data import Pool
 from dino.methods.network import Network, Outputs
 from dino.methods.schedule import Schedule
-from dino.models import Backbone
+from dino.models import Backbone, build_backbone, copy_weights
 
 
 class Batch(NamedTuple):
@@ -86,7 +86,7 @@ class Method:
         seen: of the newest step, for the monitor; None before the first.
     """
 
-    Settings: ClassVar[type]
+    Settings: ClassVar[Any]  # a dataclass of its settings; the default of `name` is the method's
     auto_rules: ClassVar[Mapping[str, Rule]] = {}
     remedies: ClassVar[Mapping[str, str]] = {}  # state of the verdict to the remedies published for it
 
@@ -111,6 +111,22 @@ class Method:
         self.seen: Seen | None = None
         self.schedules = self.make_schedules(config)
         self.autocast = contextlib.nullcontext
+
+    def new_network(
+        self, initial: Backbone | None, make_head: Callable[[int], nn.Module], drop_path: float | None = None
+    ) -> Network:
+        """A backbone as the settings describe it, with a head.
+
+        Args:
+            initial: whose weights it begins with; None: random ones.
+            make_head: a head for tokens of a width.
+            drop_path: rate of stochastic depth; None: as set for the student.
+        """
+        rate = self.config.model.drop_path if drop_path is None else drop_path
+        backbone = build_backbone(self.config, rate)
+        if initial is not None:
+            copy_weights(initial, backbone, str(self.config.model.init))
+        return Network(backbone, make_head(backbone.embed_dim))
 
     # Before there is a method.
 
@@ -151,7 +167,7 @@ class Method:
 
     # Once, when networks are on their device.
 
-    def prepare(self, images: Images, device: torch.device) -> None:
+    def prepare(self, images: Pool, device: torch.device) -> None:
         """Make what needs the images or the device."""
 
     def state(self) -> dict[str, nn.Module]:

@@ -18,11 +18,13 @@ class Outputs(NamedTuple):
         tokens: (ΣB, D) class tokens of all crops.
         logits: (ΣB, K) of them.
         patch_logits: (M, K') of the masked patches; None without masks.
+        patches: (B_i, N_i, D) patch tokens of each size; None where they are not asked for.
     """
 
     tokens: Tensor
     logits: Tensor
     patch_logits: Tensor | None = None
+    patches: list[Tensor] | None = None
 
 
 class Network(nn.Module):
@@ -36,23 +38,30 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
-    def forward(self, crops: Sequence[Tensor], masks: Masks | None = None, hide: bool = False) -> Outputs:
+    def forward(
+        self, crops: Sequence[Tensor], masks: Masks | None = None, hide: bool = False, patches: bool = False
+    ) -> Outputs:
         """Logits of class tokens and, of the first crops, of masked patches.
 
         Args:
             crops: (B_i, C, H_i, W_i), one batch for each size.
             masks: of the first crops of the first size.
             hide: replace the masked patches by the mask token, for the student; the teacher sees them.
+            patches: give the patch tokens of all crops too.
         """
+        hidden = masks.hidden if masks is not None and hide else None
+        sizes = len(crops) if patches else int(masks is not None)  # what is not needed is not computed
+        class_tokens, patch_tokens = self.backbone.encode_crops(crops, hidden, patches_of=sizes)
+        tokens, patch_logits = torch.cat(class_tokens), None
         if masks is None:
-            tokens = torch.cat(self.backbone(list(crops)))
-            return Outputs(tokens, self.head(tokens))
-        class_tokens, (patches,) = self.backbone.encode_crops(crops, masks.hidden if hide else None, patches_of=1)
-        tokens, masked = torch.cat(class_tokens), patches.flatten(0, 1)[masks.rows]
-        if self.patch_head is not None:
-            return Outputs(tokens, self.head(tokens), self.patch_head(masked))
-        logits, patch_logits = self.head(torch.cat([tokens, masked])).split([len(tokens), len(masked)])
-        return Outputs(tokens, logits, patch_logits)
+            logits = self.head(tokens)
+        else:
+            masked = patch_tokens[0].flatten(0, 1)[masks.rows]
+            if self.patch_head is not None:
+                logits, patch_logits = self.head(tokens), self.patch_head(masked)
+            else:
+                logits, patch_logits = self.head(torch.cat([tokens, masked])).split([len(tokens), len(masked)])
+        return Outputs(tokens, logits, patch_logits, patch_tokens if patches else None)
 
 
 @contextmanager

@@ -1,18 +1,16 @@
 """RUN/report.html of a curation: how clusters change, what is in them, which copies were found, what was dropped."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from dino.config import read as configuration
-from dino.curation.rebalance import effective_number
-from dino.data import UnreadableImage
-from dino.report import charts, pictures
+from dino.data import Pool, read_or_reason
+from dino.data.sampler import effective_number
 from dino.report import page as report
-
-if TYPE_CHECKING:
-    from dino.curation.pipeline import Curation
+from dino.report import charts, pictures
 
 SHOWN = 4  # clusters of a kind
 IMAGES = 12  # of a cluster
@@ -20,113 +18,133 @@ PAIRS = 8  # of near copies, at each end
 EXAMPLES = 3  # of a reason
 
 
-def write(curation: "Curation", columns: dict[str, Any]) -> None:
-    """Write the page into the curation's directory."""
-    sections: list[report.Picture | report.Table] = [_dropped(columns), _balance(curation, columns)]
-    for level in range(1, len(curation.clusters.levels) + 1):
-        labels = np.asarray(columns[f"cluster_{level}"])
-        before, after = _sizes(labels, np.ones(len(labels))), _sizes(labels, curation.drawn)
-        title = f"Shares of the {len(before):,} clusters of level {level}"
-        caption = "Grey: of the images that are no duplicates. Red: of the draws."
-        picture = charts.shares(before / before.sum(), after / max(after.sum(), 1e-300), "")
-        sections.append(report.Picture(title, caption, picture))
-    sections += _clusters(curation)
-    sections += _pairs(curation)
-    config = curation.config
-    facts = {
-        "images": f"{len(curation.images.names):,} from {config.data.root or config.data.kind}",
-        "weights": config.weights,
-        "drawn": f"{int((curation.drawn > 0).sum()):,} images, {curation.drawn.sum():,.0f} draws",
-        "method": f"{config.rebalance.method}, {config.rebalance.output}",
-    }
-    title = f"{curation.directory.name}: curation"
-    report.write(curation.directory / "report.html", title, facts, sections, configuration.dump(config))
+def write(
+    path: Path,
+    images: Pool,
+    columns: dict[str, Any],
+    *,
+    pairs: np.ndarray,
+    cosines: np.ndarray,
+    candidates: int,
+    facts: dict[str, str],
+    settings: str,
+) -> None:
+    """Write the page.
+
+    Args:
+        columns: of the manifest, (N,) each.
+        pairs: (m, 2) indices of near copies.
+        cosines: (m,) of their features.
+        candidates: pairs that features proposed.
+        facts: shown at the top of the page.
+        settings: shown at its end.
+    """
+    sections: list[report.Picture | report.Table] = [_dropped(columns), _balance(columns), *_shares(columns)]
+    sections += [*_clusters(images, columns), *_near_copies(images, pairs, cosines, candidates)]
+    report.write(path, f"{path.parent.name}: curation", facts, sections, settings)
 
 
-def _sizes(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _sizes(labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """(k,) images, or weights, of each label from 0 on."""
     inside = labels >= 0
-    return np.bincount(labels[inside], weights=weights[inside], minlength=labels.max(initial=0) + 1)
+    weights = None if weights is None else weights[inside]
+    return np.bincount(labels[inside], weights=weights, minlength=labels.max(initial=0) + 1)
+
+
+def _levels(columns: dict[str, Any]) -> Iterator[np.ndarray]:
+    """(N,) cluster of each image, level by level."""
+    level = 1
+    while f"cluster_{level}" in columns:
+        yield columns[f"cluster_{level}"]
+        level += 1
 
 
 def _dropped(columns: dict[str, Any]) -> report.Table:
     """What became of the images, and why."""
-    found: dict[str, list[str]] = {}
-    for name, reason, other in zip(columns["path"], columns["dropped"], columns["duplicate_of"], strict=True):
-        kind = reason.split(":")[0] or "kept"
-        shown = {"duplicate": f"{name} (of {other})", "unreadable": f"{name} ({reason.partition(': ')[2]})"}
-        found.setdefault(kind, []).append(shown.get(kind, name))
+    examples: dict[str, list[str]] = {}
+    for name, text, original in zip(columns["path"], columns["dropped"], columns["duplicate_of"], strict=True):
+        reason, _, details = text.partition(":")
+        if reason == "duplicate":
+            name = f"{name} (of {original})"
+        elif reason == "unreadable":
+            name = f"{name} ({details.strip()})"
+        examples.setdefault(reason or "kept", []).append(name)
     rows = [
-        [kind, f"{len(names):,}", "" if kind == "kept" else "; ".join(names[:EXAMPLES])]
-        for kind, names in sorted(found.items(), key=lambda item: -len(item[1]))
+        [reason, f"{len(names):,}", "" if reason == "kept" else "; ".join(names[:EXAMPLES])]
+        for reason, names in sorted(examples.items(), key=lambda item: -len(item[1]))
     ]
     return report.Table("What became of the images", "", ["", "images", "for example"], rows)
 
 
-def _balance(curation: "Curation", columns: dict[str, Any]) -> report.Table:
+def _balance(columns: dict[str, Any]) -> report.Table:
     """Effective numbers of clusters, and of labels where there are any."""
-    rows = []
-    for level in range(1, len(curation.clusters.levels) + 1):
-        labels = np.asarray(columns[f"cluster_{level}"])
-        sizes = [_sizes(labels, weights) for weights in (np.ones(len(labels)), curation.drawn)]
-        rows.append([f"clusters of level {level} ({len(sizes[0]):,})", *(f"{effective_number(x):.1f}" for x in sizes)])
+    groups = {}
+    for level, labels in enumerate(_levels(columns), 1):
+        groups[f"clusters of level {level} ({labels.max(initial=0) + 1:,})"] = labels
     if "label" in columns:
         names, numbers = np.unique(np.asarray(columns["label"]), return_inverse=True)
-        sizes = [_sizes(numbers, weights) for weights in (np.ones(len(numbers)), curation.drawn)]
-        rows.append(
-            [f"labels ({len(names):,}), which curation did not see", *(f"{effective_number(x):.1f}" for x in sizes)]
-        )
+        groups[f"labels ({len(names):,}), which curation did not see"] = numbers
+    rows = []
+    for title, labels in groups.items():
+        before, after = effective_number(_sizes(labels)), effective_number(_sizes(labels, columns["weight"]))
+        rows.append([title, f"{before:.1f}", f"{after:.1f}"])
     caption = "exp of the entropy of their shares: as diverse as so many equal ones. Clusters: of what is no duplicate."
     return report.Table("Effective numbers", caption, ["", "before", "after"], rows)
 
 
-def _clusters(curation: "Curation") -> list[report.Picture]:
+def _shares(columns: dict[str, Any]) -> Iterator[report.Picture]:
+    """How large the clusters of each level are, and how often they are drawn."""
+    for level, labels in enumerate(_levels(columns), 1):
+        before, after = _sizes(labels), _sizes(labels, columns["weight"])
+        picture = charts.shares(before / before.sum(), after / max(after.sum(), 1e-300), "")
+        title = f"Shares of the {len(before):,} clusters of level {level}"
+        caption = "Grey: of the images that are no duplicates. Red: of the draws."
+        yield report.Picture(title, caption, picture)
+
+
+def _clusters(images: Pool, columns: dict[str, Any]) -> Iterator[report.Picture]:
     """The largest, the smallest and some random clusters, each a row of its most central images."""
-    labels, distances = curation.clusters.levels[0], curation.clusters.distances
-    sizes = np.bincount(labels[labels >= 0])
+    labels, distances = columns["cluster_1"], np.array(columns["distance"], dtype=float)
+    sizes = _sizes(labels)
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]
-    some = np.random.default_rng(0).permutation(order)[:SHOWN]
-    sections = []
     kinds = {
         "The largest clusters": order[:SHOWN],
         "The smallest clusters": order[-SHOWN:],
-        "Clusters drawn at random": some,
+        "Clusters drawn at random": np.random.default_rng(0).permutation(order)[:SHOWN],
     }
-    for title, chosen in kinds.items():
+    for title, clusters in kinds.items():
         rows = []
-        for cluster in chosen:
+        for cluster in clusters:
             members = np.flatnonzero(labels == cluster)
-            rows.append(_read(curation, members[np.argsort(distances[members], kind="stable")][:IMAGES]))
-        rows = [row for row in rows if row]
-        if rows:
-            listed = ", ".join(f"{sizes[cluster]:,}" for cluster in chosen)
-            caption = f"A row each, the images nearest to its centroid; {listed} images."
-            sections.append(report.Picture(title, caption, pictures.mosaic(rows)))
-    return sections
+            central = members[np.argsort(distances[members], kind="stable")][:IMAGES]
+            rows.append(_readable(images, central))
+        if any(rows):
+            counts = ", ".join(f"{sizes[cluster]:,}" for cluster in clusters)
+            caption = f"A row each, the images nearest to its centroid; {counts} images."
+            yield report.Picture(title, caption, pictures.mosaic([row for row in rows if row]))
 
 
-def _pairs(curation: "Curation") -> list[report.Picture]:
-    """Near copies side by side: the most and the least alike."""
-    near, cosines = curation.copies.near, curation.copies.cosines
-    if not len(near):
-        return []
+def _near_copies(images: Pool, pairs: np.ndarray, cosines: np.ndarray, candidates: int) -> Iterator[report.Picture]:
+    """Near copies side by side: the most and the least similar."""
     order = np.argsort(-cosines, kind="stable")
-    chosen = order if len(order) <= 2 * PAIRS else np.concatenate([order[:PAIRS], order[-PAIRS:]])
-    pairs = [pair for index in chosen if len(pair := _read(curation, near[index])) == 2]
-    rows = [[image for pair in pairs[place : place + 4] for image in pair] for place in range(0, len(pairs), 4)]
-    caption = (
-        f"{len(near):,} pairs, confirmed at image level of {curation.copies.candidates:,} candidates by features "
-        "(each counted from both sides); of each the larger is kept, or else the first by path. Two by two, from the "
-        f"most alike (cosine {cosines.max():.4f}) to the least ({cosines.min():.4f})."
-    )
-    return [report.Picture("Near copies", caption, pictures.mosaic(rows))]
+    if len(order) > 2 * PAIRS:
+        order = np.concatenate([order[:PAIRS], order[-PAIRS:]])
+    shown: list[Tensor] = []
+    for pair in pairs[order]:
+        both = _readable(images, pair)
+        shown += both if len(both) == 2 else []
+    if shown:
+        rows = [shown[first : first + 8] for first in range(0, len(shown), 8)]
+        caption = (
+            f"{len(pairs):,} pairs, confirmed at image level of {candidates:,} candidates by features (each counted "
+            "from both sides); of each the larger is kept, or else the first by path. Two by two, from the most "
+            f"similar (cosine {cosines.max():.4f}) to the least ({cosines.min():.4f})."
+        )
+        yield report.Picture("Near copies", caption, pictures.mosaic(rows))
 
 
-def _read(curation: "Curation", rows: np.ndarray) -> list[Tensor]:
-    found = []
-    for row in rows:
-        try:
-            found.append(curation.images.read(int(row)))
-        except UnreadableImage:  # since it was embedded
-            continue
-    return found
+def _readable(images: Pool, indices: np.ndarray) -> list[Tensor]:
+    """The images that can still be read."""
+    read = [read_or_reason(images, int(index)) for index in indices]
+    return [image for image, _ in read if image is not None]

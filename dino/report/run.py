@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dino.config.schema import Config
-from dino.data import Images, open_images, read_or_reason
+from dino.data import Pool, open_images, read_or_reason
 from dino.evaluation.features import extract
 from dino.evaluation.neighbours import nearest
 from dino.methods import METHODS
@@ -46,7 +46,7 @@ class Reporter:
         is_main_process: the others write nothing.
     """
 
-    def __init__(self, directory: RunDirectory, config: Config, images: Images, is_main_process: bool = True):
+    def __init__(self, directory: RunDirectory, config: Config, images: Pool, is_main_process: bool = True):
         self.directory, self.config, self.images = directory, config, images
         self.due = 0.0 if is_main_process else math.inf
 
@@ -99,7 +99,7 @@ def write_report(directory: RunDirectory) -> None:
     Reporter(directory, config, images).write(load_backbone(directory.path), "ended", alive=False)
 
 
-def run_facts(config: Config, images: Images, metrics: list[dict]) -> dict[str, str]:
+def run_facts(config: Config, images: Pool, metrics: list[dict]) -> dict[str, str]:
     """What ran and how far it is, name to text."""
     model, views, train = config.model, config.views, config.train
     last = metrics[-1] if metrics else {"step": 0, "epoch": 0.0}
@@ -165,7 +165,7 @@ def _health_rows(line: dict, ranges: dict[str, tuple[float, float]]) -> list[lis
     return rows
 
 
-def feature_pictures(config: Config, images: Images, backbone: Backbone) -> dict[str, Picture]:
+def feature_pictures(config: Config, images: Pool, backbone: Backbone) -> dict[str, Picture]:
     """Crops, attention, patch features and neighbours of a few images spread over the pool, by name."""
     samples = _readable(images)
     if not samples:
@@ -224,7 +224,7 @@ def _patch_pictures(backbone: Backbone, preprocess: Preprocess, samples: dict[in
     }
 
 
-def _neighbours_sheet(images: Images, samples: dict[int, Tensor], backbone: Backbone, preprocess: Preprocess) -> bytes:
+def _neighbours_sheet(images: Pool, samples: dict[int, Tensor], backbone: Backbone, preprocess: Preprocess) -> bytes:
     spread = range(0, len(images.names), -(-len(images.names) // POOL))
     indices = np.unique([*spread, *samples])
     features = extract(backbone, images, indices, preprocess, batch_size=64, title="neighbours")
@@ -237,7 +237,7 @@ def _neighbours_sheet(images: Images, samples: dict[int, Tensor], backbone: Back
     return pictures.neighbours_sheet(queries, rows)
 
 
-def _readable(images: Images) -> dict[int, Tensor]:
+def _readable(images: Pool) -> dict[int, Tensor]:
     """Up to six readable images by index, evenly spread over the pool."""
     samples = []
     for index in range(0, len(images.names), max(1, len(images.names) // (4 * ROWS))):

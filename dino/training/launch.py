@@ -6,11 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from dino.config.schema import AUTO, Config, TrainConfig
-from dino.distributed import is_distributed
+from dino.distributed import forget_earlier_runs
 from dino.errors import UserError
 from dino.methods import Method
 from dino.methods.network import Network
@@ -30,10 +29,7 @@ def start(config: Config) -> Accelerator:
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     precision = choose_precision(config.train.precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), has_accelerator)
     check_trackers(config.tracking.backends)
-    if PartialState._shared_state and not is_distributed():
-        # A run before this one, in the same process, may have had another precision: it leaves nothing behind.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    forget_earlier_runs()
     accelerator = Accelerator(
         cpu=not has_accelerator,
         mixed_precision="no" if precision == "fp32" else precision,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dino.config.schema import Config
-from dino.data import EpochStream, Images, MicroBatches, ResidentImages, samples_per_epoch
+from dino.data import EpochStream, MicroBatches, Pool, ResidentImages, samples_per_epoch
 from dino.errors import UserError
 from dino.run import RunDirectory
 from dino.training.phases import spans
@@ -39,7 +39,7 @@ class Batches:
     def __init__(
         self,
         config: Config,
-        images: Images,
+        images: Pool,
         accelerator: Accelerator,
         start: int,
         stop: int,

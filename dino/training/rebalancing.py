@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dino.config.schema import Config
 from dino.curation.kmeans import kmeans
-from dino.curation.points import Points, share
-from dino.curation.rebalance import effective_number, flat
-from dino.data import EpochStream, Images
+from dino.curation.points import Points, own_rows
+from dino.curation.rebalance import flat
+from dino.data import EpochStream, Pool
+from dino.data.sampler import effective_number
 from dino.errors import UserError
 from dino.evaluation.features import extract
 from dino.methods.network import Network, as_used
@@ -38,7 +39,7 @@ class Rebalancer(nn.Module):
         images: the pool; a manifest's weights are what it begins with.
     """
 
-    def __init__(self, config: Config, images: Images, accelerator: Accelerator):
+    def __init__(self, config: Config, images: Pool, accelerator: Accelerator):
         super().__init__()
         self.config, self.images, self.accelerator = config, images, accelerator
         self.every = config.data.rebalance_every
@@ -74,8 +75,7 @@ class Rebalancer(nn.Module):
         began = time.perf_counter()
         sample = self.sample(steps)
         tokens, rows = self._embed(network, sample)
-        mine = share(len(rows), self.accelerator.process_index, self.accelerator.num_processes)
-        points = Points(tokens[mine.start : mine.stop], self.accelerator.device, spherical=True)
+        points = Points(tokens[own_rows(len(rows))], self.accelerator.device, spherical=True)
         clusters = min(MOST_CLUSTERS, max(2, len(tokens) // MEMBERS))
         centroids = kmeans(points, clusters, iterations=20, seed=steps).centroids
         labels = (nn.functional.normalize(tokens, dim=1) @ centroids.cpu().T).argmax(dim=1).numpy()

@@ -1,6 +1,6 @@
 """Images that cannot be read: which they are, and when they are too many."""
 
-from dino.data import Images, read_or_reason
+from dino.data import Pool, read_or_reason
 from dino.errors import UserError
 from dino.run import RunDirectory
 
@@ -13,7 +13,7 @@ class Skipped:
         directory: None: they are listed nowhere.
     """
 
-    def __init__(self, images: Images, limit: float, directory: RunDirectory | None, is_main_process: bool):
+    def __init__(self, images: Pool, limit: float, directory: RunDirectory | None, is_main_process: bool):
         self.images, self.limit, self.directory = images, limit, directory
         listed = {} if directory is None else directory.read_skipped()
         self.reasons = self._still_unreadable(listed)

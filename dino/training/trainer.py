@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dino.config.schema import Config
-from dino.data import Images, fingerprint, samples_per_epoch
+from dino.data import Pool, fingerprint, samples_per_epoch
 from dino.methods import METHODS, Outside
 from dino.methods.ema import synchronise_buffers
 from dino.models import Backbone
@@ -41,7 +41,7 @@ class Trainer:
         config: Config,
         accelerator: Accelerator,
         directory: RunDirectory,
-        images: Images,
+        images: Pool,
         initial: Backbone | None = None,
         outside: Outside | None = None,
     ):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino.data import Canvas, Images, read_or_reason
+from dino.data import Canvas, Pool, read_or_reason
 from dino.data.resident import border_colour
 from dino.views.device import DeviceViews
 from dino.views.draws import sample_key
@@ -51,7 +51,7 @@ class ViewsDataset(Dataset):
     is repeated or resumed sees the same images.
     """
 
-    def __init__(self, images: Images, spec: MultiCrop, seed: int):
+    def __init__(self, images: Pool, spec: MultiCrop, seed: int):
         self.images, self.seed = images, seed
         self.views = DeviceViews(spec, singly=True)
 

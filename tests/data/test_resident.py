@@ -62,7 +62,7 @@ class TestGather:
 
     @pytest.mark.parametrize("unreadable", [(2,), (0, 1), (2, 3, 6), (5, 6), (0, 6), (0, 1, 2, 3, 4, 5)])
     def test_the_next_readable_image_replaces_an_unreadable_one(self, sizes, unreadable):
-        """After the last comes the first: as in `dino.views.dataset`."""
+        """After the last comes the first: as in `dino.views.workers`."""
         pool = noise_pool(sizes, unreadable=unreadable)
         images = resident(pool)
         assert images.unreadable == [(index, f"{index} is broken") for index in unreadable]

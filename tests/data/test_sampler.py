@@ -5,10 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare
+from scipy.stats import chisquare, entropy
 
 from dino.data import EpochStream, MicroBatches
-from dino.data.sampler import REPEAT
+from dino.data.sampler import REPEAT, effective_number
 
 SIZES = [(12, 4), (10, 3), (7, 7), (100, 32), (13, 1), (5, 4)]  # images, batch
 WEIGHTS = np.array([0.0, 0.25, 1.0, 3.5, 0.7, 2.05, 1.5, 1.0])
@@ -150,3 +150,10 @@ class TestWeights:
         assert {at % REPEAT for at, _ in after} == {0}
         stream.reweigh(None)
         assert samples(stream, range(4)) == before
+
+
+def test_effective_number():
+    """exp of the entropy of the shares, as SciPy has it; k for k equal ones."""
+    sizes = np.random.default_rng(0).random(20) * (np.arange(20) % 3 > 0)
+    assert effective_number(sizes) == pytest.approx(np.exp(entropy(sizes)))
+    assert effective_number(np.full(7, 0.3)) == pytest.approx(7)

@@ -23,7 +23,7 @@ SMALL = (
     "clusters.iterations=10",
     "clusters.resamplings=1",
     "clusters.precision=fp32",
-    "duplicates.likeness=0.995",
+    "duplicates.similarity=0.995",
     "run.cpu_threads=1",
 )
 FOLDERS = [setting for setting in TINY if not setting.startswith("data.kind")]

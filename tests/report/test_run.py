@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dino.config.auto import PoolFacts, resolve
 from dino.config.schema import Config
-from dino.data import Images, UnreadableImage, open_images
+from dino.data import Pool, UnreadableImage, open_images
 from dino.models import build_backbone
 from dino.report import run as reporting
 from dino.report.run import Reporter, write_report
@@ -56,7 +56,7 @@ class Blocks:
 class Run:
     """A run of a tiny network that has been prepared: its directory, config, backbone and reporter."""
 
-    def __init__(self, folder: Path, images: Images, *settings: str, is_main_process: bool = True):
+    def __init__(self, folder: Path, images: Pool, *settings: str, is_main_process: bool = True):
         config = load(None, [*TINY, *settings])
         self.config: Config = resolve(config, PoolFacts(len(images.names), images.channels, images.kind))[0]
         self.directory = RunDirectory(folder)
@@ -79,7 +79,7 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path):
-    def build(images: Images | None = None, *settings: str, **options: bool) -> Run:
+    def build(images: Pool | None = None, *settings: str, **options: bool) -> Run:
         return Run(tmp_path / "run", images or Blocks(12), *settings, **options)
 
     return build

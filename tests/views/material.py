@@ -66,9 +66,8 @@ def views_of(spec: MultiCrop, images: Sequence[Tensor], keys: np.ndarray) -> lis
 def drawn(views: Sequence[View], keys: np.ndarray) -> dict[str, Draw]:
     """What every augmentation that some view asks for draws for all of them: by its name, each (V·B, …)."""
     group, draws = Group(range(len(views)), tuple(views)), {}
-    names = {augmentation: name for name, augmentation in AUGMENTATIONS.items()}
     for stage in Stage:
-        draws |= {names[op]: draw for op, draw in draws_of(stage, group, Numbers(keys, group.indices))}
+        draws |= {op.name: draw for op, draw in draws_of(stage, group, Numbers(keys, group.indices))}
     return draws
 
 

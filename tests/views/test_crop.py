@@ -65,20 +65,6 @@ class TestCrops:
             assert difference.max() <= largest
             assert difference.mean() < mean
 
-    def test_crops_show_the_part_that_was_drawn(self):
-        """An image whose pixels tell their row and column, by hand."""
-        rows, columns = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
-        image, box = torch.stack([rows, columns])[None].to(torch.uint8), np.array([(30, 60, 100, 50)])
-        for crop in (crop_singly(image, box, 10)[0].float(), crop_batch(image.float(), box, 10)[0]):
-            # Of 10 pixels over 100 rows the first is centred at 30 + 5, in a scale where pixel n is centred at n + ½.
-            assert (crop[0, 1:-1, :] - (30 + 10 * torch.arange(1, 9) + 4.5)[:, None]).abs().max() <= 1
-            assert (crop[1, :, 1:-1] - (60 + 5 * torch.arange(1, 9) + 2)).abs().max() <= 1
-
-    def test_the_whole_image_in_its_own_size_is_left_as_it_is(self):
-        image, box = noise(1, 3, 16, 16), np.array([(0, 0, 16, 16)])
-        assert torch.equal(crop_singly(image, box, 16), image)
-        assert torch.equal(to_bytes(crop_batch(image.float(), box, 16)), image)
-
     def test_matrix_products_see_nothing_of_the_canvas_around_an_image(self):
         canvas, views = canvas_of(RAGGED), preset("dino").globals_
         boxes = draw_boxes(Numbers(keys_of(len(RAGGED)), range(2)), views, canvas.sizes).reshape(-1, 4)
@@ -158,16 +144,6 @@ class TestAffine:
         blank = torch.full((40, channels, 21, 17), level, dtype=torch.uint8)
         for crops in DeviceViews(preset("line_art")).crop(canvas_of(list(blank)), keys_of(40)):
             assert crops.unique().tolist() == [level]
-
-    @pytest.mark.parametrize(("ink", "paper"), [(0, 255), (255, 0)])
-    def test_background_comes_in_around_a_moved_drawing(self, ink, paper):
-        drawing = torch.full((1, 40, 40), paper, dtype=torch.uint8)
-        drawing[..., 15:25, 15:25] = ink
-        steps = np.linspace(-0.15, 0.15, 7)
-        pages = move([drawing] * 7, angle=steps, shear=-steps, zoom=1 - np.abs(steps), shift=np.stack([steps] * 2, 1))
-        for edge in (pages[:, :, 0], pages[:, :, -1], pages[..., 0], pages[..., -1]):
-            assert (edge == paper).all()
-        assert [float(page.sub(ink).abs().min()) for page in pages] == [0.0] * 7  # the drawing is still there
 
 
 class TestBatches:

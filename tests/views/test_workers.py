@@ -78,15 +78,6 @@ class TestSamples:
         assert random.getstate() == states[1]
         assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
 
-    def test_another_seed_epoch_or_image_gives_other_crops(self):
-        constant = Pool(12)
-        constant.pixels[:] = constant.pixels[0]  # so that only the draws differ
-        keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 10, 1), (0, 11, 1), (0, 1, 11), (11, 0, 1)]
-        crops = [ViewsDataset(constant, preset("dino"), seed)[epoch, index].crops for seed, epoch, index in keys]
-        for one in range(len(crops)):
-            for other in range(one):
-                assert not equal(crops[one], crops[other]), (keys[one], keys[other])
-
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
     def test_worker_processes_give_the_crops_of_this_process(self):
         dataset = ViewsDataset(Pool(unreadable=(3,)), preset("dino"), seed=0)

@@ -37,12 +37,12 @@ def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature
     all_targets = targets.sum(dim=0)  # (B, K)
     total = torch.zeros((), device=student_logits.device)
     for view in range(views):
-        scores = student_logits[view].float() / temperature
+        logits = student_logits[view].float() / temperature
         is_global = view < globals_
-        wanted = all_targets - targets[view] if is_global else all_targets
+        of_other_views = all_targets - targets[view] if is_global else all_targets
         count = globals_ - 1 if is_global else globals_
         if count:
-            total = total + (count * scores.logsumexp(dim=-1) - (wanted * scores).sum(dim=-1)).mean()
+            total = total + (count * logits.logsumexp(dim=-1) - (of_other_views * logits).sum(dim=-1)).mean()
     return total / pairs
 
 
@@ -109,16 +109,16 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     Returns:
         (N, K) fp32, each row sums to 1.
     """
-    scores = logits.float() / temperature
+    logits = logits.float() / temperature
     for _ in range(iterations):
-        scores = scores - _logsumexp_over_samples(scores)
-        scores = scores - scores.logsumexp(dim=1, keepdim=True)
-    return scores.exp()
+        logits = logits - _logsumexp_over_samples(logits)
+        logits = logits - logits.logsumexp(dim=1, keepdim=True)
+    return logits.exp()
 
 
-def _logsumexp_over_samples(scores: Tensor) -> Tensor:
+def _logsumexp_over_samples(logits: Tensor) -> Tensor:
     """(N, K) to (1, K): logsumexp over the samples of all processes."""
-    own = scores.logsumexp(dim=0, keepdim=True)  # −∞ for a process without samples
+    own = logits.logsumexp(dim=0, keepdim=True)  # −∞ for a process without samples
     if not is_distributed():
         return own
     highest = own.clone()

@@ -21,7 +21,7 @@ def ibot_loss(
     Returns:
         Scalar, fp32; 0 where nothing is masked.
     """
-    scores = student_logits.float() / temperature
-    # A row of q sums to 1, so −Σ q·log softmax(z) is logsumexp(z) − ⟨q, z⟩: no matrix is kept but the scores.
-    entropy = scores.logsumexp(dim=-1) - (teacher_probabilities.float() * scores).sum(dim=-1)  # (M,)
+    logits = student_logits.float() / temperature
+    # A row of q sums to 1, so −Σ q·log softmax(z) is logsumexp(z) − ⟨q, z⟩: no matrix is kept but the logits.
+    entropy = logits.logsumexp(dim=-1) - (teacher_probabilities.float() * logits).sum(dim=-1)  # (M,)
     return (entropy * weights).sum() / crops

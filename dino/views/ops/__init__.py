@@ -9,14 +9,15 @@ from dino.views.ops.jitter import Jitter
 from dino.views.ops.solarize import Solarize
 from dino.views.ops.stroke import Stroke
 
-AUGMENTATIONS: dict[str, Augmentation] = {  # in the order in which they are applied
-    "affine": Affine(),
-    "flip": Flip(),
-    "stroke": Stroke(),
-    "jitter": Jitter(),
-    "grey": Grey(),
-    "blur": Blur(),
-    "solarize": Solarize(),
-}
+IN_ORDER: tuple[Augmentation, ...] = (
+    Affine(),
+    Flip(),
+    Stroke(),
+    Jitter(),
+    Grey(),
+    Blur(),
+    Solarize(),
+)
+AUGMENTATIONS = {augmentation.name: augmentation for augmentation in IN_ORDER}
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Draw", "Stage"]

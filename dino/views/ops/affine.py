@@ -21,6 +21,7 @@ from dino.views.ops.augmentation import Augmentation, Draw, Stage
 class Affine(Augmentation):
     """Amount: strength, by which all changes are multiplied."""
 
+    name = "affine"
     stage = Stage.IMAGE
     limit = 4.0
 

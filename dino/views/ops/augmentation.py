@@ -23,17 +23,20 @@ class Stage(Enum):
 class Augmentation:
     """One augmentation. Its amount for a view is `view.amounts[name]`: a probability or a strength, up to `limit`."""
 
+    name: str
     stage = Stage.PHOTOMETRIC
     limit = 1.0
 
     def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:
         """What chance decides; of crops, `applied` (bool) says which are changed at all.
 
+        Unless said otherwise, the amount is the probability of that, and the number named as the augmentation decides.
+
         Args:
             numbers: uniform in [0, 1): `numbers[name]` is (V, B), and for one name the same whatever else is drawn.
             amount: (V, 1), of each view.
         """
-        raise NotImplementedError
+        return {"applied": numbers[self.name] < amount}
 
     def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
         """Change the crops that `applied` says.

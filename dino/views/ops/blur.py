@@ -18,10 +18,11 @@ from dino.views.view import View
 class Blur(Augmentation):
     """Amount: probability."""
 
+    name = "blur"
     sigma = (0.1, 2.0)
 
     def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:
-        return {"applied": numbers["blur"] < amount, "sigma": between(numbers["sigma"], *self.sigma)}
+        return super().draw(numbers, amount) | {"sigma": between(numbers["sigma"], *self.sigma)}
 
     def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
         kernel = min(view.blur_kernel, view.size - 1 + view.size % 2)  # odd, and no wider than the crop

@@ -5,10 +5,8 @@
 | flip | whether |
 """
 
-import numpy as np
 from torch import Tensor
 
-from dino.views.draws import Numbers
 from dino.views.ops.augmentation import Augmentation, Draw, Stage
 from dino.views.view import View
 
@@ -16,10 +14,8 @@ from dino.views.view import View
 class Flip(Augmentation):
     """Amount: probability."""
 
+    name = "flip"
     stage = Stage.CROP
-
-    def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:
-        return {"applied": numbers["flip"] < amount}
 
     def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
         return pixels.flip(-1)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino.views.draws import Numbers
 from dino.views.ops.augmentation import Augmentation, Draw
 from dino.views.view import View
 
@@ -19,8 +18,7 @@ LUMINANCE = np.array([0.2989, 0.587, 0.114])  # of torchvision's rgb_to_grayscal
 class Grey(Augmentation):
     """Amount: probability. Images of other than 3 channels have no colour to lose."""
 
-    def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:
-        return {"applied": numbers["grey"] < amount}
+    name = "grey"
 
     def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
         if pixels.shape[1] != 3:

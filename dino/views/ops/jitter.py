@@ -27,9 +27,10 @@ ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4)
 class Jitter(Augmentation):
     """Amount: probability. Images of other than 3 channels have neither saturation nor hue."""
 
+    name = "jitter"
+
     def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:
-        return {
-            "applied": numbers["jitter"] < amount,
+        return super().draw(numbers, amount) | {
             "brightness": between(numbers["brightness"], 0.6, 1.4),
             "contrast": between(numbers["contrast"], 0.6, 1.4),
             "saturation": between(numbers["saturation"], 0.8, 1.2),

@@ -18,6 +18,7 @@ from dino.views.view import View
 class Stroke(Augmentation):
     """Amount: greatest change, as a fraction of one pixel added to or removed from each side of a line."""
 
+    name = "stroke"
     limit = 4.0
 
     def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:

@@ -1,0 +1,132 @@
+"""Curate a pool of images, from Python or from the command line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from dino.config import read as configuration
+from dino.curation.pipeline import Surroundings, curate_pool
+from dino.curation.settings import CurateConfig, check
+from dino.data import open_images
+from dino.data.manifest import read_manifest, write_manifest
+from dino.distributed import cores, forget_earlier_runs
+from dino.errors import UserError
+from dino.files import write_text
+from dino.models import load_backbone
+from dino.report import curation as page
+
+
+class Curation(NamedTuple):
+    """A curation that is done.
+
+    Attributes:
+        manifest: what `dino.train` takes as its data; a row for each image with what became of it and why.
+        report: a page of pictures and figures.
+        images: in the pool.
+        kept: images that are drawn.
+        dropped: images that are not, by reason.
+    """
+
+    manifest: Path
+    report: Path
+    images: int
+    kept: int
+    dropped: dict[str, int]
+
+
+def curate(data: str | Path, run: str | Path = "runs/curated", weights: str | Path = "", **settings: Any) -> Curation:
+    """Embed a pool of images, de-duplicate, cluster and rebalance it; a call that was stopped goes on where it was.
+
+        curation = dino.curate("images", "runs/curated", weights="runs/mine", **{"clusters.spherical": False})
+        dino.train(curation.manifest, "runs/better")
+
+    Args:
+        data: folder of images (searched recursively), a .zip of one, or a manifest.parquet.
+        run: directory for the manifest and the report; empty, or of an earlier curation.
+        weights: what embeds the images: a released name, a run directory or a file.
+        settings: any other setting by its key; `dino curate --help` lists them.
+
+    Raises:
+        UserError: settings that cannot work, a directory that holds something else, or no image that can be used.
+    """
+    given = {"data.root": str(data), "run.dir": str(run), "weights": str(weights)} | settings
+    return curate_by(configuration.read(CurateConfig, None, given))
+
+
+def curate_by(config: CurateConfig) -> Curation:
+    """Curate by settings, alone or as one of several processes, each of which must call this."""
+    check(config)
+    forget_earlier_runs()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    backbone = load_backbone(config.weights).to(accelerator.device)
+    images = open_images(config.data.root, config.data.kind, backbone.spec.in_chans)
+    directory = Path(config.run.dir)
+    refuse_other_directories(directory, config)
+    threads = config.run.cpu_threads
+    torch.set_num_threads(cores() if threads == "auto" else int(threads))
+    if accelerator.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / "config.yaml", configuration.dump(config))
+    accelerator.wait_for_everyone()
+
+    curated = curate_pool(Surroundings(config, backbone, directory, accelerator), images)
+    columns, copies = curated.columns, curated.copies
+    manifest, report = directory / "manifest.parquet", directory / "report.html"
+    if accelerator.is_main_process:
+        write_manifest(manifest, columns, config.data.root, images.kind)
+        facts = {
+            "images": f"{len(images.names):,} from {config.data.root or config.data.kind}",
+            "weights": config.weights,
+            "drawn": f"{int(np.sum(columns['kept'])):,} images, {columns['weight'].sum():,.0f} draws",
+            "method": f"{config.rebalance.method}, {config.rebalance.output}",
+        }
+        page.write(
+            report,
+            images,
+            columns,
+            pairs=copies.near,
+            cosines=copies.cosines,
+            candidates=copies.candidates,
+            facts=facts,
+            settings=configuration.dump(config),
+        )
+    accelerator.wait_for_everyone()
+    reasons = [reason.split(":")[0] for reason in columns["dropped"] if reason]
+    dropped = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    return Curation(manifest, report, len(images.names), int(np.sum(columns["kept"])), dropped)
+
+
+def refuse_other_directories(directory: Path, config: CurateConfig) -> None:
+    """A run directory is empty or a curation's, and the pool lies elsewhere."""
+    resolved = directory.resolve()
+    for root in sources(config):
+        pool = Path(root).expanduser().resolve()
+        if resolved.is_relative_to(pool) or pool.is_relative_to(resolved):
+            raise UserError(f"run.dir={directory} and the images of {root} lie in each other: name a run.dir elsewhere")
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"run.dir={directory} is a file: name a directory")
+    if any(directory.iterdir()):
+        try:
+            configuration.read(CurateConfig, str(directory / "config.yaml"), [])
+        except UserError as error:
+            raise UserError(
+                f"run.dir={directory} is not empty and holds no curation: name another directory"
+            ) from error
+
+
+def sources(config: CurateConfig) -> Iterator[str]:
+    """Where images come from: the pool, and the pools that its manifest was made of; test sets and seeds."""
+    yield from config.duplicates.against
+    if config.rebalance.seeds:
+        yield config.rebalance.seeds
+    root, seen = config.data.root, set[str]()
+    while root and root not in seen:
+        yield root
+        seen.add(root)
+        root = read_manifest(Path(root)).root if root.endswith(".parquet") else ""
