@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dino.config import read as configuration
 from dino.config.auto import PoolFacts, resolve
-from dino.training.schedules import schedules
+from dino.config.read import get
+from dino.methods import METHODS
+from dino.training.schedules import optimizer_schedules
 from dino.training.settings import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -25,11 +26,8 @@ VIT_100 = {
     **{"objective.prototypes": 65536, "objective.centering": "center", "objective.center_momentum": 0.9},
     **{"objective.student_temperature": 0.1, "objective.teacher_temperature_start": 0.04},
     **{"objective.teacher_temperature_warmup": 0, "train.accumulation": 1},
-    **{
-        "objective.teacher_temperature": 0.04,
-        "objective.teacher_momentum": 0.996,
-        "objective.teacher_momentum_end": 1.0,
-    },
+    **{"objective.teacher_temperature": 0.04, "objective.teacher_momentum": 0.996},
+    **{"objective.teacher_momentum_end": 1.0},
     **{"objective.norm_last_layer": True, "objective.head_layers": 3, "objective.head_hidden": 2048},
     **{"objective.head_bottleneck": 256, "views.preset": "dino", "views.global_size": 224, "views.local_size": 96},
     **{"views.local_crops": 8, "views.global_scale": [0.4, 1.0], "views.local_scale": [0.05, 0.4]},
@@ -84,9 +82,8 @@ def test_loads_and_says_how_it_is_run(path):
     header = re.match(r"(?:#.*\n)+", path.read_text())
     assert header, "no comment at the head"
     commands = re.sub(r"\\\n#", "", header[0])
-    launched = re.search(
-        rf"^#   accelerate launch .*train/pretrain\.py .*--config configs/{path.name}\b", commands, re.M
-    )
+    script = rf"^#   accelerate launch .*train/pretrain\.py .*--config configs/{path.name}\b"
+    launched = re.search(script, commands, re.M)
     made = re.search(rf"^#   make {path.stem}$", commands, re.M)
     assert launched or made
     if made:
@@ -98,8 +95,7 @@ def test_loads_and_says_how_it_is_run(path):
 def test_is_what_was_published(name):
     config, _ = resolve(load(CONFIGS / f"{name}.yaml"), IMAGENET)
     for key, value in PUBLISHED[name].items():
-        found = configuration.get(config, key)
-        assert found == (pytest.approx(value) if isinstance(value, float) else value), key
+        assert get(config, key) == (pytest.approx(value) if isinstance(value, float) else value), key
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -116,13 +112,16 @@ def test_sets_nothing_that_was_not_published(name):
 def test_schedules_run_as_published(name, batches):
     """Epoch by epoch, as main_dino.py has them (which leaves out the rest of a batch at the end of each epoch)."""
     config, _ = resolve(load(CONFIGS / f"{name}.yaml"), IMAGENET)
-    plan, epoch = schedules(config), batches / config.train.epochs
-    assert plan.lr(round(5 * epoch)) == pytest.approx(config.optim.lr / 2, rel=1e-3)
-    assert plan.lr(round(10 * epoch)) == pytest.approx(config.optim.lr, rel=1e-4)
-    assert plan.lr(batches - 1) == pytest.approx(1e-6)
-    middle = round(batches / 2)
-    assert plan.momentum(middle) == pytest.approx(0.998, abs=1e-5)
-    assert plan.weight_decay(middle) == pytest.approx(0.22, abs=1e-4)
+    schedules, epoch = optimizer_schedules(config), batches / config.train.epochs
+    schedules |= METHODS["dino"].make_schedules(config)
     final = config.objective.teacher_temperature
-    assert plan.temperature(round(15 * epoch)) == pytest.approx((0.04 + final) / 2, abs=1e-5)
-    assert plan.temperature(round(30 * epoch)) == pytest.approx(final, abs=1e-5)
+    for name, step, value in (
+        ("optim/lr", 5 * epoch, pytest.approx(config.optim.lr / 2, rel=1e-3)),
+        ("optim/lr", 10 * epoch, pytest.approx(config.optim.lr, rel=1e-4)),
+        ("optim/lr", batches - 1, pytest.approx(1e-6)),
+        ("optim/weight_decay", batches / 2, pytest.approx(0.22, abs=1e-4)),
+        ("teacher/momentum", batches / 2, pytest.approx(0.998, abs=1e-5)),
+        ("teacher/temperature", 15 * epoch, pytest.approx((0.04 + final) / 2, abs=1e-5)),
+        ("teacher/temperature", 30 * epoch, pytest.approx(final, abs=1e-5)),
+    ):
+        assert schedules[name](round(step)) == value, name
