@@ -4,13 +4,11 @@ No released file is at hand in tests: files of the same names, shapes and sizes 
 table should say is written here by hand, from the publishers' code, or taken from timm's and torchvision's tables.
 """
 
-import argparse
 import logging
 import re
 import shutil
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,22 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from test_layouts import META_SPECS, assert_holds, assert_same_tokens, head, meta_tensors, prefixed
+from published import (
+    DINO,
+    State,
+    assert_holds,
+    assert_same_tokens,
+    full_checkpoint,
+    published_vit,
+    torchvisions,
+    without_classifier,
+)
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor, nn
 from torchvision import transforms
 
 from dino import load_backbone
 from dino.errors import UserError
-from dino.models import Backbone, ResNet, ResNetSpec, VisionTransformer, ViTSpec, save_backbone
+from dino.models import ResNetSpec, VisionTransformer, ViTSpec, build, save_backbone
 from dino.models.weights.released import RELEASED
 
 # Name to tensors and parameters of the file: counted in modules of DINO's and DINOv2's own code; of the larger register
@@ -50,43 +56,6 @@ COUNTS = {
     "resnet50": (318, 23_508_032),
 }
 COUNTS |= {f"{name}_full": counts for name, counts in COUNTS.items() if name.startswith("dino_")}
-SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "dino_vits16": {
-        "cls_token": (1, 1, 384),
-        "pos_embed": (1, 197, 384),
-        "patch_embed.proj.weight": (384, 3, 16, 16),
-        "blocks.11.attn.qkv.weight": (1152, 384),
-        "blocks.0.mlp.fc1.weight": (1536, 384),
-        "blocks.0.mlp.fc2.weight": (384, 1536),
-        "norm.bias": (384,),
-    },
-    "dino_vits8": {"pos_embed": (1, 785, 384), "patch_embed.proj.weight": (384, 3, 8, 8)},
-    "dino_vitb16": {"pos_embed": (1, 197, 768), "blocks.11.attn.qkv.weight": (2304, 768)},
-    "dino_vitb8": {"pos_embed": (1, 785, 768), "patch_embed.proj.weight": (768, 3, 8, 8)},
-    "dino_resnet50": {"conv1.weight": (64, 3, 7, 7), "layer4.2.conv3.weight": (2048, 512, 1, 1)},
-    "dinov2_vits14": {
-        "cls_token": (1, 1, 384),
-        "pos_embed": (1, 1370, 384),
-        "mask_token": (1, 384),
-        "patch_embed.proj.weight": (384, 3, 14, 14),
-        "blocks.11.attn.qkv.weight": (1152, 384),
-        "blocks.0.ls1.gamma": (384,),
-        "blocks.11.ls2.gamma": (384,),
-    },
-    "dinov2_vitb14": {"pos_embed": (1, 1370, 768), "blocks.11.mlp.fc1.weight": (3072, 768)},
-    "dinov2_vitl14": {"pos_embed": (1, 1370, 1024), "blocks.23.mlp.fc1.weight": (4096, 1024)},
-    "dinov2_vitg14": {
-        "pos_embed": (1, 1370, 1536),
-        "blocks.39.mlp.w12.weight": (8192, 1536),
-        "blocks.39.mlp.w12.bias": (8192,),
-        "blocks.39.mlp.w3.weight": (1536, 4096),
-    },
-    "dinov2_vits14_reg": {"pos_embed": (1, 1370, 384), "register_tokens": (1, 4, 384), "mask_token": (1, 384)},
-    "dinov2_vitb14_reg": {"register_tokens": (1, 4, 768)},
-    "dinov2_vitl14_reg": {"register_tokens": (1, 4, 1024)},
-    "dinov2_vitg14_reg": {"register_tokens": (1, 4, 1536), "blocks.39.mlp.w12.weight": (8192, 1536)},
-    "resnet50": {"conv1.weight": (64, 3, 7, 7), "bn1.running_var": (64,)},
-}
 HEADS = {"vits": 6, "vitb": 12, "vitl": 16, "vitg": 24}
 # timm's name of the same weights, whose table tells where the publishers keep them.
 TIMM = {
@@ -101,51 +70,13 @@ TIMM = {
     },
     "resnet50": "resnet50.tv_in1k",
 }
-DINOV2 = [name for name in RELEASED if name.startswith("dinov2_")]
 FULL = [name for name in RELEASED if name.endswith("_full")]
 
 
-def on_meta(name: str) -> Backbone:
-    """The network of a name, without memory for its parameters."""
-    spec = RELEASED[name].spec
-    with torch.device("meta"):
-        return ResNet(spec) if isinstance(spec, ResNetSpec) else VisionTransformer(spec)
-
-
-def torchvision_tensors() -> dict[str, Tensor]:
-    """A ResNet-50's, with its classifier."""
-    return torchvision.models.resnet50(weights=None).state_dict()
-
-
-def released_tensors(name: str) -> dict[str, Tensor]:
+def released_tensors(name: str) -> State:
     """What the file of a name holds, but random."""
     spec = RELEASED[name].spec
-    return torchvision_tensors() if isinstance(spec, ResNetSpec) else meta_tensors(spec)
-
-
-def without_classifier(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
-
-
-def full_checkpoint(student: dict[str, Tensor], teacher: dict[str, Tensor], width: int) -> dict[str, Any]:
-    """As DINO's training saves it."""
-    return {
-        "student": prefixed("module.", prefixed("backbone.", student) | prefixed("head.", head(width=width))),
-        "teacher": prefixed("backbone.", teacher) | prefixed("head.", head(width=width)),
-        "optimizer": {"state": {}, "param_groups": []},
-        "epoch": 100,
-        "args": argparse.Namespace(arch="vit_small", patch_size=16),
-        "dino_loss": {"center": torch.zeros(1, 32)},
-    }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Waking further threads for every small layer takes longer than the work on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return torchvisions("resnet50").state_dict() if isinstance(spec, ResNetSpec) else published_vit(spec)
 
 
 @pytest.fixture
@@ -164,13 +95,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """Function that makes the network of a name shallower, to save time."""
+    """Function that gives the network of a name one block, to save time, and perhaps a smaller table of positions."""
 
-    def change(name: str, depth: int = 1) -> ViTSpec:
+    def change(name: str, **changes: int) -> ViTSpec:
         entry = RELEASED[name]
-        assert isinstance(entry.spec, ViTSpec)
-        monkeypatch.setitem(RELEASED, name, replace(entry, spec=replace(entry.spec, depth=depth)))
-        return replace(entry.spec, depth=depth)
+        spec = replace(entry.spec, depth=1, **changes)
+        monkeypatch.setitem(RELEASED, name, replace(entry, spec=spec))
+        return spec
 
     return change
 
@@ -185,22 +116,14 @@ def put(content: Any, name: str, cache: Path) -> Path:
 class TestTable:
     def test_every_name_is_checked_here(self):
         assert RELEASED.keys() == COUNTS.keys()
-        assert {name for name in RELEASED if name not in FULL} == SHAPES.keys()
 
     @pytest.mark.parametrize("name", RELEASED)
     def test_tensors_and_parameters(self, name):
-        backbone = on_meta(name)
+        with torch.device("meta"):  # without memory for its parameters
+            backbone = build(RELEASED[name].spec)
         tensors, parameters = COUNTS[name]
         assert len(backbone.state_dict()) == tensors
         assert sum(parameter.numel() for parameter in backbone.parameters()) == parameters
-
-    @pytest.mark.parametrize("name", RELEASED)
-    def test_shapes(self, name):
-        state = on_meta(name).state_dict()
-        for tensor, shape in SHAPES[name.removesuffix("_full")].items():
-            assert state[tensor].shape == shape, tensor
-        assert ("mask_token" in state) == name.startswith("dinov2")
-        assert ("register_tokens" in state) == name.endswith("_reg")
 
     @pytest.mark.parametrize("name", RELEASED)
     def test_what_no_shape_tells(self, name):
@@ -214,27 +137,27 @@ class TestTable:
             assert spec.image_size == (518 if name.startswith("dinov2") else 224)
 
     @pytest.mark.parametrize("name", TIMM)
-    def test_the_publishers_place_and_licence_as_timm_has_them(self, name):
+    def test_the_publishers_address_and_licence_as_timm_has_them(self, name):
         theirs = timm.get_pretrained_cfg(TIMM[name])
         assert RELEASED[name].url == theirs.url
         assert RELEASED[name].licence.lower() == theirs.license
 
     @pytest.mark.parametrize(
-        ("name", "path"),
+        ("name", "file"),
         {
-            "dino_resnet50": "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
-            "dino_vits16_full": "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain_full_checkpoint.pth",
-            "dino_vits8_full": "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain_full_checkpoint.pth",
-            "dino_vitb16_full": "dino_vitbase16_pretrain/dino_vitbase16_pretrain_full_checkpoint.pth",
-            "dino_vitb8_full": "dino_vitbase8_pretrain/dino_vitbase8_pretrain_full_checkpoint.pth",
-            "dino_resnet50_full": "dino_resnet50_pretrain/dino_resnet50_pretrain_full_checkpoint.pth",
+            "dino_resnet50": "dino_resnet50_pretrain/dino_resnet50_pretrain",
+            "dino_vits16_full": "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain_full_checkpoint",
+            "dino_vits8_full": "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain_full_checkpoint",
+            "dino_vitb16_full": "dino_vitbase16_pretrain/dino_vitbase16_pretrain_full_checkpoint",
+            "dino_vitb8_full": "dino_vitbase8_pretrain/dino_vitbase8_pretrain_full_checkpoint",
+            "dino_resnet50_full": "dino_resnet50_pretrain/dino_resnet50_pretrain_full_checkpoint",
         }.items(),
     )
-    def test_places_that_timm_does_not_have(self, name, path):
-        assert RELEASED[name].url == f"https://dl.fbaipublicfiles.com/dino/{path}"
+    def test_addresses_that_timm_does_not_have(self, name, file):
+        assert RELEASED[name].url == f"https://dl.fbaipublicfiles.com/dino/{file}.pth"
         assert RELEASED[name].licence == "Apache-2.0"
 
-    def test_every_place_is_in_one_of_the_two_tests_above(self):
+    def test_every_address_is_in_one_of_the_two_tests_above(self):
         assert RELEASED.keys() == TIMM.keys() | set(FULL) | {"dino_resnet50"}
 
     def test_torchvisions_file_and_its_digest(self):
@@ -280,15 +203,15 @@ class TestTable:
 
 
 class TestByName:
-    """Files of full size, from the cache."""
+    """Files from the cache."""
 
-    @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dino_vits16", "resnet50"])
-    def test_gives_the_files_parameters(self, name, cache, caplog):
+    @pytest.mark.parametrize("name", ["dinov2_vits14_reg", "resnet50"])
+    def test_a_file_of_full_size(self, name, cache, caplog):
         tensors = released_tensors(name)
         put(tensors, name, cache)
         with caplog.at_level(logging.INFO):
             loaded = load_backbone(name)
-        assert_holds(loaded, without_classifier(tensors))
+        assert_holds(loaded, {key: tensor for key, tensor in tensors.items() if not key.startswith("fc.")})
         assert loaded.spec == RELEASED[name].spec
         assert loaded.preprocess == RELEASED[name].preprocess
         assert loaded.description["source"] == name
@@ -297,18 +220,18 @@ class TestByName:
         assert f"{name} " in caplog.text
         assert f"{matched} of {matched} tensors matched" in caplog.text
 
-    @pytest.mark.parametrize("wanted", ["", "@teacher", "@student"])
-    def test_a_full_checkpoints_networks(self, wanted, cache):
+    @pytest.mark.parametrize("network", ["", "@teacher", "@student"])
+    def test_a_full_checkpoints_networks(self, network, cache, shallow):
         name = "dino_vits16_full"
-        student, teacher = released_tensors(name), released_tensors(name)
+        student, teacher = (published_vit(shallow(name)) for _ in range(2))
         put(full_checkpoint(student, teacher, width=384), name, cache)
-        assert_holds(load_backbone(f"{name}{wanted}"), student if wanted == "@student" else teacher)
+        assert_holds(load_backbone(f"{name}{network}"), student if network == "@student" else teacher)
 
     @pytest.mark.parametrize("name", [name for name in RELEASED if isinstance(RELEASED[name].spec, ViTSpec)])
     def test_every_vit_at_reduced_depth(self, name, cache, shallow):
         """Every width, patch and table of positions: a file in the published layout is what the table expects."""
         spec = shallow(name)
-        tensors = meta_tensors(spec)
+        tensors = published_vit(spec)
         content = full_checkpoint(tensors, tensors, spec.embed_dim) if name in FULL else tensors
         put(content, name, cache)
         loaded = load_backbone(name)
@@ -317,7 +240,7 @@ class TestByName:
 
     def test_dinos_resnet(self, cache):
         """DINO's file has no classifier; its full checkpoint has a head."""
-        tensors = without_classifier(torchvision_tensors())
+        tensors = without_classifier(torchvisions("resnet50"))
         put(tensors, "dino_resnet50", cache)
         put(full_checkpoint(tensors, tensors, width=2048), "dino_resnet50_full", cache)
         assert_holds(load_backbone("dino_resnet50"), tensors)
@@ -325,18 +248,18 @@ class TestByName:
 
     @pytest.mark.parametrize("name", ["dino_vits16", "dinov2_vits14"])
     def test_no_student_of_a_backbone_alone(self, name, cache, shallow):
-        put(meta_tensors(shallow(name)), name, cache)
+        put(published_vit(shallow(name)), name, cache)
         with pytest.raises(UserError, match="student"):
             load_backbone(f"{name}@student")
 
     @pytest.mark.parametrize("alike", [True, False], ids=["alike", "of another architecture"])
     def test_a_run_of_the_same_name_in_the_working_directory(self, alike, cache, shallow, tmp_path, monkeypatch):
         spec = shallow("dinov2_vits14")
-        tensors = meta_tensors(spec)
+        tensors = published_vit(spec)
         put(tensors, "dinov2_vits14", cache)
         run = tmp_path / "dinov2_vits14"
         run.mkdir()
-        own = VisionTransformer(spec if alike else META_SPECS["DINO"])
+        own = VisionTransformer(spec if alike else DINO)
         preprocessing = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
         save_backbone(run / "backbone.safetensors", own, preprocessing, {})
         monkeypatch.chdir(tmp_path)
@@ -365,7 +288,7 @@ class TestWrong:
         ids=str,
     )
     def test_another_vit_under_the_name_is_refused(self, name, change, cache, shallow):
-        tensors = meta_tensors(replace(shallow(name), **change))
+        tensors = published_vit(replace(shallow(name), **change))
         file = put(full_checkpoint(tensors, tensors, 384) if name in FULL else tensors, name, cache)
         with pytest.raises(UserError, match="does not hold") as refused:
             load_backbone(name)
@@ -381,7 +304,7 @@ class TestWrong:
 
     @pytest.mark.parametrize("problem", ["missing", "unexpected", "of another shape"])
     def test_the_tensors_of_a_file_that_does_not_fit_are_named(self, problem, cache, shallow):
-        tensors = meta_tensors(shallow("dino_vits16"))
+        tensors = published_vit(shallow("dino_vits16"))
         if problem == "missing":
             tensors.pop("blocks.0.mlp.fc2.bias")
         elif problem == "unexpected":
@@ -425,33 +348,14 @@ class TestWrong:
             load_backbone("dino_vits16_full@pupil")
 
 
-class TestFeaturesOfTimm:
-    """timm's own converter reads the same file, and gives the same features at the size of the position table."""
-
-    @staticmethod
-    def theirs(name: str, file: Path, depth: int) -> nn.Module:
-        model = timm.create_model(TIMM[name], pretrained=False, num_classes=0, depth=depth).eval()
-        model.load_state_dict(checkpoint_filter_fn(torch.load(file, weights_only=True), model))
-        return model
-
-    def assert_same(self, name: str, file: Path, images: Tensor) -> None:
-        loaded = load_backbone(name)
-        with torch.no_grad():
-            expected = self.theirs(name, file, loaded.spec.depth).forward_features(images)
-        assert_same_tokens(loaded, images, expected)
-
-    @pytest.mark.parametrize(
-        "name",
-        [pytest.param(name, marks=pytest.mark.slow) if "vitg" in name else name for name in TIMM if name != "resnet50"],
-    )
-    def test_at_reduced_depth(self, name, cache, shallow):
-        spec = shallow(name, depth=1)
-        file = put(meta_tensors(spec), name, cache)
-        self.assert_same(name, file, torch.randn(1, 3, spec.image_size, spec.image_size))
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dino_vits16"])
-    def test_in_full(self, name, cache):
-        file = put(released_tensors(name), name, cache)
-        size = RELEASED[name].spec.image_size
-        self.assert_same(name, file, torch.randn(1, 3, size, size))
+@pytest.mark.parametrize("name", [name for name in TIMM if name != "resnet50"])
+def test_timms_own_converter_reads_the_same_file_to_the_same_features(name, cache, shallow):
+    """At reduced depth, and at the size of the position table, which is that of a few patches here."""
+    spec = shallow(name, image_size=4 * RELEASED[name].spec.patch_size)
+    file = put(published_vit(spec), name, cache)
+    theirs = timm.create_model(TIMM[name], pretrained=False, num_classes=0, depth=1, img_size=spec.image_size).eval()
+    theirs.load_state_dict(checkpoint_filter_fn(torch.load(file, weights_only=True), theirs))
+    images = torch.randn(1, 3, spec.image_size, spec.image_size)
+    with torch.no_grad():
+        expected = theirs.forward_features(images)
+    assert_same_tokens(load_backbone(name), images, expected)

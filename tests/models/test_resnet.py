@@ -2,33 +2,17 @@
 
 import pytest
 import torch
-import torchvision
-from torch import Tensor, nn
+from published import torchvisions, without_classifier
+from torch import nn
 
 from dino.models import ResNet, ResNetSpec
 
 WIDTHS = {"resnet18": 512, "resnet50": 2048}
 
 
-def torchvision_with_statistics(arch: str) -> nn.Module:
-    """torchvision's network in evaluation mode, with weights and BatchNorm statistics that are not the initial ones."""
-    network = getattr(torchvision.models, arch)(weights=None)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return network.eval()
-
-
-def without_classifier(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
-
-
 def same_pair(arch: str) -> tuple[ResNet, nn.Module]:
     """Ours and torchvision's with the same weights; torchvision's gives pooled features instead of classes."""
-    theirs = torchvision_with_statistics(arch)
+    theirs = torchvisions(arch)
     ours = ResNet(ResNetSpec(arch)).eval()
     ours.load_state_dict(without_classifier(theirs))
     theirs.fc = nn.Identity()
@@ -47,7 +31,7 @@ def test_torchvisions_weights_give_its_features(arch):
 @torch.no_grad()
 def test_our_weights_load_into_torchvision():
     ours = ResNet(ResNetSpec("resnet18")).eval()
-    theirs = torchvision_with_statistics("resnet18")
+    theirs = torchvisions("resnet18")
     theirs.fc = nn.Identity()
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 64, 64)
@@ -79,6 +63,19 @@ def test_list_of_crops():
 
 
 @torch.no_grad()
+def test_patches_of_some_sizes(randomise):
+    """The class token is the mean of its patches; masks would need a token that there is not."""
+    ours = randomise(ResNet(ResNetSpec("resnet18")))
+    crops = [torch.randn(2, 3, 64, 64), torch.randn(4, 3, 32, 32)]
+    classes, patches = ours.encode_crops(crops, patches_of=1)
+    assert [tokens.shape for tokens in classes + patches] == [(2, 512), (4, 512), (2, 4, 512)]
+    torch.testing.assert_close(patches[0].mean(dim=1), classes[0])
+    assert not ours.has_patches
+    with pytest.raises(ValueError, match="no mask token"):
+        ours.encode_crops(crops, torch.ones(1, 4, dtype=torch.bool))
+
+
+@torch.no_grad()
 def test_one_channel():
     """A kernel summed over colours sees a grey image as the original sees its three equal channels."""
     _, theirs = same_pair("resnet18")
@@ -98,7 +95,7 @@ def test_batch_norm_in_training():
     before = ours.bn1.running_mean.clone()
     outputs, expected = ours.train()(crops), [theirs.train()(batch) for batch in crops]
     torch.testing.assert_close(outputs, expected)
-    assert ours.bn1.num_batches_tracked == 2
+    assert ours.bn1.num_batches_tracked == 7 + 2
     assert not torch.allclose(ours.bn1.running_mean, before)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     ours.eval()(crops)

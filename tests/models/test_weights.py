@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import dino
 from dino.errors import UserError
-from dino.models import ResNet, ResNetSpec, VisionTransformer, ViTSpec, load_backbone, save_backbone
-from dino.models.weights.load import load_strictly
+from dino.models import ResNet, ResNetSpec, ViTSpec, build, load_backbone, save_backbone
+from dino.models.weights import load_strictly
 
 PREPROCESSING = {"image_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 TRAINING = {"objective": "dino", "steps": 10, "batch_size": 8, "seed": 0}
@@ -23,12 +23,8 @@ BACKBONES = {
     "five channels": ViTSpec(16, 1, 2, 4, 16, in_chans=5),
     "resnet18": ResNetSpec("resnet18"),
     "grey resnet18": ResNetSpec("resnet18", in_chans=1),
+    "rotary": ViTSpec(16, 2, 2, 4, 16, registers=1, positions="rotary"),
 }
-
-
-def build(name: str):
-    spec = BACKBONES[name]
-    return ResNet(spec) if isinstance(spec, ResNetSpec) else VisionTransformer(spec)
 
 
 def preprocessing(backbone) -> dict:
@@ -39,7 +35,7 @@ def preprocessing(backbone) -> dict:
 @pytest.fixture
 def saved(tmp_path):
     """A run directory with a small ViT's backbone, and the ViT."""
-    backbone = build("dino")
+    backbone = build(BACKBONES["dino"])
     save_backbone(tmp_path / "backbone.safetensors", backbone, PREPROCESSING, TRAINING)
     return tmp_path / "backbone.safetensors", backbone
 
@@ -53,7 +49,7 @@ def header(path) -> dict:
 class TestRoundTrip:
     @pytest.mark.parametrize("name", BACKBONES)
     def test_gives_the_same_network(self, name, tmp_path, randomise):
-        backbone = randomise(build(name))
+        backbone = randomise(build(BACKBONES[name]))
         if isinstance(backbone, ResNet):  # running statistics are part of it
             backbone.train()(torch.randn(4, backbone.spec.in_chans, 32, 32))
         path = tmp_path / "backbone.safetensors"
@@ -76,7 +72,7 @@ class TestRoundTrip:
 
     def test_half_precision_weights_keep_their_values(self, tmp_path):
         """A file holds what it was given, and a model of fp32 takes it up without loss."""
-        backbone = build("dino").to(torch.bfloat16)
+        backbone = build(BACKBONES["dino"]).to(torch.bfloat16)
         save_backbone(tmp_path / "b.safetensors", backbone, PREPROCESSING, TRAINING)
         loaded = load_backbone(tmp_path / "b.safetensors")
         for key, value in backbone.state_dict().items():
@@ -95,7 +91,7 @@ class TestRoundTrip:
 class TestFile:
     @pytest.mark.parametrize("name", BACKBONES)
     def test_the_same_weights_give_the_same_bytes(self, name, tmp_path):
-        backbone = build(name)
+        backbone = build(BACKBONES[name])
         shuffled = dict(reversed(TRAINING.items()))
         for file, training in (("one", TRAINING), ("two", TRAINING), ("three", shuffled)):
             save_backbone(tmp_path / file, backbone, preprocessing(backbone), training)
@@ -110,6 +106,16 @@ class TestFile:
         assert (description["patch_size"], description["in_chans"], description["image_size"]) == (4, 3, 16)
         assert (description["mean"], description["std"]) == (PREPROCESSING["mean"], PREPROCESSING["std"])
         assert description["training"] == TRAINING
+
+    def test_only_other_positions_than_learned_ones_are_mentioned(self, tmp_path):
+        """Files of before there were others have no such entry, and stay what they were."""
+        specs = {}
+        for name in ("dino", "rotary"):
+            save_backbone(tmp_path / name, build(BACKBONES[name]), PREPROCESSING, TRAINING)
+            specs[name] = json.loads(header(tmp_path / name)["__metadata__"]["dino"])["spec"]
+        assert "positions" not in specs["dino"]
+        assert "positions" not in repr(BACKBONES["dino"])  # of which digests are made
+        assert specs["rotary"]["positions"] == "rotary"
 
     def test_names_and_values_are_those_of_the_module(self, saved):
         path, backbone = saved
@@ -171,8 +177,8 @@ class TestRefusals:
 
     def test_a_description_of_a_later_version(self, saved):
         path, _ = saved
-        self.rewrite(path, lambda description: description["spec"].update(rotary=True))
-        with pytest.raises(UserError, match="rotary"):
+        self.rewrite(path, lambda description: description["spec"].update(unheard_of=True))
+        with pytest.raises(UserError, match="unheard_of"):
             load_backbone(path)
 
     def test_a_description_that_is_no_json(self, saved):
