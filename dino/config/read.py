@@ -195,7 +195,8 @@ def bounds_text(leaf: Leaf) -> str:
     """The bounds of a setting in words; empty where it has none."""
     bounds = leaf.metadata["bounds"]
     words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    return " and ".join(f"{word} {bounds[name]}" for name, word in words.items() if bounds[name] is not None)
+    parts = [f"{word} {bounds[name]}" for name, word in words.items() if bounds[name] is not None]
+    return " and ".join("finite" if part == "below inf" else part for part in parts)
 
 
 def refuse(errors: list[str]) -> None:
