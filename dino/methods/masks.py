@@ -45,9 +45,9 @@ class Masks(NamedTuple):
 class MaskDraw:
     """Masks of any part of a step's global batch.
 
-    A fraction of the 2·B global crops is masked. `ratio` is cut into as many parts, equally wide, which are dealt to these
-    crops at random, and each draws its own ratio within its part: a batch has every ratio. A crop has exactly as many
-    masked patches as that comes to, at least one.
+    A fraction of the 2·B global crops is masked. `ratio` is cut into as many parts, equally wide, which are dealt to
+    these crops at random, and each draws its own ratio within its part: a batch has every ratio. A crop has exactly as
+    many masked patches as that comes to, at least one.
 
     Args:
         seed: of the run.

@@ -177,8 +177,8 @@ class TestRefusals:
             ("train.compile=maybe", "true or false, got 'maybe'"),
             *((f"train.steps={text}", "a whole number or 'auto', got ") for text in ("soon", "2.5", "true")),
             ("optim.lr=fast", "a number or 'auto', got 'fast'"),
-            ("optim.betas=0.9", "list[float], got 0.9"),
-            ("views.global_scale=[small, large]", "list[float], got ['small', 'large']"),
+            ("optim.betas=0.9", "a list of numbers, got 0.9"),
+            ("views.global_scale=[small, large]", "a list of numbers, got ['small', 'large']"),
             ("train.time_limit=soon", "a number or none, got 'soon'"),
             # An unknown choice, with all that there are and the nearest.
             ("model.arch=vit_smal", "got 'vit_smal'; did you mean 'vit_small'?"),
