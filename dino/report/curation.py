@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dino.data import Pool, read_or_reason
 from dino.data.sampler import effective_number
-from dino.report import page as report
 from dino.report import charts, pictures
+from dino.report import page as report
 
 SHOWN = 4  # clusters of a kind
 IMAGES = 12  # of a cluster
