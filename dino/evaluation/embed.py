@@ -30,6 +30,9 @@ class Embeddings(NamedTuple):
     patch_means: np.ndarray
     left_out: int
 
+    def __repr__(self) -> str:  # in a notebook, not N names
+        return f"Embeddings of {len(self.names):,} images, {self.class_tokens.shape[1]} wide"
+
 
 def embed(
     weights: str | os.PathLike | Backbone,

@@ -111,7 +111,7 @@ def extract(
     indices: Sequence[int] | np.ndarray,
     transform: Callable[[Tensor], Tensor],
     batch_size: int = 128,
-    title: str = "features",
+    title: str | None = "features",
     accelerator: Accelerator | None = None,
     blocks: int = 1,
 ) -> Features:
@@ -120,7 +120,7 @@ def extract(
     Args:
         indices: which images of the pool.
         transform: (C, H, W) uint8 to what the backbone takes; all outputs of one size.
-        title: what the progress bar says.
+        title: what the progress bar says; None: neither bar nor warnings.
         accelerator: shares the images among its processes; each of them gets all features, every image once.
         blocks: how many of the last blocks' class tokens to take; at most the backbone's `depth`.
     """
@@ -131,11 +131,11 @@ def extract(
     batches = [own_rows[first : first + batch_size] for first in range(0, len(own_rows), batch_size)]
     workers = min(8, cores()) if device.type == "cuda" else 0
     loaded = read_batches(images, [indices[rows].tolist() for rows in batches], transform, workers)
-    bar = tqdm(loaded, desc=title, total=len(batches), unit="batch", leave=False, disable=rank > 0)
+    bar = tqdm(loaded, desc=title, total=len(batches), unit="batch", leave=False, disable=rank > 0 or title is None)
     width = backbone.embed_dim
     parts = [Features(np.empty((0, blocks, width), np.float32), np.empty((0, width), np.float32), own_rows[:0])]
     for rows, batch in zip(batches, bar, strict=True):
-        for index, reason in batch.reasons.items():
+        for index, reason in batch.reasons.items() if title is not None else ():
             logger.warning("left out: %s: %s", images.names[index], reason)
         if batch.inputs:
             tokens, patch_means = _outputs(backbone, torch.stack(batch.inputs).to(device), blocks)

@@ -28,7 +28,7 @@ def nearest(
     count: int,
     itself: int | None = None,
     device: torch.device | str = "cpu",
-    title: str = "neighbours",
+    title: str | None = "neighbours",
     queries_of_all: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `count` keys that are most similar to each query.
@@ -36,7 +36,7 @@ def nearest(
     Args:
         queries, keys: (Q, D) and (N, D), floating, of any length; arrays may be memory maps.
         itself: index of the first query among the keys; queries are then not their own neighbours.
-        title: what the progress bar says.
+        title: what the progress bar says; None: there is none.
         queries_of_all: queries of all processes, by which the way of searching is chosen; Q if not given.
 
     Returns:
@@ -50,7 +50,7 @@ def nearest(
         return _by_faiss(queries, keys, count, itself)
     indices = torch.full((len(queries), count), -1)
     values = torch.full((len(queries), count), -torch.inf)
-    for start in tqdm(range(0, len(queries), CHUNK), desc=title, unit="chunk", leave=False):
+    for start in tqdm(range(0, len(queries), CHUNK), desc=title, unit="chunk", leave=False, disable=title is None):
         block = as_floats(queries[start : start + CHUNK]).to(device)
         own = None if itself is None else itself + start
         block_indices, block_values = _nearest_of_block(block, keys, count, own, device)

@@ -227,9 +227,9 @@ def _patch_pictures(backbone: Backbone, preprocess: Preprocess, samples: dict[in
 def _neighbours_sheet(images: Pool, samples: dict[int, Tensor], backbone: Backbone, preprocess: Preprocess) -> bytes:
     spread = range(0, len(images.names), -(-len(images.names) // POOL))
     indices = np.unique([*spread, *samples])
-    features = extract(backbone, images, indices, preprocess, batch_size=64, title="neighbours")
+    features = extract(backbone, images, indices, preprocess, batch_size=64, title=None)
     readable, tokens = indices[features.rows], features.class_tokens
-    neighbours, _ = nearest(tokens, tokens, min(NEIGHBOURS, len(tokens) - 1), itself=0, title="neighbours")
+    neighbours, _ = nearest(tokens, tokens, min(NEIGHBOURS, len(tokens) - 1), itself=0, title=None)
     queries, rows = [], []
     for row in np.searchsorted(readable, list(samples)):
         queries.append(images.read(int(readable[row])))
