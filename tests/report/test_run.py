@@ -218,13 +218,13 @@ class TestPools:
         """Images of five shades; the network gives directions that turn with the shade: the next shade is nearest."""
         images, shades = Blocks(5), (100, 20, 180, 60, 140)
         images.pixels = [torch.full((1, 10, 10), shade, dtype=torch.uint8) for shade in shades]
-        made = make(images)
-
-        forward = made.backbone.forward_features
+        made = make(images, *RESNET)
 
         def turned(inputs: Tensor) -> dict[str, Tensor]:
             angle = (inputs.mean(dim=(1, 2, 3)) + 1) * 60 * torch.pi / 180  # grows with the shade
-            directions = torch.stack([angle.cos(), angle.sin()], dim=1) * torch.linspace(1, 9, len(inputs))[:, None]
+            directions = torch.zeros(len(inputs), made.backbone.embed_dim)
+            directions[:, 0], directions[:, 1] = angle.cos(), angle.sin()
+            directions *= torch.linspace(1, 9, len(inputs))[:, None]
             return {"x_norm_clstoken": directions, "x_norm_patchtokens": directions[:, None]}
 
         monkeypatch.setattr(made.backbone, "forward_features", turned)
