@@ -23,15 +23,11 @@ def decode(content: bytes, channels: int, name: str = "") -> Tensor:
     are scaled to 8. An `.npy` file holds an (H, W, C) array of uint8 or uint16, for images of any number of channels.
 
     Args:
-        content: the file's bytes.
         channels: 1 (luminance), 3 (RGB), or the number an `.npy` file has.
-        name: the file's name; only its ending matters.
+        name: of the file; only its ending matters.
 
     Returns:
-        (channels, H, W), uint8.
-
-    Raises:
-        UnreadableImage: truncated, empty, animated, no image at all, smaller than 4 pixels a side, or other channels.
+        (channels, H, W) uint8; raises `UnreadableImage` with the reason.
     """
     if not content:
         raise UnreadableImage("the file is empty")

@@ -19,18 +19,12 @@ COLUMNS = ["path", "kept", "weight"]
 
 
 class Manifest(NamedTuple):
-    """The part of a manifest that training needs.
+    """The part of a manifest that training needs."""
 
-    Attributes:
-        root, kind: of the pool, as data.root and data.kind.
-        names: (M,) of the images that are kept, as `printable` has them.
-        weights: (M,) above 0: how often each is visited in an epoch, on average.
-    """
-
-    root: str
+    root: str  # of the pool, as data.root and data.kind
     kind: str
-    names: pa.Array
-    weights: np.ndarray
+    names: pa.Array  # (M,) of the images that are kept, as `printable` has them
+    weights: np.ndarray  # (M,) above 0: how often each is visited in an epoch, on average
 
 
 def printable(name: str) -> str:
@@ -39,19 +33,15 @@ def printable(name: str) -> str:
 
 
 def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) -> None:
-    """One row an image.
+    """One row an image: `path`, `kept`, `weight` and whatever else is known.
 
-    Args:
-        columns: `path`, `kept`, `weight` and whatever else is known.
-        root, kind: of the pool; kept relative to the manifest where the pool lies below it.
+    The pool's root is kept relative to the manifest where it lies below it, so that both can move together.
     """
-    pool = Path(root).expanduser().resolve() if root else None
-    try:
-        stored_root = pool.relative_to(path.resolve().parent).as_posix() if pool else ""
-    except ValueError:
-        stored_root = str(pool)
+    if root:
+        pool, beside = Path(root).expanduser().resolve(), path.resolve().parent
+        root = pool.relative_to(beside).as_posix() if pool.is_relative_to(beside) else str(pool)
     samples = float(np.asarray(columns["weight"], dtype=np.float64)[np.asarray(columns["kept"], dtype=bool)].sum())
-    facts = json.dumps({"root": stored_root, "kind": kind, "draws": samples}, sort_keys=True).encode()
+    facts = json.dumps({"root": root, "kind": kind, "draws": samples}, sort_keys=True).encode()
     with replacing(path) as partial:
         pq.write_table(pa.table(columns).replace_schema_metadata({METADATA_KEY: facts}), partial)
 
@@ -61,9 +51,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
     An epoch has as many samples as the weights added up to when the manifest was written. One that another program has
     written says neither that nor where its images are: it has a sample for each image kept, and lies beside them.
-
-    Raises:
-        UserError: no manifest, or weights that cannot be drawn by.
+    Raises `UserError` for what is no manifest, or has weights that cannot be sampled by.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -108,11 +96,7 @@ def _kept(table: pa.Table, path: str | Path) -> tuple[pa.Array, np.ndarray]:
 
 
 def rows_of(manifest: Manifest, names: pa.Array, path: str | Path) -> np.ndarray:
-    """(M,) where the manifest's images are among a pool's (packed) names; any other name can reach no file.
-
-    Raises:
-        UserError: some are not there, or twice in the manifest.
-    """
+    """(M,) where the manifest's images are among a pool's (packed) names; any other name can reach no file."""
     try:
         in_pool = names.cast(pa.large_string())
     except pa.ArrowInvalid:  # names that are not UTF-8

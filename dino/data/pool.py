@@ -20,22 +20,14 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Labels(Sequence[str]):
-    """A class name for each image.
-
-    Attributes:
-        classes: the names of the classes that there are, sorted.
-        codes: (N,) int32, of each image's class in `classes`.
-    """
+    """A class name for each image: `classes` are their names, sorted, `codes` (N,) int32 indices in them."""
 
     def __init__(self, labels: pa.DictionaryArray, indices: np.ndarray | None):
         codes = labels.indices.to_numpy() if indices is None else labels.indices.to_numpy()[indices]
-        names = list(Names(labels.dictionary))
-        in_use = np.flatnonzero(np.bincount(codes, minlength=len(names)))
-        in_order = sorted(in_use.tolist(), key=names.__getitem__)
-        self.classes = [names[code] for code in in_order]
-        sorted_code = np.zeros(len(names), np.int32)
-        sorted_code[in_order] = np.arange(len(in_order))
-        self.codes = sorted_code[codes]
+        in_use, code_in_use = np.unique(codes, return_inverse=True)
+        names = Names(labels.dictionary, in_use)[:]
+        self.classes = sorted(names)
+        self.codes = np.searchsorted(self.classes, names).astype(np.int32)[code_in_use]
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -52,12 +44,10 @@ class Pool:
     An image costs its name in bytes and at most 40 bytes more, in every process.
 
     Args:
-        source: of the files or pixels.
         kind: what data.kind calls the pool.
-        channels: of every image that `read` gives.
         indices: (N,) of the source's images that belong to the pool; None: all, in order.
         weights: (N,) how often each is visited in an epoch, on average; None: once.
-        transform: what is done to each image once it is decoded, the same every time.
+        transform: what is done to each image once it is decoded; see `open_images`.
 
     Attributes:
         names: (N,) the same in every process and on every start.

@@ -19,32 +19,18 @@ SAMPLE = 16  # images whose sizes stand for all
 
 
 class Canvas(NamedTuple):
-    """Images of one batch on canvases of one size.
+    """Images of one batch on canvases of one size."""
 
-    Attributes:
-        pixels: (B, C, H, W) uint8 on the device; beyond an image's own size its canvas holds its background.
-        background: (B, C) uint8 on the device, the median of each image's border.
-        sizes: (B, 2) height and width of each image.
-    """
-
-    pixels: Tensor
-    background: Tensor
-    sizes: np.ndarray
+    pixels: Tensor  # (B, C, H, W) uint8 on the device; beyond an image's own size its canvas holds its background
+    background: Tensor  # (B, C) uint8 on the device, the median of each image's border
+    sizes: np.ndarray  # (B, 2) height and width of each image
 
 
 class ResidentImages:
-    """All images of a pool, on a device.
+    """All images of a pool, on a device; raises `UserError` where none can be read, or they do not fit.
 
-    An unreadable image is replaced by the next readable one, as where workers read.
-
-    Args:
-        show_progress: a bar while images are decoded.
-
-    Attributes:
-        unreadable: (index, reason) of images that could not be decoded.
-
-    Raises:
-        UserError: no image can be read, or they do not fit.
+    An unreadable image is replaced by the next readable one, as where workers read; `unreadable` lists them as
+    (index, reason).
     """
 
     def __init__(self, images: Pool, device: torch.device, show_progress: bool = True):
@@ -53,8 +39,7 @@ class ResidentImages:
         if not pixels:
             raise UserError(f"no image of {len(decoded)} can be read; the first: {self.unreadable[0][1]}")
         readable = [index for index, image in enumerate(decoded) if image is not None]
-        next_readable = np.searchsorted(readable, np.arange(len(decoded)))
-        self.row = next_readable % len(readable)  # of image i among the readable ones
+        self.row = np.searchsorted(readable, np.arange(len(decoded))) % len(readable)  # of image i among the readable
         self.sizes = np.array([image.shape[1:] for image in pixels])
         self.channels = pixels[0].shape[0]
         self.starts = np.cumsum([0, *(image.numel() for image in pixels[:-1])])

@@ -19,10 +19,9 @@ class EpochStream:
 
     Args:
         images: size of the pool, N.
-        batch_size: global batch, B.
-        seed: seed of the orders.
+        batch_size: of the global batch.
         weights: (N,) in proportion to which images are sampled; None: equal.
-        samples_per_epoch: None: N. Without weights it is N.
+        samples_per_epoch: None: N, as it must be without weights.
     """
 
     def __init__(
@@ -38,11 +37,7 @@ class EpochStream:
         self.reweigh(weights)
 
     def reweigh(self, weights: np.ndarray | None, renewals: int = 0) -> None:
-        """Sample images by other weights from now on.
-
-        Args:
-            renewals: how many times this has been done, so that no view comes twice where it is done within an epoch.
-        """
+        """Sample by other weights from now on; `renewals` counts how often, so that no view of an epoch comes twice."""
         self.weights, self.renewals = weights, renewals
         self._epochs: dict[int, np.ndarray] = {}
 
@@ -79,13 +74,7 @@ class EpochStream:
 class MicroBatches:
     """A process's part of an `EpochStream`, micro-batch by micro-batch: what a DataLoader takes as `batch_sampler`.
 
-    Args:
-        stream: the global batches.
-        start: first optimizer step.
-        stop: step before which to end.
-        process: rank of this process.
-        processes: their number.
-        accumulation: micro-batches per optimizer step.
+    It goes from optimizer step `start` to before `stop`, each of `accumulation` micro-batches in each process.
     """
 
     def __init__(self, stream: EpochStream, start: int, stop: int, process: int, processes: int, accumulation: int):

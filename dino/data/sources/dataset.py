@@ -4,7 +4,6 @@ import hashlib
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,13 +31,8 @@ class DatasetSource:
     """The items of a data set in its own order.
 
     Labels are its `targets`, named by its `classes`, as torchvision's data sets have them; else those of its items, for
-    which it is read as a whole if it has at most 10,000.
-
-    Args:
-        channels: of all images; `auto`: of the first where that is an array or a tensor, else 3.
-
-    Raises:
-        UserError: it is empty, or its first item is no image.
+    which it is read as a whole if it has at most 10,000. `channels=auto` are those of the first item where that is an
+    array or a tensor, else 3. Raises `UserError` where it is empty or its first item is no image.
     """
 
     def __init__(self, dataset: MapStyle, channels: int | str = "auto"):
@@ -53,7 +47,9 @@ class DatasetSource:
             )
         self.channels = _channels(first) if channels == "auto" else int(channels)
         self.names = packed(f"{index:08d}" for index in range(len(dataset)))
-        self.labels = _encoded(_labels(dataset))
+        labels = _labels(dataset)
+        has_classes = labels is not None and len(np.unique(labels)) > 1
+        self.labels = packed(labels.tolist()).dictionary_encode() if has_classes else None
 
     def read(self, index: int) -> Tensor:
         try:
@@ -124,25 +120,15 @@ def _labels(dataset: Any) -> np.ndarray | None:
         return None
     classes = np.asarray(getattr(dataset, "classes", ()))
     if values.dtype.kind != "U" and classes.ndim == 1 and values.min() >= 0 and values.max() < len(classes):
-        return classes[values].astype(str)
+        values = classes[values]
     return values.astype(str)
 
 
 def _targets_of_items(dataset: MapStyle) -> list[Any]:
     """Of a small data set whose items are pairs; nothing of any other."""
-    first = dataset[0]
-    if len(dataset) > LABELLED_BY_READING or not isinstance(first, tuple | list) or len(first) < 2:
+    if len(dataset) > LABELLED_BY_READING or not isinstance(dataset[0], tuple | list):
         return []
     try:
         return [dataset[index][1] for index in range(len(dataset))]
-    except Exception:  # an item that cannot be read has no label: then the data set has none
+    except Exception:  # an item that cannot be read, or is no pair, has no label: then the data set has none
         return []
-
-
-def _encoded(labels: np.ndarray | None) -> pa.DictionaryArray | None:
-    if labels is None:
-        return None
-    classes, codes = np.unique(labels, return_inverse=True)
-    if len(classes) < 2:
-        return None
-    return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), packed(classes.tolist()))

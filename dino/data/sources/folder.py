@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dino.data.decode import UnreadableImage
-from dino.data.sources.source import Kind, Names, folder_labels, is_image, sorted_files, stamp_of
+from dino.data.decode import EXTENSIONS, UnreadableImage
+from dino.data.sources.source import Kind, Names, folder_labels, sorted_files, stamp_of
 
 
 class FolderSource:
@@ -36,8 +36,9 @@ def _image_paths(root: Path) -> Iterator[str]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        yield from ((relative / file).as_posix() for file in files if is_image(file) and not file.startswith("."))
+        for file in files:
+            if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
+                yield (Path(folder).relative_to(root) / file).as_posix()
 
 
 KIND = Kind(open=FolderSource, accepts=os.path.isdir, noun="a folder")

@@ -25,11 +25,7 @@ class Drawing(NamedTuple):
 
 
 def download() -> Path:
-    """Omniglot's background set, fetched once by torchvision; the folder it lies in.
-
-    Raises:
-        UserError: out of reach.
-    """
+    """Omniglot's background set, fetched once by torchvision; the folder it lies in. Raises `UserError`."""
     from torchvision.datasets import Omniglot  # a second of imports that only a download needs
 
     root = cache_directory() / "omniglot"
@@ -56,13 +52,11 @@ def held_out(names: Iterable[str], seed: int = 42, by_drawer: bool = True) -> np
     """Which drawings are kept for testing, as (N,) bool: those of a fifth of each alphabet's characters, drawn with a
     seed, and those of drawers 15–20 unless `by_drawer` is false. `data.kind=omniglot_train` leaves them out."""
     drawings = [parse(name) for name in names]
-    alphabets: dict[str, set[str]] = {}
-    for drawing in drawings:
-        alphabets.setdefault(drawing.alphabet, set()).add(drawing.character)
     generator = np.random.default_rng(seed)
     test_characters = set()
-    for alphabet, characters in sorted(alphabets.items()):
-        order = generator.permutation(sorted(characters))
+    for alphabet in sorted({drawing.alphabet for drawing in drawings}):
+        characters = sorted({drawing.character for drawing in drawings if drawing.alphabet == alphabet})
+        order = generator.permutation(characters)
         test_characters |= {(alphabet, character) for character in order[: round(len(characters) / 5)]}
     of_characters = np.array([(drawing.alphabet, drawing.character) in test_characters for drawing in drawings])
     of_drawers = np.array([drawing.drawer > TRAINING_DRAWERS for drawing in drawings])
@@ -86,14 +80,14 @@ def article_subset(names: Iterable[str], seed: int = 42) -> np.ndarray:
     return np.sort(generator.permutation(drawings)[:ARTICLE_IMAGES])
 
 
+def _accepts(root: str) -> bool:
+    return folder.KIND.accepts(root) or zip.KIND.accepts(root)
+
+
 def _open(root: str) -> Source:
     source = folder.KIND.open(root) if folder.KIND.accepts(root) else zip.KIND.open(root)
     parse(Names(source.names)[0])
     return source
-
-
-def _accepts(root: str) -> bool:
-    return folder.KIND.accepts(root) or zip.KIND.accepts(root)
 
 
 def _for_training(source: Source) -> np.ndarray:

@@ -19,15 +19,10 @@ BLOCK = 1 << 16  # names that are Python strings at the same time
 
 
 class Source(Protocol):
-    """Images by number, the same in every process and on every start; worker processes get it pickled or forked.
+    """Images by number, the same in every process and on every start; worker processes get it pickled or forked."""
 
-    Attributes:
-        names: (N,) unique, as `packed` gives them.
-        labels: (N,) class names; None where they are not known.
-    """
-
-    names: pa.Array
-    labels: pa.DictionaryArray | None
+    names: pa.Array  # (N,) unique, as `packed` gives them
+    labels: pa.DictionaryArray | None  # (N,) class names; None where they are not known
 
     def read(self, index: int) -> bytes | Tensor:
         """An image file's bytes, or (C, H, W) uint8; raises `UnreadableImage`."""
@@ -40,23 +35,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """How a root is opened that `data.kind` calls by this kind's name.
+    """How a root is opened that `data.kind` calls by this kind's name."""
 
-    Attributes:
-        open: a root's source; raises `UserError`.
-        accepts: whether a root can be opened so.
-        noun: what such a root is; `data.kind=auto` chooses among kinds that have one.
-        channels: of the images, where data.channels=auto.
-        fixed: whether the images cannot be brought to another number of channels.
-        subset: indices, of the source's images, of those that belong to the pool; None: all.
-    """
-
-    open: Callable[[str], Source]
-    accepts: Callable[[str], bool]
-    noun: str = ""
-    channels: int = 3
-    fixed: bool = False
-    subset: Callable[[Source], np.ndarray] | None = None
+    open: Callable[[str], Source]  # raises `UserError`
+    accepts: Callable[[str], bool]  # whether a root can be opened so
+    noun: str = ""  # what such a root is; `data.kind=auto` chooses among kinds that have one
+    channels: int = 3  # of the images, where data.channels=auto
+    fixed: bool = False  # whether the images cannot be brought to another number of channels
+    subset: Callable[[Source], np.ndarray] | None = None  # indices of the images that belong to the pool; None: all
 
 
 def packed(names: Iterable[str]) -> pa.Array:
@@ -66,19 +52,14 @@ def packed(names: Iterable[str]) -> pa.Array:
     the order of the bytes is the order of the strings, whatever they hold.
     """
     encoded = (name.encode("utf-8", "surrogatepass") for name in names)
-    blocks = []
+    blocks = [pa.array([], pa.large_binary())]
     while block := list(islice(encoded, BLOCK)):
         blocks.append(pa.array(block, pa.large_binary()))
-    return pa.concat_arrays(blocks) if blocks else pa.array([], pa.large_binary())
+    return pa.concat_arrays(blocks)
 
 
 class Names(Sequence[str]):
-    """Packed names, of which only those that are asked for become Python strings.
-
-    Args:
-        names: of a source.
-        indices: (N,) of those that are meant; None: all.
-    """
+    """Packed names, or those at (N,) indices, of which only those that are asked for become Python strings."""
 
     def __init__(self, names: pa.Array, indices: np.ndarray | None = None):
         self._names, self._indices = names, indices
@@ -125,11 +106,6 @@ def folder_labels(names: pa.Array) -> pa.DictionaryArray | None:
         return None
     parts = pc.split_pattern(names, "/", max_splits=shared + 1)
     return pc.list_element(parts, shared).dictionary_encode()
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name has the ending of a format that is read."""
-    return name.lower().endswith(EXTENSIONS)
 
 
 def stamp_of(files: Iterable[Path]) -> str:
