@@ -152,7 +152,7 @@ def fingerprint(images: Pool) -> str:
 
 
 def stamp(images: Pool) -> str:
-    """A digest of the content of all images that a pool's source has, as its source can tell without reading them."""
+    """A digest of the content of all images that a pool's source has, as it can tell without reading them all."""
     return images.source.stamp()
 
 

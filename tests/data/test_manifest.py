@@ -13,14 +13,17 @@ from dino.data import fingerprint, open_images, samples_per_epoch
 from dino.data.manifest import METADATA_KEY, printable, read_manifest, write_manifest
 from dino.errors import UserError
 
+NAMES = ["class0/0.png", "class0/2.png", "class0/4.png", "class1/1.png", "class1/3.png"]
+
 
 @pytest.fixture
 def pool(tmp_path):
     """Five grey images, of which the shade is the number."""
-    for index in range(5):
-        path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"
+    for name in NAMES:
+        path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (index, index, index)).save(path)
+        shade = int(path.stem)
+        Image.new("RGB", (8, 8), (shade, shade, shade)).save(path)
     return tmp_path / "images"
 
 
@@ -29,28 +32,28 @@ def path(tmp_path):
     return tmp_path / "manifest.parquet"
 
 
-def write(pool, path, kept=(True,) * 5, weight=(1.0, 2.0, 0.5, 1.0, 1.0), **columns):
-    names = list(map(printable, open_images(pool).names))
-    write_manifest(path, {"path": names, "kept": list(kept), "weight": list(weight), **columns}, str(pool), "folder")
+def write(pool, path, names=NAMES, kept=None, weight=None, kind="folder", **columns):
+    kept, weight = kept or [True] * len(names), weight or [1.0] * len(names)
+    write_manifest(path, {"path": names, "kept": kept, "weight": weight, **columns}, str(pool), kind)
     return path
 
 
+def shades(images) -> list[int]:
+    return [int(images.read(index)[0, 0, 0]) for index in range(len(images.names))]
+
+
 def test_kept_images_with_their_weights(pool, path):
-    write(pool, path, kept=(True, False, True, True, True), weight=(1, 9, 0.5, 0, 3))
+    write(pool, path, kept=[True, False, True, True, True], weight=[1, 9, 0.5, 0, 3])
     for images in (open_images(path, "manifest"), open_images(str(path))):  # found out by its name
-        assert (images.kind, samples_per_epoch(images)) == ("manifest", 4)
+        assert (images.kind, samples_per_epoch(images), shades(images)) == ("manifest", 4, [0, 4, 3])
         assert list(images.names) == ["class0/0.png", "class0/4.png", "class1/3.png"]
         assert list(images.labels) == ["class0", "class0", "class1"]
         assert images.weights.tolist() == pytest.approx([1, 0.5, 3])
-        assert [int(images.read(index)[0, 0, 0]) for index in range(3)] == [0, 4, 3]
 
 
 def test_order_is_the_manifests(pool, path):
-    names = list(open_images(pool).names)[::-1]
-    write_manifest(path, {"path": names, "kept": [True] * 5, "weight": [1.0] * 5}, str(pool), "folder")
-    images = open_images(path)
-    assert list(images.names) == names
-    assert [int(images.read(index)[0, 0, 0]) for index in range(5)] == [3, 1, 4, 2, 0]
+    images = open_images(write(pool, path, NAMES[::-1]))
+    assert (list(images.names), shades(images)) == (NAMES[::-1], [3, 1, 4, 2, 0])
 
 
 def test_it_moves_together_with_its_images(pool, path, tmp_path):
@@ -61,7 +64,7 @@ def test_it_moves_together_with_its_images(pool, path, tmp_path):
 
 
 def test_other_programs_read_it(pool, path):
-    table = pq.read_table(write(pool, path, cluster_1=np.arange(5)))
+    table = pq.read_table(write(pool, path, weight=[1, 2, 0.5, 1, 1], cluster_1=np.arange(5)))
     assert table.column_names == ["path", "kept", "weight", "cluster_1"]
     assert table["weight"].to_pylist() == [1, 2, 0.5, 1, 1]
 
@@ -72,7 +75,7 @@ def test_of_names_that_are_no_utf_8(path, tmp_path):
         pool = fill(tmp_path / "pool", names)
     except OSError:
         pytest.skip("the file system takes UTF-8 names only")
-    images = open_images(write(pool, path, (True,) * 3, (1, 2, 3)))
+    images = open_images(write(pool, path, [printable(name) for name in names]))
     assert list(images.names) == names
     assert [images.read(index).shape for index in range(3)] == [(3, 8, 8)] * 3
 
@@ -81,21 +84,19 @@ def test_of_a_part_of_a_pool(omniglot_zip, path):
     """Indices of the manifest are among the part's images, not among all of its archive."""
     part = open_images(omniglot_zip, "omniglot_train")
     names = part.names[::500]
-    columns = {"path": names, "kept": [True] * len(names), "weight": [1.0] * len(names)}
-    write_manifest(path, columns, str(omniglot_zip), "omniglot_train")
-    images = open_images(path)
+    images = open_images(write(omniglot_zip, path, names, kind="omniglot_train"))
     assert (list(images.names), images.channels) == (names, 1)
     assert all(bool((images.read(row) == part.read(500 * row)).all()) for row in range(len(names)))
 
 
 def test_weights_are_part_of_the_fingerprint(pool, path):
-    digests = {fingerprint(open_images(write(pool, path, weight=(weight, 1, 1, 1, 1)))) for weight in (1, 2)}
+    digests = {fingerprint(open_images(write(pool, path, weight=[weight, 1, 1, 1, 1]))) for weight in (1, 2)}
     assert len(digests) == 2
 
 
 def test_weights_of_any_scale_from_elsewhere(pool, path):
     """An epoch then has a sample for each image that is kept; one that says so keeps to what it says."""
-    table = pq.read_table(write(pool, path, weight=(1, 2, 3, 4, 5)))
+    table = pq.read_table(write(pool, path, weight=[1, 2, 3, 4, 5]))
     scaled = table.set_column(2, "weight", pa.array([0.1, 0.2, 0.3, 0.4, 0.5]))
     facts = {METADATA_KEY: b'{"kind": "folder", "root": "images"}'}
     for metadata, total in ((table.schema.metadata, 15), (facts, 5)):
@@ -105,34 +106,35 @@ def test_weights_of_any_scale_from_elsewhere(pool, path):
 
 @pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_one_of_another_program_lies_beside_the_images(pool, text):
-    table = pq.read_table(write(pool, pool / "manifest.parquet"))
-    table = table.set_column(0, "path", table["path"].cast(text))
-    pq.write_table(table.replace_schema_metadata(None), pool / "other.parquet")
-    own, other = (open_images(pool / f"{name}.parquet") for name in ("manifest", "other"))
-    assert list(other.names) == list(own.names)
-    np.testing.assert_allclose(other.weights / other.weights.sum(), own.weights / own.weights.sum(), rtol=1e-15)
+    columns = {"path": pa.array(NAMES).cast(text), "kept": [True] * 5, "weight": [2.0, 4.0, 1.0, 2.0, 1.0]}
+    pq.write_table(pa.table(columns), pool / "other.parquet")
+    images = open_images(pool / "other.parquet")
+    assert list(images.names) == NAMES
+    assert images.weights.tolist() == pytest.approx([1, 2, 0.5, 1, 0.5])
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, None])
-def test_a_weight_that_is_none_is_told(pool, path, weight):
-    weights = (1.0, 1.0, weight, 1.0, 1.0)
-    table = pq.read_table(write(pool, path))
-    for kept, message in (((True,) * 5, r"the weight of 1 kept image\(s\) is .*class0/4.png"), ((1, 1, 0, 1, 1), None)):
-        columns = {"path": table["path"], "kept": pa.array(kept).cast(pa.bool_()), "weight": pa.array(weights)}
-        pq.write_table(pa.table(columns).replace_schema_metadata(table.schema.metadata), path)
-        if message is None:
-            assert len(open_images(path).names) == 4
-        else:
-            with pytest.raises(UserError, match=message):
-                open_images(path)
+def test_a_weight_that_is_none_is_told_of_images_that_are_kept(pool, weight):
+    weights = pa.array([1.0, 1.0, weight, 1.0, 1.0])
+    columns = {"path": NAMES, "weight": weights}
+    pq.write_table(pa.table(columns | {"kept": [True, True, False, True, True]}), pool / "other.parquet")
+    assert len(open_images(pool / "other.parquet").names) == 4
+    pq.write_table(pa.table(columns | {"kept": [True] * 5}), pool / "other.parquet")
+    with pytest.raises(UserError, match=r"the weight of 1 kept image\(s\) is .*class0/4.png"):
+        open_images(pool / "other.parquet")
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "class0/../../outside.png", "class0/5.png", None])
 def test_a_path_that_is_not_in_the_pool_is_told(pool, path, tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
-    columns = {"path": pa.array(["class0/0.png", name]), "kept": [True] * 2, "weight": [1.0] * 2}
-    write_manifest(path, columns, str(pool), "folder")
+    write(pool, path, pa.array(["class0/0.png", name]))
     with pytest.raises(UserError, match=rf"1 of 2 images are not in .*images, for example {name}: put them back"):
+        open_images(path)
+
+
+def test_an_image_named_twice_is_told(pool, path):
+    write(pool, path, ["class0/0.png"] * 2)
+    with pytest.raises(UserError, match="names some images twice"):
         open_images(path)
 
 
@@ -151,29 +153,14 @@ ONE = {"path": ["a"], "kept": [True], "weight": [1.0]}
         (ONE | {"path": [[1]]}, "paths must be text, got list"),
         (ONE | {"weight": [0.0]}, "keeps no image"),
         (ONE | {"kept": [False]}, "keeps no image"),
+        (pa.table(ONE, metadata={METADATA_KEY: b"{"}), "what it says of its images is damaged"),
+        (pa.table(ONE, metadata={METADATA_KEY: b'{"kind": "folder", "root": "gone"}'}), "gone does not exist"),
     ],
 )
 def test_what_is_no_manifest_is_told(path, content, message):
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        pq.write_table(pa.table(content), path)
+        pq.write_table(content if isinstance(content, pa.Table) else pa.table(content), path)
     with pytest.raises(UserError, match=message):
-        open_images(path)
-
-
-def test_an_image_named_twice_is_told(pool, path):
-    columns = {"path": ["class0/0.png"] * 2, "kept": [True] * 2, "weight": [1.0] * 2}
-    write_manifest(path, columns, str(pool), "folder")
-    with pytest.raises(UserError, match="names some images twice"):
-        open_images(path)
-
-
-def test_damaged_facts_and_a_pool_that_is_gone_are_told(pool, path, tmp_path):
-    table = pq.read_table(write(pool, path))
-    pool.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"images does not exist"):
-        open_images(path)
-    pq.write_table(table.replace_schema_metadata({METADATA_KEY: b"{"}), path)
-    with pytest.raises(UserError, match="what it says of its images is damaged"):
         open_images(path)

@@ -3,6 +3,7 @@
 import os
 import threading
 import warnings
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -52,7 +53,6 @@ class TestGather:
             assert_holds(images.gather(indices), [pool.source.pixels[index] for index in indices])
 
     def test_a_canvas_is_no_part_of_the_pool(self, sizes):
-        """What is done to a batch is not done to the images."""
         pool = noise_pool(sizes)
         images = resident(pool)
         canvas = images.gather([0, 1, 2])
@@ -87,18 +87,12 @@ def test_a_folder_and_an_archive_decoded_by_threads_are_in_their_own_order(tmp_p
         assert_holds(images.gather(readable), [pool.read(index) for index in readable])
 
 
-class TestRefusals:
-    def test_no_readable_image_at_all(self):
-        with pytest.raises(UserError, match=r"no image of 3 can be read; the first: 0 is broken"):
-            resident(noise_pool(UNIFORM[:3], unreadable=(0, 1, 2)))
-
-    def test_a_pool_too_large_for_the_device_is_the_users_to_mend(self, monkeypatch):
-        def full(*_: object) -> None:
-            raise torch.OutOfMemoryError
-
-        monkeypatch.setattr(Tensor, "to", full)
-        with pytest.raises(UserError, match=r"data\.cache=none"):
-            resident(noise_pool(UNIFORM))
+def test_a_pool_without_a_readable_image_or_too_large_for_the_device_is_told(monkeypatch):
+    with pytest.raises(UserError, match=r"no image of 3 can be read; the first: 0 is broken"):
+        resident(noise_pool(UNIFORM[:3], unreadable=(0, 1, 2)))
+    monkeypatch.setattr(Tensor, "to", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(UserError, match=r"data\.cache=none"):
+        resident(noise_pool(UNIFORM))
 
 
 class TestEstimate:
@@ -123,24 +117,22 @@ class TestWarnings:
     def test_filters_are_put_back_though_threads_mix_theirs_up(self, monkeypatch):
         """Two reads that overlap put back each other's filters; `decode` sets some for the whole process."""
 
-        class Overlapping(NoiseSource):
-            def __init__(self) -> None:
-                super().__init__(UNIFORM[:2])
-                self.entered, self.left = (tuple(threading.Event() for _ in range(2)) for _ in range(2))
+        entered, is_done = (threading.Event(), threading.Event()), threading.Event()
 
+        class Overlapping(NoiseSource):
             def read(self, index: int) -> Tensor:
                 if index == 1:
-                    assert self.entered[0].wait(30)
+                    assert entered[0].wait(30)
                 with warnings.catch_warnings():
                     warnings.simplefilter("always")
-                    self.entered[index].set()
-                    assert (self.left[0] if index == 1 else self.entered[1]).wait(30)
-                self.left[index].set()
+                    entered[index].set()
+                    assert (is_done if index == 1 else entered[1]).wait(30)
+                is_done.set()
                 return super().read(index)
 
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
         before = list(warnings.filters)
-        resident(Pool(Overlapping(), "noise", 3))
+        resident(Pool(Overlapping(UNIFORM[:2]), "noise", 3))
         assert list(warnings.filters) == before
 
     def test_broken_metadata_of_readable_images_is_not_worth_a_warning(self, recwarn):
