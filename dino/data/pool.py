@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,35 +39,23 @@ class Labels(Sequence[str]):
         return self.classes[self.codes[index]]
 
 
+@dataclass(eq=False)
 class Pool:
-    """Images of a source, decoded.
+    """Images of a source, decoded; `names` (N,) and `labels` (N,), None where there are none.
 
     An image costs its name in bytes and at most 40 bytes more, in every process.
-
-    Args:
-        kind: what data.kind calls the pool.
-        indices: (N,) of the source's images that belong to the pool; None: all, in order.
-        weights: (N,) how often each is visited in an epoch, on average; None: once.
-        transform: what is done to each image once it is decoded; see `open_images`.
-
-    Attributes:
-        names: (N,) the same in every process and on every start.
-        labels: (N,) class names; None where there are none.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        kind: str,
-        channels: int,
-        indices: np.ndarray | None = None,
-        weights: np.ndarray | None = None,
-        transform: Transform | None = None,
-    ):
-        self.source, self.kind, self.channels, self.transform = source, kind, channels, transform
-        self.indices, self.weights = indices, weights
-        self.names = Names(source.names, indices)
-        self.labels = None if source.labels is None else Labels(source.labels, indices)
+    source: Source
+    kind: str  # what data.kind calls the pool
+    channels: int
+    indices: np.ndarray | None = None  # (N,) of the source's images that belong to the pool; None: all, in order
+    weights: np.ndarray | None = None  # (N,) how often each is visited in an epoch, on average; None: once
+    transform: Transform | None = None  # what is done to each image once it is decoded; see `open_images`
+
+    def __post_init__(self) -> None:
+        self.names = Names(self.source.names, self.indices)
+        self.labels = None if self.source.labels is None else Labels(self.source.labels, self.indices)
 
     def subset(self, indices: np.ndarray, kind: str, weights: np.ndarray | None = None) -> "Pool":
         """Some of the images, in the order of their indices in this pool."""

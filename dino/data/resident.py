@@ -76,11 +76,9 @@ def border_colour(image: Tensor) -> Tensor:
 
 def estimated_bytes(images: Pool) -> int:
     """What the decoded pool takes, judged by a few of its images."""
-    count, sizes = len(images.names), []
-    for index in range(0, count, -(-count // SAMPLE)):
-        image, _ = read_or_reason(images, index)
-        if image is not None:
-            sizes.append(image.numel())
+    count = len(images.names)
+    sample = [read_or_reason(images, index)[0] for index in range(0, count, -(-count // SAMPLE))]
+    sizes = [image.numel() for image in sample if image is not None]
     return sum(sizes) * count // max(1, len(sizes))
 
 
