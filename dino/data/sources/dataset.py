@@ -48,8 +48,7 @@ class DatasetSource:
         self.channels = _channels(first) if channels == "auto" else int(channels)
         self.names = packed(f"{index:08d}" for index in range(len(dataset)))
         labels = _labels(dataset)
-        has_classes = labels is not None and len(np.unique(labels)) > 1
-        self.labels = packed(labels.tolist()).dictionary_encode() if has_classes else None
+        self.labels = None if labels is None or len(set(labels)) < 2 else packed(labels.tolist()).dictionary_encode()
 
     def read(self, index: int) -> Tensor:
         try:
