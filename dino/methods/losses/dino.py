@@ -36,8 +36,9 @@ def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature
     targets = teacher_probabilities.float()
     all_targets = targets.sum(dim=0)  # (B, K)
     total = torch.zeros((), device=student_logits.device)
-    for view in range(views):
-        logits = student_logits[view].float() / temperature
+    # Unbound, not indexed: the gradient of each index would be a zero tensor of all views, to which it is added.
+    for view, of_view in enumerate(student_logits.unbind()):
+        logits = of_view.float() / temperature
         is_global = view < globals_
         of_other_views = all_targets - targets[view] if is_global else all_targets
         count = globals_ - 1 if is_global else globals_
