@@ -111,13 +111,7 @@ class SubsetBlock(Block):
 
     def all_tokens(self, tokens: Tensor, groups: list[Group]) -> Tensor:
         """(T, D) to (T, D)."""
-        if not self.training or self.drop_path.rate == 0:
-            return super().all_tokens(tokens, groups)
-        subset = draw_subset(groups, self.drop_path.rate, tokens.device)
-        inputs = tokens[rows_of(groups, subset)]
-        attended = self.ls1(self.attn(self.norm1(inputs), groups_of(groups, subset)))
-        tokens = add_to_subset(tokens, attended, groups, subset)
-        return self._feed_forward(tokens, groups)
+        return self.first_tokens(tokens, groups, [group.length for group in groups])
 
     def first_tokens(self, tokens: Tensor, groups: list[Group], lengths: list[int]) -> Tensor:
         """(T, D) to (T', D): the first `lengths[i]` tokens of each sequence of group i."""
@@ -272,8 +266,9 @@ def add_to_subset(tokens: Tensor, branch: Tensor, groups: list[Group], subset: l
 
 def shorten(tokens: Tensor, groups: list[Group], lengths: list[int]) -> tuple[Tensor, list[Group]]:
     """(T, D) to (T', D), the first `lengths[i]` tokens of each sequence of group i; and the groups that they make."""
-    shorter = [group._replace(length=length) for group, length in zip(groups, lengths, strict=True)]
-    first = []
+    shorter, first = [group._replace(length=length) for group, length in zip(groups, lengths, strict=True)], []
+    if shorter == groups:
+        return tokens, groups
     for sequences, length in zip(unpack(tokens, groups), lengths, strict=True):
         first.append(sequences[:, :length].flatten(0, 1))
     return torch.cat(first), shorter

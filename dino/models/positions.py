@@ -101,7 +101,8 @@ def _centres(cells: int, device: torch.device | None) -> Tensor:
 
 def _turned(tokens: Tensor, angles: Tensor) -> Tensor:
     """(B, heads, length, d) with the last N tokens turned by `angles` (N, d/2); channels i and i + d/2 are a pair."""
-    prefix, patches = tokens.split([tokens.shape[2] - len(angles), len(angles)], dim=2)
+    patches_start = tokens.shape[2] - angles.shape[0]
+    prefix, patches = tokens[:, :, :patches_start], tokens[:, :, patches_start:]
     first, second = patches.to(torch.promote_types(patches.dtype, torch.float32)).chunk(2, dim=-1)
     cosine, sine = angles.cos(), angles.sin()
     turned = torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)

@@ -248,4 +248,5 @@ class VisionTransformer(Backbone):
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         class_token, patches = self.positions.add(self.pos_embed, self.cls_token, patches, self._grid(images))
         prefix = [class_token] if self.register_tokens is None else [class_token, self.register_tokens]
-        return torch.cat([*(tokens.expand(len(images), -1, -1) for tokens in prefix), patches], dim=1)
+        batch = images.shape[0]  # not len(images), which ONNX's export would take for a constant
+        return torch.cat([*(tokens.expand(batch, -1, -1) for tokens in prefix), patches], dim=1)

@@ -147,15 +147,11 @@ def refused(match: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
 
 
 class TestWhole:
-    def test_arrives_once(self, server, file):
-        assert fetch(server.url, file) == file
-        assert file.read_bytes() == CONTENT
-        assert fetch(server.url, file) == file
+    def test_arrives_once_and_nothing_else_is_left(self, server, file):
+        for _ in range(2):
+            assert fetch(server.url, file).read_bytes() == CONTENT
         assert server.asked == [None]
-
-    def test_nothing_else_is_left(self, server, file):
-        fetch(server.url, file)
-        assert [path for path in file.parent.iterdir() if path.suffix == ".partial"] == []
+        assert not partial_of(file).exists()
 
     def test_a_file_put_there_by_hand_needs_no_server(self, file):
         file.parent.mkdir(parents=True)
@@ -174,66 +170,48 @@ class TestWhole:
         server.content, server.chunked = CONTENT[:size], chunked
         assert fetch(server.url, file).read_bytes() == CONTENT[:size]
 
-    def test_from_where_the_server_says_it_has_moved(self, server, file):
-        server.moved = True
-        assert fetch(server.url, file).read_bytes() == CONTENT
-
     @pytest.mark.parametrize("characters", [8, 64])
     def test_with_the_digest_it_should_have(self, characters, server, file):
         assert fetch(server.url, file, DIGEST[:characters]).read_bytes() == CONTENT
 
 
+BROKEN: dict[str, tuple[dict[str, bool], list[int], list[str | None] | None]] = {
+    "once": ({}, [HALF], [None, f"bytes={HALF}-"]),
+    "many times": (
+        {}, [1000, 0, 5, 2_000_000], [None, "bytes=1000-", "bytes=1000-", "bytes=1005-", "bytes=2001005-"]
+    ),
+    "after a redirection": ({"moved": True}, [HALF], [None, f"bytes={HALF}-"]),
+    "of a server without ranges, which begins anew": ({"ranges": False}, [HALF], [None, f"bytes={HALF}-"]),
+    "of untold length": ({"chunked": True}, [HALF], None),
+}  # fmt: skip
+
+
 class TestBroken:
-    def test_goes_on_where_the_connection_broke(self, server, file):
-        server.cut = [HALF]
-        with pytest.raises(UserError, match=r"broke after .* start again") as caught:
-            fetch(server.url, file)
-        assert str(file) in str(caught.value)
-        assert not file.exists()
-        assert partial_of(file).read_bytes() == CONTENT[:HALF]
-
+    @pytest.mark.parametrize("case", BROKEN)
+    def test_goes_on_where_the_connection_broke(self, case, server, file):
+        options, server.cut, asked = BROKEN[case]
+        for name, value in options.items():
+            setattr(server, name, value)
+        for cut in list(server.cut):
+            with pytest.raises(UserError, match="start again") as caught:
+                fetch(server.url, file)
+            assert str(file) in str(caught.value)
+            assert not file.exists()
+            assert case != "once" or partial_of(file).read_bytes() == CONTENT[:cut]
+        server.cut = []
         assert fetch(server.url, file, DIGEST).read_bytes() == CONTENT
-        assert server.asked == [None, f"bytes={HALF}-"]
+        assert asked is None or server.asked == asked
 
-    def test_breaks_many_times(self, server, file):
-        server.cut = [1000, 0, 5, 2_000_000]
-        for _ in range(4):
-            with pytest.raises(UserError, match="start again"):
+    @pytest.mark.parametrize("more", [b"", b"more"], ids=["whole but not yet renamed", "more than the file has"])
+    def test_nothing_is_beyond_what_has_arrived(self, more, server, file):
+        """The process ended before the renaming; or two downloads at once, or another version, left too much."""
+        file.parent.mkdir(parents=True)
+        partial_of(file).write_bytes(CONTENT + more)
+        if more:
+            with pytest.raises(UserError, match="not of this file"):
                 fetch(server.url, file)
             assert not file.exists()
         assert fetch(server.url, file).read_bytes() == CONTENT
-        assert server.asked == [None, "bytes=1000-", "bytes=1000-", "bytes=1005-", "bytes=2001005-"]
-
-    def test_goes_on_after_a_redirection(self, server, file):
-        server.moved, server.cut = True, [HALF]
-        with pytest.raises(UserError):
-            fetch(server.url, file)
-        assert fetch(server.url, file).read_bytes() == CONTENT
-        assert server.asked == [None, f"bytes={HALF}-"]
-
-    def test_a_server_without_ranges_begins_anew(self, server, file):
-        server.ranges, server.cut = False, [HALF]
-        with pytest.raises(UserError):
-            fetch(server.url, file)
-        assert fetch(server.url, file, DIGEST).read_bytes() == CONTENT
-        assert server.asked == [None, f"bytes={HALF}-"]
-
-    def test_whole_but_not_yet_renamed(self, server, file):
-        """The process ended between the last byte and the renaming."""
-        file.parent.mkdir(parents=True)
-        partial_of(file).write_bytes(CONTENT)
-        assert fetch(server.url, file).read_bytes() == CONTENT
-
-    def test_more_than_the_file_has_is_not_taken_for_it(self, server, file):
-        """What two downloads at once, or another version, have left: the server has nothing beyond it either."""
-        file.parent.mkdir(parents=True)
-        partial_of(file).write_bytes(CONTENT + b"more")
-        try:
-            fetch(server.url, file)
-        except UserError:
-            assert not file.exists()
-        else:
-            assert file.read_bytes() == CONTENT
 
     def test_a_silent_server(self, server, file, monkeypatch):
         monkeypatch.setattr(download, "TIMEOUT", 0.2)
@@ -246,13 +224,6 @@ class TestBroken:
             assert CONTENT.startswith(partial_of(file).read_bytes())
         finally:
             go_on.set()
-
-    def test_a_broken_answer_of_untold_length(self, server, file):
-        server.chunked, server.cut = True, [HALF]
-        with pytest.raises(UserError, match="start again"):
-            fetch(server.url, file)
-        assert not file.exists()
-        assert fetch(server.url, file).read_bytes() == CONTENT
 
     @pytest.mark.parametrize("begun", [False, True], ids=["from nothing", "both going on"])
     def test_two_at_once(self, begun, server, file):
@@ -344,21 +315,16 @@ class TestRefused:
             thread.join()
         assert f"put it at {file}" in str(caught.value)
 
-    def test_another_digest(self, server, file):
+    @pytest.mark.parametrize("arrived", [b"", b"x" * 1000], ids=["", "of which the first part was of another file"])
+    def test_another_digest(self, arrived, server, file):
+        if arrived:
+            file.parent.mkdir(parents=True)
+            partial_of(file).write_bytes(arrived)
         with pytest.raises(UserError, match="0123abcd") as caught:
             fetch(server.url, file, "0123abcd")
         assert f"put it at {file}" in str(caught.value)
         assert list(file.parent.glob("weights.pth*")) == []  # the next call begins anew
         assert fetch(server.url, file, DIGEST[:8]).read_bytes() == CONTENT
-        assert server.asked == [None, None]
-
-    def test_another_digest_after_going_on(self, server, file):
-        """The first part was of another file."""
-        file.parent.mkdir(parents=True)
-        partial_of(file).write_bytes(b"x" * 1000)
-        with pytest.raises(UserError, match="digest"):
-            fetch(server.url, file, DIGEST[:8])
-        assert list(file.parent.glob("weights.pth*")) == []
 
     def test_no_place_for_it(self, server, file):
         file.parent.parent.mkdir()
@@ -368,20 +334,15 @@ class TestRefused:
         assert server.asked == []
 
 
-def parameters(tmp_path: Path) -> tuple[dict[str, Tensor], bytes]:
-    """Of a small ViT: its tensors, and the file that holds them."""
-    tensors = VisionTransformer(SPEC).state_dict()
-    torch.save(tensors, tmp_path / "made.pth")
-    return tensors, (tmp_path / "made.pth").read_bytes()
-
-
 class TestByName:
     """From a released name to a network, with one entry of which this server is the publisher."""
 
     @pytest.fixture
     def published(self, server, tmp_path, monkeypatch) -> dict[str, Tensor]:
         """The tensors that `load_backbone("small")` should give."""
-        tensors, server.content = parameters(tmp_path)
+        tensors = VisionTransformer(SPEC).state_dict()
+        torch.save(tensors, tmp_path / "made.pth")
+        server.content = (tmp_path / "made.pth").read_bytes()
         monkeypatch.setitem(RELEASED, "small", Released(server.url, SPEC))
         return tensors
 
@@ -407,16 +368,6 @@ class TestByName:
             assert all(torch.equal(loaded[name], tensor) for name, tensor in published.items())
         assert (tmp_path / folder / "weights.pth").read_bytes() == server.content
         assert server.asked == [None]
-
-    def test_resumes(self, published, server, tmp_path, monkeypatch):
-        monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
-        middle = len(server.content) // 2
-        server.cut = [middle]
-        with pytest.raises(UserError, match="start again"):
-            load_backbone("small")
-        loaded = load_backbone("small").state_dict()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in published.items())
-        assert server.asked == [None, f"bytes={middle}-"]
 
     def test_the_digest_of_the_table_counts(self, published, server, tmp_path, monkeypatch):
         monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))

@@ -9,6 +9,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -181,3 +182,18 @@ def test_intermediate_layers_equal_timm(blocks, norm, tmp_path, randomise):
 def test_what_cannot_be_exported_is_refused_with_the_reason(backbone, target, match):
     with pytest.raises(UserError, match=match):
         export.check(backbone, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_onnx_runs_at_other_sizes(positions, tmp_path, randomise):
+    """And for any batch; neither is that of the trace."""
+    ours = randomise(VisionTransformer(replace(PLAIN, positions=positions, position_interpolation="size", registers=1)))
+    export.write_onnx(ours, tmp_path / "model.onnx", 64)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch, height, width in ((1, 64, 64), (3, 32, 112)):
+        images = torch.randn(batch, 3, height, width)
+        with torch.no_grad():
+            expected = ours(images)
+        (tokens,) = session.run(["class_token"], {"images": images.numpy()})
+        assert relative_error(torch.from_numpy(tokens), expected) < TOLERANCE

@@ -1,7 +1,6 @@
 """backbone.safetensors gives the network back as it was, says of itself what it is, and is never guessed at."""
 
 import json
-import logging
 import struct
 
 import pytest
@@ -194,33 +193,15 @@ class TestRefusals:
             load_backbone(path)
 
 
-class TestStrictLoading:
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
-
-    def test_a_match_is_loaded_and_counted(self, caplog):
-        module = torch.nn.Linear(3, 2)
-        with caplog.at_level(logging.DEBUG, logger="dino.models.weights.load"):
-            load_strictly(module, self.tensors(), "here")
-        assert torch.equal(module.weight, torch.ones(2, 3))
-        assert "2 of 2 tensors matched" in caplog.text
-
-    def test_every_mismatch_is_named_and_nothing_is_loaded(self):
-        tensors = self.tensors()
-        del tensors["bias"]
-        tensors |= {"weight": torch.ones(3, 2), "extra.a": torch.ones(1), "extra.b": torch.ones(1)}
-        module = torch.nn.Linear(3, 2)
-        before = module.weight.clone()
-        with pytest.raises(UserError) as caught:
-            load_strictly(module, tensors, "there.safetensors")
-        text = str(caught.value)
-        assert "there.safetensors does not fit the model" in text
-        assert "1 missing: bias" in text
-        assert "2 unexpected: extra.a, extra.b" in text
-        assert "weight is (3, 2), not (2, 3)" in text
-        assert torch.equal(module.weight, before)
-
-    def test_a_long_list_is_cut_short(self):
-        extra = {f"x{index}": torch.ones(1) for index in range(50)}
-        with pytest.raises(UserError, match="50 unexpected: x0, x1, x10 …"):
-            load_strictly(torch.nn.Linear(3, 2), self.tensors() | extra, "here")
+def test_every_mismatch_is_named_and_nothing_is_loaded():
+    extra = {f"extra{index}": torch.ones(1) for index in range(50)}
+    module = torch.nn.Linear(3, 2)
+    before = module.weight.clone()
+    with pytest.raises(UserError) as caught:
+        load_strictly(module, {"weight": torch.ones(3, 2)} | extra, "there.safetensors")
+    text = str(caught.value)
+    assert "there.safetensors does not fit the model" in text
+    assert "1 missing: bias" in text
+    assert "50 unexpected: extra0, extra1, extra10 …" in text
+    assert "weight is (3, 2), not (2, 3)" in text
+    assert torch.equal(module.weight, before)
