@@ -108,16 +108,21 @@ def prepare(accelerator: Accelerator, method: Method, optimizer: torch.optim.Opt
 
 
 @contextmanager
-def process_state(config: Config) -> Iterator[None]:
-    """CPU threads and random state are the run's while it lasts, and the program's again afterwards."""
-    threads, random = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(config.train.cpu_threads)  # launchers ask for one
-    torch.manual_seed(config.train.seed)  # all processes build their weights from it
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(random)
+def process_state_kept() -> Iterator[None]:
+    """CPU threads and random state are the program's again afterwards, whatever a run made of them."""
+    threads = torch.get_num_threads()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def set_process_state(train: TrainConfig) -> None:
+    """Give this process the CPU threads and the random state of a run."""
+    torch.set_num_threads(train.cpu_threads)  # launchers ask for one
+    torch.manual_seed(train.seed)  # all processes build their weights from it
 
 
 def seed_process(seed: int, process: int) -> None:

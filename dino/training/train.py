@@ -90,6 +90,7 @@ def train(
     return run_training(load(recipe, values), None if is_path else data, transform, dry_run)
 
 
+@launch.process_state_kept()
 def run_training(config: Config, data_set: Any = None, transform: Any = None, dry_run: bool = False) -> Run:
     """The run that a config describes.
 
@@ -118,14 +119,14 @@ def run_training(config: Config, data_set: Any = None, transform: Any = None, dr
         resume.refuse_other_config(directory, config, earlier)
 
     # Networks, optimizer, the state of a checkpoint; then the steps.
-    with launch.process_state(config):
-        trainer = Trainer(config, accelerator, directory, images, initial, outside)
-        start = trainer.restore(checkpoint)
-        text = summary(config, pool, trainer.method, accelerator, directory, start, reasons | auto_reasons)
-        accelerator.print(text)
-        if dry_run:
-            trainer.rehearse(start)
-        else:
-            stop = trainer.run(start, is_continued=initial is not None)
-            accelerator.print(stop.farewell(directory.path))
+    launch.set_process_state(config.train)
+    trainer = Trainer(config, accelerator, directory, images, initial, outside)
+    start = trainer.restore(checkpoint)
+    text = summary(config, pool, trainer.method, accelerator, directory, start, reasons | auto_reasons)
+    accelerator.print(text)
+    if dry_run:
+        trainer.rehearse(start)
+    else:
+        stop = trainer.run(start, is_continued=initial is not None)
+        accelerator.print(stop.farewell(directory.path))
     return Run(directory.path)

@@ -1,53 +1,57 @@
 """Precision follows the launcher, contradictions are refused, and a batch is shared equally or not at all."""
 
-from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dino.config.schema import Config
+from dino.config.schema import Config, TrainConfig
 from dino.distributed import local_processes
 from dino.errors import UserError
-from dino.training import launch
-from dino.training.launch import choose_precision, seed_process, set_threads_and_seed, start
+from dino.methods.network import Network
+from dino.models import ResNet, ResNetSpec
+from dino.training.launch import (
+    choose_precision,
+    place,
+    precision_of,
+    process_state_kept,
+    seed_process,
+    set_process_state,
+    start,
+)
 
-TABLE = [  # wanted, launcher, accelerator, precision
+TABLE = [  # asked for, launcher, accelerator, precision
     ("auto", None, False, "fp32"),
     ("auto", None, True, "bf16"),
     ("auto", "no", False, "fp32"),
     ("auto", "no", True, "bf16"),
     ("auto", "bf16", False, "bf16"),
-    ("auto", "bf16", True, "bf16"),
     ("auto", "fp16", True, "fp16"),
     ("fp32", None, True, "fp32"),
-    ("fp32", "no", True, "fp32"),
-    ("fp32", None, False, "fp32"),
+    ("fp32", "no", False, "fp32"),
     ("bf16", None, False, "bf16"),
     ("bf16", "no", True, "bf16"),
     ("bf16", "bf16", True, "bf16"),
     ("fp16", None, True, "fp16"),
     ("fp16", "fp16", True, "fp16"),
 ]
+REFUSED = [
+    *[(asked, launcher, rf"train\.precision={asked}.*--mixed_precision {launcher}") for asked, launcher in (
+        ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "bf16"), ("bf16", "fp8"),
+    )],
+    *[(asked, launcher, "fp16 needs a GPU") for asked, launcher in (("fp16", None), ("fp16", "no"), ("auto", "fp16"))],
+]  # fmt: skip
 
 
-class TestPrecision:
-    @pytest.mark.parametrize(("wanted", "launcher", "accelerator", "precision"), TABLE)
-    def test_table(self, wanted, launcher, accelerator, precision):
-        assert choose_precision(wanted, launcher, accelerator) == precision
+@pytest.mark.parametrize(("asked", "launcher", "has_accelerator", "precision"), TABLE)
+def test_precision(asked, launcher, has_accelerator, precision):
+    assert choose_precision(asked, launcher, has_accelerator) == precision
 
-    @pytest.mark.parametrize(
-        ("wanted", "launcher"),
-        [("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "bf16"), ("bf16", "fp8")],
-    )
-    @pytest.mark.parametrize("accelerator", [True, False])
-    def test_a_contradiction_is_refused_naming_both(self, wanted, launcher, accelerator):
-        with pytest.raises(UserError, match=rf"train\.precision={wanted}.*--mixed_precision {launcher}"):
-            choose_precision(wanted, launcher, accelerator)
 
-    @pytest.mark.parametrize(("wanted", "launcher"), [("fp16", None), ("fp16", "no"), ("auto", "fp16")])
-    def test_fp16_needs_a_gpu(self, wanted, launcher):
-        with pytest.raises(UserError, match="fp16 needs a GPU"):
-            choose_precision(wanted, launcher, False)
+@pytest.mark.parametrize(("asked", "launcher", "said"), REFUSED)
+def test_a_precision_that_cannot_be_is_refused(asked, launcher, said):
+    with pytest.raises(UserError, match=said):
+        choose_precision(asked, launcher, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
@@ -57,11 +61,16 @@ class TestStart:
         self.config = Config()
         self.config.run.dir = str(tmp_path / "run")
 
-    def test_on_a_cpu(self):
+    def test_on_a_cpu(self, tmp_path):
         accelerator = start(self.config)
-        assert accelerator.device.type == "cpu"
-        assert accelerator.mixed_precision == "no"
-        assert accelerator.num_processes == 1
+        assert (accelerator.device.type, accelerator.num_processes) == ("cpu", 1)
+        assert precision_of(accelerator) == "fp32"
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_start_in_the_same_process_may_have_another_precision(self):
+        for precision in ("bf16", "fp32", "bf16"):
+            self.config.train.precision = precision
+            assert precision_of(start(self.config)) == precision
 
     @pytest.mark.parametrize(("batch", "accumulation", "ways"), [(10, 4, "8 or 12"), (3, 4, "4 or 8")])
     def test_a_batch_that_cannot_be_shared(self, batch, accumulation, ways):
@@ -69,53 +78,46 @@ class TestStart:
         with pytest.raises(UserError, match=rf"batch_size={batch} .* use {ways}"):
             start(self.config)
 
-    def test_an_unknown_tracker(self):
+    def test_trackers_that_are_unknown_or_not_installed(self, monkeypatch):
         self.config.tracking.backends = ["wandbb"]
         with pytest.raises(UserError, match=r"unknown tracker 'wandbb'.*wandb"):
             start(self.config)
-
-    def test_a_tracker_that_is_not_installed(self, monkeypatch):
         monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
         self.config.tracking.backends = ["wandb"]
         with pytest.raises(UserError, match=r"pip install wandb"):
             start(self.config)
 
-    def test_writes_nothing(self, tmp_path):
-        start(self.config)
-        assert list(tmp_path.iterdir()) == []
+
+def test_weights_have_the_same_seed_in_every_process_and_the_program_its_own_state_back():
+    """Also where a run fails."""
+
+    @process_state_kept()
+    def failing_run(seed: int) -> None:
+        set_process_state(TrainConfig(cpu_threads=threads + 1, seed=seed))
+        assert torch.get_num_threads() == threads + 1
+        samples.append(torch.rand(3).tolist())
+        raise UserError("the disk is full")
+
+    samples: list = []
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
+    for seed in (0, 0, 1):
+        with pytest.raises(UserError):
+            failing_run(seed)
+        assert torch.get_num_threads() == threads
+        assert torch.equal(torch.get_rng_state(), random)
+    assert samples[0] == samples[1] != samples[2]
 
 
-class TestSeeds:
-    def test_weights_have_the_same_seed_in_every_process(self):
-        config = Config()
-        config.train.cpu_threads = torch.get_num_threads()
-        draws = []
-        for _ in range(2):
-            set_threads_and_seed(config)
-            draws.append(torch.rand(3))
-        assert torch.equal(*draws)
-        config.train.seed = 1
-        set_threads_and_seed(config)
-        assert not torch.equal(torch.rand(3), draws[0])
-
-    def test_stochastic_depth_has_another_in_each(self):
-        draws = {}
-        for seed in range(3):
-            for process in range(4):
-                seed_process(seed, process)
-                draws[seed, process] = tuple(torch.rand(3).tolist())
-        assert len(set(draws.values())) == len(draws)
-        seed_process(1, 2)
-        assert tuple(torch.rand(3).tolist()) == draws[1, 2]
-
-    def test_threads_are_set(self):
-        before, config = torch.get_num_threads(), Config()
-        try:
-            config.train.cpu_threads = 2
-            set_threads_and_seed(config)
-            assert torch.get_num_threads() == 2
-        finally:
-            torch.set_num_threads(before)
+def test_stochastic_depth_has_another_seed_in_each():
+    samples, before = {}, torch.get_rng_state()
+    for seed in range(3):
+        for process in range(4):
+            seed_process(seed, process)
+            samples[seed, process] = tuple(torch.rand(3).tolist())
+    assert len(set(samples.values())) == len(samples)
+    seed_process(1, 2)
+    assert tuple(torch.rand(3).tolist()) == samples[1, 2]
+    torch.set_rng_state(before)
 
 
 @pytest.mark.parametrize(("value", "processes"), [(None, 1), ("4", 4)])
@@ -126,12 +128,9 @@ def test_local_processes(value, processes, monkeypatch):
     assert local_processes() == processes
 
 
-def test_statistics_of_batches_are_taken_over_gpus_only(monkeypatch):
+def test_statistics_of_batches_are_taken_over_gpus_only():
     """SyncBatchNorm has no CPU kernel."""
-
-    class Two:
-        num_processes, device = 2, torch.device("cpu")
-
-    network = torch.nn.Sequential(OrderedDict(backbone=torch.nn.BatchNorm1d(2)))
-    student, _ = launch.place(Two(), (network, network), Config().train)
-    assert isinstance(student.backbone, torch.nn.BatchNorm1d)
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    network = Network(ResNet(ResNetSpec("resnet18")), torch.nn.Identity())
+    place(two, SimpleNamespace(state=lambda: {"student": network}), TrainConfig())
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
