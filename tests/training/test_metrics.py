@@ -9,9 +9,16 @@ import torch
 from PIL import Image
 
 from dino.run import RunDirectory
+from dino.training import resume
 from dino.training.metrics import Metrics
 
-GOOD = {"health/entropy_ratio": 0.7, "health/kl_to_center": 1.0, "health/prototypes_in_use": 0.6}
+GOOD = {
+    "health/entropy_ratio": 0.7,
+    "health/kl_to_center": 1.0,
+    "health/prototypes_in_use": 0.6,
+    "health/rank_me": 12.0,
+    "health/feature_std": 0.9,
+}
 UNIFORM = GOOD | {"health/entropy_ratio": 0.999}
 
 
@@ -35,7 +42,7 @@ def start(accelerator, tiny, tmp_path):
     def build(start: int = 0) -> Metrics:
         config = tiny({"train.steps": 100})
         directory = RunDirectory(tmp_path / "run")
-        directory.prepare(config, start)
+        resume.prepare(directory, config, start)
         return Metrics(accelerator, config, directory, width=16, start=start)
 
     return build
@@ -59,7 +66,9 @@ def test_a_line_holds_the_means_of_the_steps_since_the_last(start):
     with start() as metrics:
         for values in ([1.0, 2.0, 6.0], [4.0]):
             for value in values:
-                metrics.add({"loss/dino": torch.tensor(value), "health/gradient_norm": torch.tensor(2 * value)})
+                given = {"loss/dino": torch.tensor(value), "health/gradient_norm": torch.tensor(2 * value)}
+                metrics.add(given)
+                assert given["loss/dino"] == value
             metrics.log(len(values), 0.25, {"optim/lr": 0.1}, Scripted({}))
         first, second = lines(metrics)
     assert (first["step"], first["epoch"], first["optim/lr"]) == (3, 0.25, 0.1)
@@ -68,25 +77,17 @@ def test_a_line_holds_the_means_of_the_steps_since_the_last(start):
     assert "health/verdict" not in first
 
 
-def test_values_given_are_not_changed(start):
-    value = torch.tensor(1.0)
-    with start() as metrics:
-        metrics.add({"loss/dino": value})
-        metrics.add({"loss/dino": value})
-        assert value == 1
-
-
 def test_indicators_are_logged_where_they_are_due_with_the_verdict(start):
     health = Scripted({20: GOOD, 30: GOOD, 50: GOOD})
     with start() as metrics:
         for step in (10, 20, 30, 40, 50):
             log(metrics, step, health)
-        found = {line["step"]: line for line in lines(metrics)}
-    assert {step: line.get("health/verdict") for step, line in found.items()} == {
+        by_step = {line["step"]: line for line in lines(metrics)}
+    assert {step: line.get("health/verdict") for step, line in by_step.items()} == {
         **{10: None, 20: "warming up", 30: "healthy", 40: None, 50: "healthy"}
     }
-    assert found[30].items() >= GOOD.items()
-    assert not GOOD.keys() & found[40].keys()
+    assert by_step[30].items() >= GOOD.items()
+    assert not GOOD.keys() & by_step[40].keys()
 
 
 def test_a_verdict_is_told_where_it_changes_and_explained(start, capsys):
@@ -125,6 +126,18 @@ def test_a_run_that_was_taken_back_forgets_what_came_after(start):
         log(metrics, 50, Scripted(measures))
         assert [line["step"] for line in lines(metrics)] == [20, 50]
         assert lines(metrics)[-1]["health/verdict"] == "healthy"
+
+
+def test_the_verdict_compares_with_the_weights_that_a_run_began_with(start):
+    """Also when it goes on later."""
+    with start() as metrics:
+        metrics.begin(GOOD | {"health/knn": 0.9})
+        for step in (20, 40):
+            log(metrics, step, Scripted({step: GOOD | {"health/knn": 0.5}}))
+    with start(40) as metrics:
+        log(metrics, 60, Scripted({60: GOOD | {"health/knn": 0.5}}))
+        verdicts = [line.get("health/verdict") for line in lines(metrics)]
+    assert verdicts == [None, "warming up", "getting worse", "getting worse"]
 
 
 def test_pictures_go_to_weights_and_biases_alone(start, accelerator):

@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from builders import with_settings
 
 from dino.config.schema import Config
-from dino.training.schedules import Schedule, schedules
+from dino.methods.dino import DINO
+from dino.methods.schedule import Schedule
+from dino.training.schedules import optimizer_schedules
 
 
 def published(start: float, peak: float, end: float, warmup: int, steps: int) -> np.ndarray:
@@ -22,19 +25,11 @@ def published(start: float, peak: float, end: float, warmup: int, steps: int) ->
 
 @pytest.mark.parametrize("warmup", [0, 1, 10, 97])
 @pytest.mark.parametrize(("start", "peak", "end"), [(0.0, 1e-3, 1e-6), (0.04, 0.07, 0.07), (0.0, 0.996, 1.0)])
-def test_linear_then_cosine(warmup, start, peak, end):
+def test_linear_then_cosine_with_exact_start_peak_and_end(warmup, start, peak, end):
     schedule = Schedule(peak, end, 100, start=start, warmup=warmup)
     np.testing.assert_allclose([schedule(step) for step in range(100)], published(start, peak, end, warmup, 100))
-
-
-@pytest.mark.parametrize("warmup", [1, 10, 50])
-def test_start_peak_and_end_are_exact(warmup):
-    schedule = Schedule(peak=0.3, end=1e-6, steps=100, start=0.1, warmup=warmup)
-    assert schedule(0) == 0.1
-    assert schedule(warmup) == 0.3
-    assert schedule(99) == 1e-6
-    assert max(schedule(step) for step in range(100)) == 0.3
-    assert [schedule(step) for step in range(100)].count(0.3) == 1
+    assert schedule(0) == (start if warmup else peak)
+    assert (schedule(warmup), schedule(99), schedule(10_000)) == (peak, end, end)
 
 
 def test_values_worked_by_hand():
@@ -43,20 +38,6 @@ def test_values_worked_by_hand():
     assert schedule(4) == pytest.approx(0.84)
     assert schedule(7) == pytest.approx((1 + math.sqrt(0.5)) / 2)
     assert schedule(9) == pytest.approx(0.5)
-
-
-def test_without_warmup_the_first_step_has_the_peak():
-    schedule = Schedule(peak=0.04, end=0.4, steps=100)
-    assert schedule(0) == 0.04
-    assert schedule(99) == 0.4
-
-
-def test_equal_peak_and_end_are_constant():
-    assert {Schedule(0.07, 0.07, 100)(step) for step in range(100)} == {0.07}
-
-
-def test_after_the_last_step_the_end_is_kept():
-    assert Schedule(1.0, 0.25, 10)(10_000) == 0.25
 
 
 def test_a_run_of_one_step_takes_the_end():
@@ -70,52 +51,43 @@ def test_a_warmup_as_long_as_the_run_rises_to_its_last_step(warmup):
     np.testing.assert_allclose([schedule(step) for step in range(10)], np.arange(10) / warmup)
 
 
-def run(**values) -> Config:
-    """A config as if resolved: ten steps, published rates."""
-    config = Config()
-    config.train.steps = 1000
-    config.optim.lr, config.optim.warmup_steps = 0.002, 100
-    config.objective.teacher_temperature, config.objective.teacher_temperature_warmup = 0.07, 300
-    config.objective.teacher_momentum, config.objective.teacher_momentum_end = 0.996, 1.0
-    for key, value in values.items():
-        group, name = key.split("__")
-        setattr(getattr(config, group), name, value)
-    return config
+def run(changes: dict | None = None) -> Config:
+    """As if resolved, with published rates."""
+    values = {
+        "train.steps": 1000,
+        "optim.lr": 0.002,
+        "optim.warmup_steps": 100,
+        "objective.teacher_temperature": 0.07,
+        "objective.teacher_temperature_warmup": 300,
+        "objective.teacher_momentum": 0.996,
+        "objective.teacher_momentum_end": 1.0,
+    }
+    return with_settings(values | (changes or {}))
 
 
-class TestOfARun:
-    def test_published_course(self):
-        plan = schedules(run())
-        first, last = plan.at(0), plan.at(999)
-        assert plan.lr(100) == 0.002
-        assert last == {
-            "optim/lr": 1e-6,
-            "optim/weight_decay": 0.4,
-            "teacher/momentum": 1.0,
-            "teacher/temperature": 0.07,
-        }
-        assert first["optim/weight_decay"] == 0.04
-        assert first["teacher/momentum"] == 0.996
-        assert first["teacher/temperature"] == 0.04
-        assert plan.temperature(150) == pytest.approx(0.055)  # half-way up
-        assert {plan.temperature(step) for step in range(300, 1000)} == {0.07}
+def rates(config: Config, step: int) -> dict[str, float]:
+    schedules = optimizer_schedules(config) | DINO.make_schedules(config)
+    return {name: schedule(step) for name, schedule in schedules.items()}
 
-    def test_the_first_step_learns_something(self):
-        """DINO's own schedule begins with a rate of 0, which wastes a step; a warm-up of 100 begins with 1/101."""
-        plan = schedules(run())
-        assert plan.lr(0) == pytest.approx(0.002 / 101)
-        rise = [plan.lr(step + 1) - plan.lr(step) for step in range(100)]
-        np.testing.assert_allclose(rise, 0.002 / 101)
 
-    def test_without_warmup_the_learning_rate_begins_at_its_peak(self):
-        assert schedules(run(optim__warmup_steps=0)).lr(0) == 0.002
+def test_published_course_of_a_run():
+    """But for the first step: DINO's own begins with a rate of 0, which wastes it; a warm-up of 100 with 1/101."""
+    names = ("optim/lr", "optim/weight_decay", "teacher/momentum", "teacher/temperature")
+    assert rates(run(), 0) == dict(zip(names, (pytest.approx(0.002 / 101), 0.04, 0.996, 0.04), strict=True))
+    assert rates(run(), 999) == dict(zip(names, (1e-6, 0.4, 1.0, 0.07), strict=True))
+    rise = [rates(run(), step)["optim/lr"] for step in range(101)]
+    np.testing.assert_allclose(np.diff(rise), 0.002 / 101)
+    assert rise[100] == 0.002
+    assert rates(run(), 150)["teacher/temperature"] == pytest.approx(0.055)  # half-way up
+    assert {rates(run(), step)["teacher/temperature"] for step in range(300, 1000, 50)} == {0.07}
 
-    def test_temperature_may_start_at_its_end(self):
-        plan = schedules(run(objective__teacher_temperature=0.04, objective__teacher_temperature_warmup=0))
-        assert {plan.temperature(step) for step in range(1000)} == {0.04}
 
-    @pytest.mark.parametrize("steps", [1, 2, 3])
-    def test_the_shortest_runs_have_finite_rates(self, steps):
-        plan = schedules(run(train__steps=steps, optim__warmup_steps=0))
-        for step in range(steps):
-            assert all(math.isfinite(value) for value in plan.at(step).values())
+def test_warmups_may_be_left_out():
+    config = run({"optim.warmup_steps": 0, "objective.teacher_temperature_warmup": 0})
+    assert (rates(config, 0)["optim/lr"], rates(config, 0)["teacher/temperature"]) == (0.002, 0.07)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_shortest_runs_have_finite_rates(steps):
+    config = run({"train.steps": steps, "optim.warmup_steps": 0})
+    assert all(math.isfinite(value) for step in range(steps) for value in rates(config, step).values())

@@ -1,4 +1,4 @@
-"""The DINO loss, the centre and Sinkhorn-Knopp against their published definitions, written out slowly."""
+"""The DINO loss, the center and Sinkhorn-Knopp against their published definitions, written out slowly."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino.methods.losses import Centre, SinkhornKnopp, dino_loss, sinkhorn_knopp
+from dino.methods.losses import Center, SinkhornKnopp, dino_loss, sinkhorn_knopp
 
 
 def published_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -73,10 +73,6 @@ class TestLoss:
         expected = (math.log(4 / 3) + math.log(4)) / 2
         assert dino_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-6)
 
-    def test_default_temperature_is_the_published_one(self):
-        student, teacher = random_case(4, 2, 3, 5)
-        assert dino_loss(student, teacher) == dino_loss(student, teacher, 0.1)
-
     def test_a_view_is_not_compared_with_itself(self):
         """What the teacher says of view 0 reaches every student view but view 0."""
         student, teacher = random_case(3, 2, 2, 4)
@@ -87,12 +83,12 @@ class TestLoss:
             leaf = student.clone().requires_grad_()
             dino_loss(leaf, targets).backward()
             gradients.append(leaf.grad)
-        changes = [(one - other).abs().max().item() for one, other in zip(*gradients, strict=True)]
+        changes = (gradients[0] - gradients[1]).abs().amax(dim=(1, 2)).tolist()
         assert changes[0] < 1e-6  # rounding
         assert changes[1] > 0.1
         assert changes[2] > 0.1
 
-    @pytest.mark.parametrize("prototypes", [2, 1024, 65536])
+    @pytest.mark.parametrize("prototypes", [2, 4096])
     def test_undecided_student_costs_ln_k(self, prototypes):
         _, teacher = random_case(4, 2, 2, prototypes)
         loss = dino_loss(torch.full((4, 2, prototypes), 0.7), teacher)
@@ -124,66 +120,61 @@ class TestLoss:
             dino_loss(torch.zeros(views, 2, 3), torch.zeros(globals_, 2, 3))
 
 
-class TestCentre:
+class TestCenter:
     def test_moves_by_equation_4(self):
-        centre = Centre(2, momentum=0.9)
-        centre.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # mean (2, 3): 0.1 of it
-        torch.testing.assert_close(centre.center, torch.tensor([[0.2, 0.3]]))
-        centre.update(torch.tensor([[10.0, 0.0]]))  # 0.9 · (0.2, 0.3) + 0.1 · (10, 0)
-        torch.testing.assert_close(centre.center, torch.tensor([[1.18, 0.27]]))
+        center = Center(2, momentum=0.9)
+        center.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # mean (2, 3): 0.1 of it
+        torch.testing.assert_close(center.center, torch.tensor([[0.2, 0.3]]))
+        center.update(torch.tensor([[10.0, 0.0]]))  # 0.9 · (0.2, 0.3) + 0.1 · (10, 0)
+        torch.testing.assert_close(center.center, torch.tensor([[1.18, 0.27]]))
 
-    def test_probabilities_are_centred_then_sharpened(self):
-        """Two prototypes: the softmax is the logistic function of the centred difference over the temperature."""
-        centre = Centre(2)
-        centre.center.copy_(torch.tensor([[0.5, 0.1]]))
-        first = centre.probabilities(torch.tensor([[0.6, 0.25]]), temperature=0.04)[0, 0].item()
+    def test_probabilities_are_centered_then_sharpened(self):
+        """Two prototypes: the softmax is the logistic function of the centered difference over the temperature."""
+        center = Center(2)
+        center.center.copy_(torch.tensor([[0.5, 0.1]]))
+        first = center.probabilities(torch.tensor([[0.6, 0.25]]), temperature=0.04)[0, 0].item()
         assert first == pytest.approx(1 / (1 + math.exp(-((0.6 - 0.5) - (0.25 - 0.1)) / 0.04)), rel=1e-5)
 
     def test_targets_use_only_earlier_steps(self):
-        """Reading never moves the centre; an update counts from the next reading on."""
+        """Reading never moves the center; an update counts from the next reading on."""
         torch.manual_seed(0)
-        centre, logits = Centre(5), torch.randn(2, 3, 5)
-        before = centre.probabilities(logits, 0.1)
-        torch.testing.assert_close(before, (logits / 0.1).softmax(-1))  # the first step: no centre yet
-        assert torch.equal(centre.probabilities(logits, 0.1), before)
-        centre.update(logits.flatten(0, 1))
+        center, logits = Center(5), torch.randn(2, 3, 5)
+        before = center.probabilities(logits, 0.1)
+        torch.testing.assert_close(before, (logits / 0.1).softmax(-1))  # the first step: no center yet
+        assert torch.equal(center.probabilities(logits, 0.1), before)
+        center.update(logits.flatten(0, 1))
         moved = 0.1 * logits.mean(dim=(0, 1))
-        torch.testing.assert_close(centre.probabilities(logits, 0.1), ((logits - moved) / 0.1).softmax(-1))
+        torch.testing.assert_close(center.probabilities(logits, 0.1), ((logits - moved) / 0.1).softmax(-1))
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_a_mean_that_is_not_finite_is_ignored(self, bad):
-        centre = Centre(3)
-        centre.update(torch.ones(4, 3))
-        before = centre.center.clone()
+        center = Center(3)
+        center.update(torch.ones(4, 3))
+        before = center.center.clone()
         logits = torch.ones(4, 3)
         logits[1, 2] = bad
-        centre.update(logits)
-        assert torch.equal(centre.center, before)
-        centre.update(torch.zeros(4, 3))
-        torch.testing.assert_close(centre.center, 0.9 * before)
+        center.update(logits)
+        assert torch.equal(center.center, before)
+        center.update(torch.zeros(4, 3))
+        torch.testing.assert_close(center.center, 0.9 * before)
 
     def test_half_precision_logits_are_averaged_in_fp32(self):
         """The sum of 1,000 logits of 100 is beyond fp16, and beyond bf16's 8 bits."""
         for dtype in (torch.float16, torch.bfloat16):
-            centre = Centre(2, momentum=0.0)
-            centre.update(torch.full((1000, 2), 100.0, dtype=dtype))
-            assert centre.center.dtype == torch.float32
-            torch.testing.assert_close(centre.center, torch.full((1, 2), 100.0))
-
-    def test_is_saved_with_the_state(self):
-        assert list(Centre(4).state_dict()) == ["center"]
+            center = Center(2, momentum=0.0)
+            center.update(torch.full((1000, 2), 100.0, dtype=dtype))
+            assert center.center.dtype == torch.float32
+            torch.testing.assert_close(center.center, torch.full((1, 2), 100.0))
 
     def test_targets_carry_no_gradient(self):
         logits = torch.randn(3, 4, requires_grad=True)
-        for targets in (Centre(4), SinkhornKnopp()):
+        for targets in (Center(4), SinkhornKnopp()):
             assert not targets.probabilities(logits, 0.1).requires_grad
 
 
 class TestSinkhorn:
-    @pytest.mark.parametrize("samples", [1, 2, 7, 64])
-    @pytest.mark.parametrize("prototypes", [2, 16, 100])
-    @pytest.mark.parametrize("temperature", [0.04, 0.07, 1.0])
-    @pytest.mark.parametrize("iterations", [1, 3, 10])
+    @pytest.mark.parametrize(("samples", "prototypes"), [(1, 8), (2, 2), (7, 16), (64, 100)])
+    @pytest.mark.parametrize(("temperature", "iterations"), [(0.04, 3), (0.07, 10), (1.0, 1)])
     def test_equals_the_published_algorithm(self, samples, prototypes, temperature, iterations):
         generator = torch.Generator().manual_seed(samples * prototypes)
         logits = 2 * torch.rand(samples, prototypes, generator=generator) - 1  # cosines
@@ -192,23 +183,11 @@ class TestSinkhorn:
         assert result.dtype == torch.float32
         torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-6)
 
-    def test_three_iterations_as_published(self):
-        logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(sinkhorn_knopp(logits, 0.5), sinkhorn_knopp(logits, 0.5, iterations=3))
-        assert torch.equal(SinkhornKnopp().probabilities(logits, 0.5), sinkhorn_knopp(logits, 0.5, iterations=3))
-
     def test_each_sample_gives_one_and_each_prototype_gets_its_share(self):
         logits = torch.randn(60, 12, generator=torch.Generator().manual_seed(0))
         result = sinkhorn_knopp(logits, 0.2, iterations=200)
         torch.testing.assert_close(result.sum(dim=1), torch.ones(60))
         torch.testing.assert_close(result.sum(dim=0), torch.full((12,), 60 / 12), rtol=1e-3, atol=0)
-
-    @pytest.mark.parametrize("size", [1e2, 1e4])
-    def test_large_logits_stay_finite(self, size):
-        logits = size * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-        result = sinkhorn_knopp(logits, 0.04)
-        assert result.isfinite().all()
-        torch.testing.assert_close(result.sum(dim=1), torch.ones(8))
 
     @pytest.mark.parametrize("behind", [-512.0, 512.0])
     def test_a_prototype_far_from_the_others_is_balanced_like_any_other(self, behind):
@@ -220,26 +199,17 @@ class TestSinkhorn:
             sinkhorn_knopp(shifted, 1 / 16), sinkhorn_knopp(logits, 1 / 16), rtol=1e-3, atol=1e-4
         )
 
-    def test_a_sample_far_behind_the_others_still_has_probabilities(self):
-        logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    @pytest.mark.parametrize("size", [1.0, 1e4])
+    def test_large_logits_and_a_sample_far_behind_the_others_still_give_probabilities(self, size):
+        logits = size * torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
         logits[3] -= 1e4
         logits[0, 1] = -1e4
         result = sinkhorn_knopp(logits, 0.04)
         assert result.isfinite().all()
         torch.testing.assert_close(result.sum(dim=1), torch.ones(6))
 
-    def test_one_sample_is_spread_over_all_prototypes(self):
-        """A batch of one has nothing to be balanced against: every prototype gets the same, whatever the logits."""
-        logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(sinkhorn_knopp(logits, 0.04), torch.full((1, 8), 1 / 8))
-
     def test_all_views_are_one_batch(self):
         logits = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0))
         result = SinkhornKnopp(3).probabilities(logits, 0.1)
         assert result.shape == logits.shape
         torch.testing.assert_close(result.view(10, 7).double(), published_sinkhorn(logits.view(10, 7), 0.1, 3))
-
-    def test_has_nothing_to_save(self):
-        targets = SinkhornKnopp()
-        targets.update(torch.randn(3, 4))
-        assert targets.state_dict() == {}

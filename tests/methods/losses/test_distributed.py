@@ -1,104 +1,87 @@
 """On several real processes, each with its shard, targets and averages are those of the whole batch on one."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+import worlds
+from torch import Tensor
 
 from dino.distributed import mean_over_processes
 from dino.methods.ema import synchronise_buffers
-from dino.methods.losses import Centre, dino_loss, sinkhorn_knopp
+from dino.methods.losses import Center, SinkhornKnopp, dino_loss
 
-WORLDS = [3, 2]
-IMAGES, PROTOTYPES, VIEWS = 12, 9, 4
-
-
-def whole_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher logits (2, B, K), of which image 3 is far ahead of the others, and student logits (V, B, K)."""
-    generator = torch.Generator().manual_seed(0)
-    teacher = torch.randn(2, IMAGES, PROTOTYPES, generator=generator)
-    teacher[:, 3] += 50
-    return teacher, torch.randn(VIEWS, IMAGES, PROTOTYPES, generator=generator)
+PROTOTYPES = 7
+COUNTS = {  # rows of each process: equal as for class tokens, or as masked patches fall
+    2: [[4, 4], [5, 3], [1, 12], [0, 6], [4, 0], [0, 0]],
+    3: [[2, 2, 2], [1, 6, 4], [0, 5, 2], [0, 0, 3], [3, 0, 9]],
+}
+TOLERANCES = {0.0: 1e-6, 40.0: 1e-4}  # of probabilities, by `ahead`: fp32 resolves 3e-5 at 40 / τ = 400
 
 
-def batch_norm(rank: int) -> torch.nn.BatchNorm1d:
+def all_rows(counts: list[int], ahead: float) -> Tensor:
+    """Cosines, as a head gives them; every third row is `ahead` of the others, also of all of another process."""
+    logits = 2 * torch.rand(sum(counts), PROTOTYPES, generator=torch.Generator().manual_seed(sum(counts))) - 1
+    logits[::3] += ahead
+    return logits
+
+
+def results(logits: Tensor) -> dict[str, Tensor]:
+    """What a process finds out from its rows; two steps, the center of the first used in the second."""
+    center, sinkhorn = Center(PROTOTYPES), SinkhornKnopp()
+    center.update(logits)
+    targets = center.probabilities(logits, 0.1)
+    center.update(2 * logits)
+    return {"sinkhorn": sinkhorn.probabilities(logits, 0.1), "targets": targets, "center": center.center.clone()}
+
+
+def loss_of(targets: Tensor) -> Tensor:
+    """Of two views, alike on both sides: (B, K) probabilities."""
+    views = targets.expand(2, *targets.shape)
+    return mean_over_processes(dino_loss(views, views, 0.1))
+
+
+def work(rank: int, processes: int) -> dict:
+    of_process: dict = {}
+    for counts in COUNTS[processes]:
+        for ahead in TOLERANCES:
+            of_process[(*counts, ahead)] = results(all_rows(counts, ahead).split(counts)[rank])
+    equal = COUNTS[processes][0]
+    of_process["loss"] = loss_of(all_rows(equal, 0.0).softmax(dim=-1).split(equal)[rank])
     module = torch.nn.BatchNorm1d(3)
     module.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]) * (rank + 1))
-    return module
-
-
-def results(teacher: torch.Tensor, student: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
-    """What a process finds out from its images."""
-    centre = Centre(PROTOTYPES)
-    centre.update(teacher.flatten(0, 1))
-    centre.update(2 * teacher.flatten(0, 1))
-    targets = sinkhorn_knopp(teacher.flatten(0, 1), 0.1).view(teacher.shape)
-    module = batch_norm(rank)
     synchronise_buffers(module)
-    return {
-        "sinkhorn": targets,
-        "centre": centre.center,
-        "loss": mean_over_processes(dino_loss(student, centre.probabilities(teacher, 0.1))),
-        "running_mean": module.running_mean,
-    }
-
-
-def process(rank: int, worlds: list[int], folder: str) -> None:
-    """One process of each world in turn: starting a process takes longer than all that it does here."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    for processes in worlds:
-        if rank >= processes:
-            continue
-        meeting = f"file://{folder}/rendezvous-{processes}"
-        dist.init_process_group("gloo", meeting, rank=rank, world_size=processes)
-        teacher, student = (logits.chunk(processes, dim=1)[rank] for logits in whole_batch())
-        found = {**results(teacher, student, rank), "world": dist.get_world_size()}
-        torch.save(found, f"{folder}/{processes}-{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+    return of_process | {"running_mean": module.running_mean}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(process, (WORLDS, str(folder)), nprocs=max(WORLDS))
-    return folder
+def of_worlds(tmp_path_factory) -> dict[int, list]:
+    return worlds.run(work, list(COUNTS), tmp_path_factory.mktemp("processes"))
 
 
-@pytest.fixture(params=WORLDS, ids=[f"{processes} processes" for processes in WORLDS])
-def shards(request, folder) -> list[dict[str, torch.Tensor]]:
-    found = [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
-    assert [shard["world"] for shard in found] == [request.param] * request.param
-    return found
+@pytest.mark.parametrize("ahead", TOLERANCES)
+@pytest.mark.parametrize("counts", [counts for cases in COUNTS.values() for counts in cases], ids=str)
+def test_targets_and_center_are_those_of_all_rows(counts, ahead, of_worlds):
+    """Each row weighs the same, whichever process has it; where nobody has any, the center stays, finite."""
+    parts = [of_process[(*counts, ahead)] for of_process in of_worlds[len(counts)]]
+    assert [len(part["sinkhorn"]) for part in parts] == counts
+    expected, tolerance = results(all_rows(counts, ahead)), TOLERANCES[ahead]
+    for name in ("sinkhorn", "targets"):
+        joined = torch.cat([part[name] for part in parts])
+        torch.testing.assert_close(joined, expected[name], rtol=0, atol=tolerance)
+    for part in parts:
+        assert part["center"].isfinite().all()
+        torch.testing.assert_close(part["center"], expected["center"], rtol=1e-6, atol=1e-6)
+        assert torch.equal(part["center"], parts[0]["center"])
 
 
-@pytest.fixture(scope="module")
-def whole() -> dict[str, torch.Tensor]:
-    return results(*whole_batch(), rank=0)
+@pytest.mark.parametrize("processes", COUNTS)
+def test_loss_averages_to_that_of_the_whole_batch(processes, of_worlds):
+    expected = loss_of(all_rows(COUNTS[processes][0], 0.0).softmax(dim=-1))
+    for of_process in of_worlds[processes]:
+        torch.testing.assert_close(of_process["loss"], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_sinkhorn_balances_over_all_processes(shards, whole):
-    joined = torch.cat([shard["sinkhorn"] for shard in shards], dim=1)
-    torch.testing.assert_close(joined, whole["sinkhorn"], rtol=0, atol=1e-6)
-
-
-def test_centre_is_the_same_everywhere_and_that_of_the_whole_batch(shards, whole):
-    for shard in shards:
-        torch.testing.assert_close(shard["centre"], whole["centre"], rtol=0, atol=1e-6)
-        assert torch.equal(shard["centre"], shards[0]["centre"])
-
-
-def test_loss_averages_to_that_of_the_whole_batch(shards, whole):
-    for shard in shards:
-        torch.testing.assert_close(shard["loss"], whole["loss"], rtol=1e-6, atol=1e-6)
-
-
-def test_running_statistics_of_a_teacher_are_averaged(shards):
+@pytest.mark.parametrize("processes", COUNTS)
+def test_running_statistics_of_a_teacher_are_averaged(processes, of_worlds):
     """(1 + … + P) / P = (P + 1) / 2 times (1, 2, 3)."""
-    expected = torch.tensor([1.0, 2.0, 3.0]) * (len(shards) + 1) / 2
-    for shard in shards:
-        torch.testing.assert_close(shard["running_mean"], expected)
+    for of_process in of_worlds[processes]:
+        torch.testing.assert_close(of_process["running_mean"], torch.tensor([1.0, 2.0, 3.0]) * (processes + 1) / 2)

@@ -32,7 +32,7 @@ def with_gradient(features: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), leaf.grad
 
 
-@pytest.mark.parametrize(("count", "width"), [(2, 3), (3, 2), (8, 4), (33, 16), (64, 384), (5, 1000)])
+@pytest.mark.parametrize(("count", "width"), [(2, 3), (3, 2), (8, 4), (33, 16), (5, 1000)])
 def test_value_and_gradient_equal_the_definition(count, width):
     features = random_features(count, width)
     slow = features.clone().requires_grad_()
@@ -60,15 +60,6 @@ def test_only_directions_count():
     torch.testing.assert_close(scaled, loss, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(scaled_gradient * scales, gradient, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((gradient * features).sum(dim=1), torch.zeros(9, dtype=torch.float64), rtol=0, atol=1e-6)
-
-
-def test_descent_spreads_features():
-    features = (torch.ones(6, 3) + 0.1 * random_features(6, 3).float()).requires_grad_()
-    before = published_loss(features.detach().double())
-    for _ in range(50):
-        (gradient,) = torch.autograd.grad(koleo_loss(features), features)
-        features = (features - 0.05 * gradient).detach().requires_grad_()
-    assert published_loss(features.detach().double()) < before - 0.5
 
 
 class TestCopies:
@@ -152,14 +143,16 @@ def loss_and_gradient(inputs: Tensor, over_processes: bool) -> dict[str, Tensor]
 
 def work(rank: int, processes: int) -> dict:
     """The means over processes that data-parallel training has, by case and whether neighbours are sought in all."""
-    found = {}
+    of_process = {}
     for case in CASES:
         for everywhere in (True, False):
-            found[case, everywhere] = loss_and_gradient(batch_of(case, processes).chunk(processes)[rank], everywhere)
-            for value in found[case, everywhere].values():
+            of_process[case, everywhere] = loss_and_gradient(
+                batch_of(case, processes).chunk(processes)[rank], everywhere
+            )
+            for value in of_process[case, everywhere].values():
                 dist.all_reduce(value)
                 value /= processes
-    return found
+    return of_process
 
 
 @pytest.fixture(scope="module")
@@ -169,18 +162,13 @@ def means(tmp_path_factory) -> dict[int, list]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("processes", WORLDS)
-def test_over_processes_is_the_whole_batch(processes, case, means):
-    found = means[processes][0][case, True]
-    expected = loss_and_gradient(batch_of(case, processes), over_processes=False)
-    assert expected["gradient"].abs().max() > 0.01
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("processes", WORLDS)
-def test_otherwise_each_process_keeps_to_itself(processes, case, means):
-    found = means[processes][0][case, False]
-    shares = [loss_and_gradient(share, False) for share in batch_of(case, processes).chunk(processes)]
-    for name in ("loss", "gradient"):
-        expected = torch.stack([share[name] for share in shares]).mean(dim=0)
-        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+def test_neighbours_of_all_processes_or_of_each_by_itself(processes, case, means):
+    """Over processes it is the loss of the whole batch; otherwise the mean of what each process's own part gives."""
+    batch = batch_of(case, processes)
+    whole = loss_and_gradient(batch, over_processes=False)
+    assert whole["gradient"].abs().max() > 0.01
+    torch.testing.assert_close(means[processes][0][case, True], whole, rtol=1e-5, atol=1e-6)
+    parts = [loss_and_gradient(part, False) for part in batch.chunk(processes)]
+    for name, value in means[processes][0][case, False].items():
+        expected = torch.stack([part[name] for part in parts]).mean(dim=0)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
