@@ -14,13 +14,15 @@ from accelerate import PartialState
 
 from dino.config import read as configuration
 from dino.config.describe import describe
+from dino.config.recipes import recipe_and_settings
 from dino.curation.curate import curate_by
 from dino.curation.settings import CurateConfig
 
 
 def main() -> None:
     arguments = parse()
-    curation = curate_by(configuration.read(CurateConfig, arguments.config, arguments.settings))
+    recipe, settings = recipe_and_settings(arguments.settings, arguments.config)
+    curation = curate_by(configuration.read(CurateConfig, recipe, settings))
     processes = PartialState()
     dropped = [f"{count:,} {reason}" for reason, count in curation.dropped.items()]
     processes.print(", ".join([f"{curation.images:,} images: {curation.kept:,} kept", *dropped]))
@@ -36,6 +38,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, for example configs/curate.yaml")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="settings that take precedence over the file's"
+        "settings",
+        nargs="*",
+        metavar="[RECIPE] key=value",
+        help="a recipe's name, then settings that take precedence over its own",
     )
     return parser.parse_intermixed_args()

@@ -1,13 +1,14 @@
-"""eval/ as a user starts it, on one process and on two: same figures, every image once, and plain words where it fails.
+"""Evaluations as a user starts them, on one process and on two: same figures, every image once, plain words on failure.
 
-Most of a short run is the import of torch, so that commands of one process that need no process of their own share one.
+Most of a short run is the import of torch: commands that need no process of their own run in this one.
 """
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import warnings
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from launching import LAUNCHERS, LONGEST, REPOSITORY, Runs, error_of, write_images
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 
 import dino
+from dino import cli
 from dino.models import ResNet, ResNetSpec, VisionTransformer, ViTSpec, save_backbone
 
 pytestmark = pytest.mark.slow
@@ -31,26 +34,6 @@ COLOURS = {"ant": (190, 60, 60), "bee": (60, 190, 60), "cow": (60, 60, 190)}
 BROKEN = ("ant/03-cut.png", "cow/text.png")
 COUNT = 8  # images of each class
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime"))
-ONE_AFTER_ANOTHER = """
-import contextlib, io, json, runpy, sys, traceback
-results = []
-for missing, *words in json.loads(sys.argv[1]):
-    out, err, code, sys.argv = io.StringIO(), io.StringIO(), 0, words
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        kept = {name: sys.modules.get(name) for name in missing}
-        sys.modules.update(dict.fromkeys(missing))
-        try:
-            runpy.run_path(words[0], run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-        for name, module in kept.items():
-            sys.modules.pop(name) if module is None else sys.modules.update({name: module})
-    results.append((code, out.getvalue(), err.getvalue()))
-print(json.dumps(results), file=sys.__stdout__)
-"""
 
 
 def start(runs: Runs, *words: object, launcher: str = "python", **variables: str) -> CompletedProcess:
@@ -73,21 +56,31 @@ def finish(runs: Runs, *words: object, **options: str) -> CompletedProcess:
     return done
 
 
-def one_after_another(
-    runs: Runs, commands: dict[str, Sequence[object]], without: dict[str, list[str]], **variables: str
-) -> dict[str, CompletedProcess]:
-    """Commands of eval/ in one process.
+def command(folder: Path, *words: object, missing: str = "") -> CompletedProcess:
+    """`dino …` in this process.
 
     Args:
-        without: by command, libraries that are not installed for it.
+        folder: of the cache.
+        missing: a library that is not installed for it.
     """
-    words = [[without.get(name, []), *map(str, command)] for name, command in commands.items()]
-    done = finish(runs, "-c", ONE_AFTER_ANOTHER, json.dumps(words), **variables)
-    results = json.loads(done.stdout.splitlines()[-1])
-    return {  # a progress bar ends with a return to the line's beginning
-        name: CompletedProcess([name], code, out, errors.replace("\r", "\n"))
-        for name, (code, out, errors) in zip(commands, results, strict=True)
-    }
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("default")
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", errors)
+        patch.setattr(sys, "argv", ["dino", *map(str, words)])
+        patch.setenv("DINO_CACHE", str(folder / "cache-of-commands"))
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        if missing:
+            patch.setitem(sys.modules, missing, None)
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    # A progress bar ends with a return to the line's beginning.
+    return CompletedProcess(words, code, out.getvalue(), errors.getvalue().replace("\r", "\n"))
 
 
 class Place(NamedTuple):
@@ -162,21 +155,21 @@ def judged(runs, place) -> dict[str, tuple[CompletedProcess, dict]]:
 
 
 @pytest.fixture(scope="module")
-def written(runs, place) -> dict[str, CompletedProcess]:
-    """What embed.py, visualize.py and export.py print on one process."""
-    out = place.folder
-    images, weights = ("--data", place.images), ("--weights", place.weights)
-    commands: dict[str, Sequence[object]] = {
-        "npy": ("eval/embed.py", *weights, *images, "--out", out / "new" / "folder" / "both.npy", "--tokens", "both"),
-        "patch": ("eval/embed.py", *weights, *images, "--out", out / "patch.npy", "--tokens", "patch"),
-        "parquet": ("eval/embed.py", *weights, *images, "--out", out / "class.parquet"),
-        "visualize": ("eval/visualize.py", *weights, "--data", place.images, "--rows", 4, "--out", out / "pictures"),
-        "timm": ("eval/export.py", *weights, "--to", "timm", "--out", out / "timm"),
-        "huggingface": ("eval/export.py", *weights, "--to", "huggingface", "--out", out / "huggingface"),
+def written(place) -> dict[str, CompletedProcess]:
+    """What embed, visualize and export print on one process."""
+    out, weights = place.folder, ("--weights", place.weights)
+    images = (*weights, "--data", place.images)
+    commands = {
+        "both": ("embed", *images, "--out", out / "new" / "folder" / "both.npy", "--tokens", "both"),
+        "patch": ("embed", *images, "--out", out / "patch.npy", "--tokens", "patch"),
+        "parquet": ("embed", *images, "--out", out / "class.parquet"),
+        "visualize": ("visualize", *images, "--rows", 4, "--out", out / "pictures"),
+        "timm": ("export", *weights, "--to", "timm", "--out", out / "timm"),
+        "huggingface": ("export", *weights, "--to", "huggingface", "--out", out / "huggingface"),
     }
     if HAS_ONNX:
-        commands["onnx"] = ("eval/export.py", *weights, "--to", "onnx", "--out", out / "onnx")
-    return one_after_another(runs, commands, {})
+        commands["onnx"] = ("export", *weights, "--to", "onnx", "--out", out / "onnx")
+    return {name: command(out, *words) for name, words in commands.items()}
 
 
 def assert_holds(path: Path, wanted: tuple[list[str], np.ndarray, np.ndarray]) -> None:
@@ -240,7 +233,7 @@ class TestEmbeddings:
     @pytest.mark.parametrize("tokens", ["patch", "both"])
     def test_npy_has_the_tokens_asked_for_and_the_paths_beside(self, written, place, wanted, tokens):
         path = place.folder / ("patch.npy" if tokens == "patch" else "new/folder/both.npy")
-        assert written["patch" if tokens == "patch" else "npy"].returncode == 0
+        assert written[tokens].returncode == 0
         names, class_tokens, patches = wanted
         expected = patches if tokens == "patch" else np.hstack([class_tokens, patches])
         assert np.load(path) == pytest.approx(expected, abs=1e-5)
@@ -383,7 +376,7 @@ BAD = {  # a command and what its error says; the names in braces are those of `
 
 
 @pytest.fixture(scope="module")
-def refused(runs, place) -> dict[str, CompletedProcess]:
+def refused(place) -> dict[str, CompletedProcess]:
     """All commands of BAD."""
     out = place.folder / "bad"
     places = {name: out / name for name in ("flat", "one_class", "lone", "torn", "pairs", "empty", "broken")}
@@ -402,12 +395,11 @@ def refused(runs, place) -> dict[str, CompletedProcess]:
     preprocessing = {"image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
     save_backbone(out / "resnet.safetensors", ResNet(ResNetSpec("resnet18")), preprocessing, {})
     places |= {"vit": place.weights, "images": place.images, "resnet": out / "resnet.safetensors", "out": out}
-    commands = {}
-    for name, (command, _) in BAD.items():
-        script, *words = command.split()
-        commands[name] = [f"eval/{script}.py", *(word.format(**places) for word in words)]
-    cache = str(place.folder / "cache-of-bad")
-    return one_after_another(runs, commands, {"export, library missing": ["timm"]}, DINO_CACHE=cache)
+    results = {}
+    for name, (line, _) in BAD.items():
+        missing = "timm" if name == "export, library missing" else ""
+        results[name] = command(out, *(word.format(**places) for word in line.split()), missing=missing)
+    return results
 
 
 @pytest.mark.parametrize("name", BAD)
