@@ -67,7 +67,8 @@ class Backbone(nn.Module):
 
     def forward_features(self, images: Any, masks: Any = None) -> Any:
         """`x_norm_clstoken` (B, D), `x_norm_regtokens` (B, R, D) and `x_norm_patchtokens` (B, N, D) of images."""
-        raise NotImplementedError
+        (class_token,), (patches,) = self.encode_crops([images], masks, patches_of=1)
+        return {"x_norm_clstoken": class_token, "x_norm_regtokens": patches[:, :0], "x_norm_patchtokens": patches}
 
     def get_intermediate_layers(self, images: Tensor, n: int | Sequence[int] = 1, **options: Any) -> tuple[Any, ...]:
         """Patch tokens after chosen blocks; with `depth` above 1 only."""
@@ -128,7 +129,6 @@ class Family(ABC):
     def settings(self, spec: Any, model: ModelConfig) -> dict[str, object]:
         """The settings, by `group.key`, that describe a spec; as `model` has them, where that says the same."""
 
-    @abstractmethod
     def infer(self, tensors: Mapping[str, Tensor], num_heads: int | None, source: str) -> Any | None:
         """The spec of another project's backbone from its tensors; None: it is of another family.
 
@@ -139,6 +139,7 @@ class Family(ABC):
         Raises:
             UserError: it is of this family, but not one that can be read.
         """
+        return None
 
     def problems(self, config: Config) -> Iterator[str]:
         """What is wrong with the settings of a run with this backbone."""

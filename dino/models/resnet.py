@@ -58,11 +58,6 @@ class ResNet(Backbone):
         patches = [features.flatten(2).transpose(1, 2) for features in feature_maps[:patches_of]]
         return [features.mean(dim=(2, 3)) for features in feature_maps], patches
 
-    def forward_features(self, images: Tensor, masks: None = None) -> dict[str, Tensor]:
-        """`x_norm_clstoken` (B, D), `x_norm_patchtokens` (B, h·w, D) and an empty `x_norm_regtokens` (B, 0, D)."""
-        (pooled,), (patches,) = self.encode_crops([images], masks, patches_of=1)
-        return {"x_norm_clstoken": pooled, "x_norm_regtokens": patches[:, :0], "x_norm_patchtokens": patches}
-
     def _feature_map(self, images: Tensor) -> Tensor:
         for module in self.children():
             images = module(images)

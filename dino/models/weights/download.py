@@ -53,33 +53,31 @@ def fetch(url: str, file: Path, sha256: str = "") -> Path:
 
 
 def _download(url: str, partial: Path) -> None:
-    there = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+    offset = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing beyond what is there
+        if error.code != 416:  # nothing beyond the offset
             raise
         error.close()
-        if (error.headers.get("Content-Range") or "").removeprefix("bytes */") != str(there):
+        if (error.headers.get("Content-Range") or "").removeprefix("bytes */") != str(offset):
             partial.unlink()
-            raise EOFError(f"what had arrived, {there:,} bytes, was not of this file and is thrown away") from None
+            raise EOFError(f"what had arrived, {offset:,} bytes, was not of this file and is thrown away") from None
         return
     with response:
-        resumes = response.status == 206
-        left = int(response.headers.get("Content-Length") or 0)
-        with (
-            partial.open("ab" if resumes else "wb") as file,
-            tqdm(total=left + there * resumes or None, initial=there * resumes, unit="B", unit_scale=True,
-                 desc=partial.stem, leave=False) as bar,
-        ):  # fmt: skip
-            received = 0
+        if response.status != 206:  # a server without ranges begins anew
+            offset = 0
+        remaining, received = int(response.headers.get("Content-Length") or 0), 0
+        total = offset + remaining if remaining else None
+        bar = tqdm(desc=partial.stem, total=total, initial=offset, unit="B", unit_scale=True, leave=False)
+        with bar, partial.open("ab" if offset else "wb") as file:
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
-    if left and received < left:
-        raise EOFError(f"the connection broke after {received:,} of {left:,} bytes")
+    if received < remaining:
+        raise EOFError(f"the connection broke after {received:,} of {remaining:,} bytes")
 
 
 def _digest(file: Path) -> str:

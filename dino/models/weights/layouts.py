@@ -41,7 +41,7 @@ CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
 @dataclass
-class Found:
+class Contents:
     """What a file holds.
 
     Attributes:
@@ -57,7 +57,7 @@ class Found:
     num_heads: int | None = None
 
 
-def read(file: Path, network: str = "teacher") -> Found:
+def read(file: Path, network: str = "teacher") -> Contents:
     """Read a weights file.
 
     Args:
@@ -74,29 +74,29 @@ def read(file: Path, network: str = "teacher") -> Found:
     heads = {name: tensor for name, tensor in stripped.items() if name.startswith(HEADS)}
     tensors = {name: tensor for name, tensor in stripped.items() if name not in heads}
     if "embeddings.patch_embeddings.projection.weight" in tensors:
-        return Found(names.from_hugging_face(tensors), heads, "Hugging Face", _heads_of_config(file))
+        return Contents(names.from_hugging_face(tensors), heads, "Hugging Face", _heads_of_config(file))
     if "patch_embed.proj.weight" not in tensors:
-        return Found(tensors, heads)
+        return Contents(tensors, heads)
     # DINOv2's training numbers blocks twice: by their chunk, and by themselves.
     tensors = {CHUNKED.sub(r"blocks.\1.", name): tensor for name, tensor in tensors.items()}
     renamed = names.from_timm(tensors)
     if renamed.keys() != tensors.keys():
-        return Found(renamed, heads, "timm")
-    return Found(tensors, heads, "DINOv2" if "blocks.0.ls1.gamma" in tensors else "DINO")
+        return Contents(renamed, heads, "timm")
+    return Contents(tensors, heads, "DINOv2" if "blocks.0.ls1.gamma" in tensors else "DINO")
 
 
-def infer_spec(found: Found, source: str) -> Any:
+def infer_spec(contents: Contents, source: str) -> Any:
     """The architecture that tensors belong to.
 
     Raises:
         UserError: they are of no known family, or lack what tells.
     """
     for family in FAMILIES:
-        spec = family.infer(found.tensors, found.num_heads, source)
+        spec = family.infer(contents.tensors, contents.num_heads, source)
         if spec is not None:
             return spec
     titles = " or ".join(family.title for family in FAMILIES)
-    first = ", ".join(list(found.tensors)[:3]) or "nothing"
+    first = ", ".join(list(contents.tensors)[:3]) or "nothing"
     raise UserError(f"{source} holds no {titles} of a known layout (it begins with {first})")
 
 

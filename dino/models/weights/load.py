@@ -69,14 +69,14 @@ def load_backbone(weights: str | Path) -> Backbone:
     Raises:
         UserError: no such weights, out of reach, damaged, or tensors that do not match one to one.
     """
-    found, network, entry = _locate(weights)
+    file, network, entry = _locate(weights)
     if entry is not None:
-        return _load_foreign(found, network, entry.spec, entry.preprocess, str(weights))
-    if found.suffix == ".safetensors" and (description := _own_description(found)) is not None:
+        return _load_foreign(file, network, entry.spec, entry.preprocess, str(weights))
+    if file.suffix == ".safetensors" and (description := _own_description(file)) is not None:
         if network == "student":
-            raise UserError(f"{found} holds no student: a run writes the backbone of its teacher")
-        return _load_own(found, description)
-    return _load_foreign(found, network, None, PREPROCESS, str(found))
+            raise UserError(f"{file} holds no student: a run writes the backbone of its teacher")
+        return _load_own(file, description)
+    return _load_foreign(file, network, None, PREPROCESS, str(file))
 
 
 def load_heads(weights: str | Path) -> dict[str, Tensor]:
@@ -85,10 +85,10 @@ def load_heads(weights: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such weights, or damaged ones.
     """
-    found, network, _ = _locate(weights)
-    if found.suffix == ".safetensors" and _own_description(found) is not None:
+    file, network, _ = _locate(weights)
+    if file.suffix == ".safetensors" and _own_description(file) is not None:
         return {}
-    return layouts.read(found, network).heads
+    return layouts.read(file, network).heads
 
 
 def directory_of(weights: str | Path) -> Path | None:
@@ -109,7 +109,7 @@ def _locate(weights: str | Path) -> tuple[Path, str, Released | None]:
     name, network = _split(weights)
     if entry := RELEASED.get(name):
         return fetch(entry.url, cache_directory() / entry.url.rsplit("/", 1)[1], entry.sha256), network, entry
-    if (found := _find(name)) is None:
+    if (file := _find(name)) is None:
         near = difflib.get_close_matches(name, RELEASED, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         if "@" in Path(name).name:
@@ -118,14 +118,14 @@ def _locate(weights: str | Path) -> tuple[Path, str, Released | None]:
             f"no weights at '{weights}'{hint}: give a run directory that has a {BACKBONE_FILE}, a weights file, or one "
             f"of {', '.join(RELEASED)}"
         )
-    return found, network, None
+    return file, network, None
 
 
 def _find(name: str) -> Path | None:
     """The file that a path names; of a directory, the weights in it."""
     path = Path(name).expanduser()
     if path.is_dir():
-        files = [path / file for file in (BACKBONE_FILE, "model.safetensors", "pytorch_model.bin")]
+        files = [path / name for name in (BACKBONE_FILE, "model.safetensors", "pytorch_model.bin")]
         return next((file for file in files if file.is_file()), None)
     return path if path.is_file() else None
 
