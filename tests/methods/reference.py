@@ -5,6 +5,7 @@ are hidden, and nothing else.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,14 @@ Weights = dict[str, Tensor]  # by the project's names
 
 def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def hidden_patches(method: Any, number: int, config: Config) -> Tensor:
+    """(2, B, N) bool, as a method of the project draws them for a step; none without a loss of patches."""
+    batch, side = config.train.batch_size, config.views.global_size // config.model.patch_size
+    if method.draw_masks is None:
+        return torch.zeros(2, batch, side * side, dtype=torch.bool)
+    return method.draw_masks(number, range(batch), (side, side)).hidden.unflatten(0, (2, -1))
 
 
 class Reference:

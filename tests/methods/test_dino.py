@@ -4,10 +4,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from builders import DINOV2, SEPARATE, SINKHORN, assert_close, build, differing, packed, views_of_batch, weights
-from reference import Reference
+from reference import Reference, hidden_patches
 from torch import Tensor
 
-from dino.config.schema import Config
 from dino.methods.dino import DINO, build_networks
 from dino.methods.losses import TERMS, Center
 from dino.training.phases import views_at
@@ -46,15 +45,6 @@ OPTIONS = {
     "two micro-batches": {"train.accumulation": 2},
     "everything": SEPARATE | SINKHORN | BY_MODULE | ARCHITECTURE | {"train.accumulation": 2},
 }
-
-
-def hidden_patches(method: DINO, number: int, config: Config) -> Tensor:
-    """(2, B, N) bool."""
-    side = config.views.global_size // config.model.patch_size
-    if method.draw_masks is None:
-        return torch.zeros(2, config.train.batch_size, side * side, dtype=torch.bool)
-    masks = method.draw_masks(number, range(config.train.batch_size), (side, side))
-    return masks.hidden.unflatten(0, (2, -1))
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dino.config.schema import Config, TrainConfig
-from dino.distributed import local_processes
 from dino.errors import UserError
 from dino.methods.network import Network
 from dino.models import ResNet, ResNetSpec
@@ -35,12 +34,12 @@ TABLE = [  # asked for, launcher, accelerator, precision
     ("fp16", None, True, "fp16"),
     ("fp16", "fp16", True, "fp16"),
 ]
+BOTH = r"train\.precision={}.*--mixed_precision {}"
 REFUSED = [
-    *[(asked, launcher, rf"train\.precision={asked}.*--mixed_precision {launcher}") for asked, launcher in (
-        ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "bf16"), ("bf16", "fp8"),
-    )],
-    *[(asked, launcher, "fp16 needs a GPU") for asked, launcher in (("fp16", None), ("fp16", "no"), ("auto", "fp16"))],
-]  # fmt: skip
+    *[(asked, launched, BOTH.format(asked, launched)) for asked in ("fp32", "bf16") for launched in ("fp16", "fp8")],
+    ("fp16", "bf16", BOTH.format("fp16", "bf16")),
+    *[(asked, launched, "fp16 needs a GPU") for asked, launched in (("fp16", None), ("fp16", "no"), ("auto", "fp16"))],
+]
 
 
 @pytest.mark.parametrize(("asked", "launcher", "has_accelerator", "precision"), TABLE)
@@ -118,14 +117,6 @@ def test_stochastic_depth_has_another_seed_in_each():
     seed_process(1, 2)
     assert tuple(torch.rand(3).tolist()) == samples[1, 2]
     torch.set_rng_state(before)
-
-
-@pytest.mark.parametrize(("value", "processes"), [(None, 1), ("4", 4)])
-def test_local_processes(value, processes, monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if value:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
-    assert local_processes() == processes
 
 
 def test_statistics_of_batches_are_taken_over_gpus_only():

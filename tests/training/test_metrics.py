@@ -74,27 +74,17 @@ def test_a_line_holds_the_means_of_the_steps_since_the_last(start):
     assert (first["step"], first["epoch"], first["optim/lr"]) == (3, 0.25, 0.1)
     assert (first["loss/dino"], first["health/gradient_norm"]) == (3.0, 6.0)
     assert (second["loss/dino"], second["health/gradient_norm"]) == (4.0, 8.0)
-    assert "health/verdict" not in first
 
 
-def test_indicators_are_logged_where_they_are_due_with_the_verdict(start):
-    health = Scripted({20: GOOD, 30: GOOD, 50: GOOD})
-    with start() as metrics:
-        for step in (10, 20, 30, 40, 50):
-            log(metrics, step, health)
-        by_step = {line["step"]: line for line in lines(metrics)}
-    assert {step: line.get("health/verdict") for step, line in by_step.items()} == {
-        **{10: None, 20: "warming up", 30: "healthy", 40: None, 50: "healthy"}
-    }
-    assert by_step[30].items() >= GOOD.items()
-    assert not GOOD.keys() & by_step[40].keys()
-
-
-def test_a_verdict_is_told_where_it_changes_and_explained(start, capsys):
+def test_indicators_are_logged_where_they_are_due_and_a_verdict_is_told_where_it_changes(start, capsys):
     measures = {20: GOOD, 30: GOOD, 40: UNIFORM, 50: UNIFORM, 60: UNIFORM, 70: GOOD, 80: GOOD}
     with start() as metrics:
-        for step in measures:
+        for step in (10, *measures, 90):
             log(metrics, step, Scripted(measures))
+        by_step = {line["step"]: line for line in lines(metrics)}
+    assert {step for step, line in by_step.items() if "health/verdict" in line} == measures.keys()
+    assert by_step[30].items() >= GOOD.items()
+    assert not GOOD.keys() & by_step[90].keys()
     text = capsys.readouterr()
     assert text.out == ""
     said = told(text.err)

@@ -82,12 +82,9 @@ def test_published_course_of_a_run():
     assert {rates(run(), step)["teacher/temperature"] for step in range(300, 1000, 50)} == {0.07}
 
 
-def test_warmups_may_be_left_out():
-    config = run({"optim.warmup_steps": 0, "objective.teacher_temperature_warmup": 0})
-    assert (rates(config, 0)["optim/lr"], rates(config, 0)["teacher/temperature"]) == (0.002, 0.07)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_shortest_runs_have_finite_rates(steps):
-    config = run({"train.steps": steps, "optim.warmup_steps": 0})
+@pytest.mark.parametrize("steps", [1, 2, 3, 1000])
+def test_runs_without_warmups_begin_with_the_peak_however_short(steps):
+    config = run({"train.steps": steps, "optim.warmup_steps": 0, "objective.teacher_temperature_warmup": 0})
     assert all(math.isfinite(value) for step in range(steps) for value in rates(config, step).values())
+    assert rates(config, 0)["teacher/temperature"] == 0.07
+    assert rates(config, 0)["optim/lr"] == (0.002 if steps > 1 else 1e-6)
