@@ -1,7 +1,11 @@
-"""The entry points started as a user starts them: each run a process of its own, with no key, no settings, no cache."""
+"""The entry points started as a user starts them, with no key, no settings, no cache: in this process, or in others."""
 
+import contextlib
+import io
 import json
+import logging
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -11,7 +15,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
+from unittest import mock
 
+import matplotlib
 import numpy as np
 from PIL import Image
 
@@ -43,7 +49,7 @@ FROM_OUTSIDE = ("ACCELERATE_", "WANDB_", "MASTER_", "TORCHELASTIC_", "OMP_", "RA
 FULL_DISK = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
 FULL_DISK += "os.execv(sys.argv[2], sys.argv[2:])"
 THEN_PRETRAIN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-LONGEST = 120  # seconds that a process may take on a busy machine
+LONGEST = 300  # seconds that a process may take on a busy machine
 
 
 class Process(subprocess.Popen):
@@ -71,7 +77,7 @@ class Process(subprocess.Popen):
 
 
 def wait_for(holds: Callable[[], bool], errors: Path) -> None:
-    """Return once `holds()`; after two minutes the test fails with the text in `errors`."""
+    """Return once `holds()`; after five minutes the test fails with the text in `errors`."""
     deadline = time.monotonic() + LONGEST
     while not holds():
         assert time.monotonic() < deadline, f"waited {LONGEST} s in vain: {errors.read_text()}"
@@ -93,27 +99,32 @@ class Runs:
         """This process's variables without those that steer launchers and trackers."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(FROM_OUTSIDE)}
         home = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), str(self.folder))
-        return {**kept, **home, "PYTHONUNBUFFERED": "1", **changes}
+        fonts = {"MPLCONFIGDIR": matplotlib.get_cachedir()}  # found once, not by every home
+        return {**kept, **home, **fonts, "PYTHONUNBUFFERED": "1", **changes}
 
     def run(
         self,
         *arguments: object,
-        launcher: str = "python",
+        launcher: str = "here",
         largest_file: int = 0,
         before: str = "",
         settings: Sequence[str] = TINY,
+        page: bool = False,
         **variables: str,
     ) -> CompletedProcess:
         """Run to the end; gives the exit code and the output.
 
         Args:
             arguments: of pretrain.py, after `settings`, over which they take precedence.
-            launcher: python, accelerate (one process) or torchrun (two).
-            largest_file: bytes; a file that grows beyond fails as on a full disk. 0: any.
-            before: Python code that is run in the same process before pretrain.py.
+            launcher: here (in this process: a start takes seconds), python, accelerate (one process) or torchrun (two).
+            largest_file: bytes; a file that grows beyond fails as on a full disk. 0: any. In a process of its own.
+            before: Python code that is run in the same process before pretrain.py. In a process of its own.
+            page: whether a run in this process writes its report, which takes a third of so short a one.
             variables: changes of the environment.
         """
-        command = _command(launcher, arguments, settings)
+        if launcher == "here" and not before and not largest_file:
+            return self.here(SCRIPT, *settings, *arguments, page=page, **variables)
+        command = _command("python" if launcher == "here" else launcher, arguments, settings)
         if before:
             command = [sys.executable, "-c", f"{before}\n{THEN_PRETRAIN}", *command[1:]]
         if largest_file:
@@ -132,25 +143,55 @@ class Runs:
             output, errors = ((text or b"").decode() for text in (expired.stdout, expired.stderr))
             return CompletedProcess(command, -signal.SIGKILL, output, f"{errors}\nhung for {LONGEST} s")
 
-    def finish(self, *arguments: object, **options: str) -> CompletedProcess:
+    def here(self, script: Path, *arguments: object, page: bool = True, **variables: str) -> CompletedProcess:
+        """Run a script of the repository in this process as if it were started: its exit code and output."""
+        output, errors, code = io.StringIO(), io.StringIO(), 0
+        handler, logger = logging.StreamHandler(errors), logging.getLogger()
+        level = logger.level
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(sys, "argv", [str(script), *map(str, arguments)]))
+            stack.enter_context(mock.patch.dict(os.environ, self.environment(**variables), clear=True))
+            stack.enter_context(contextlib.redirect_stdout(output))
+            stack.enter_context(contextlib.redirect_stderr(errors))
+            stack.enter_context(contextlib.chdir(REPOSITORY))
+            if not page:
+                stack.enter_context(mock.patch("dino.report.run.Reporter.write", return_value={}))
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            try:
+                runpy.run_path(str(script), run_name="__main__")
+            except SystemExit as ended:
+                code = ended.code
+            finally:
+                logger.removeHandler(handler)
+                logger.setLevel(level)
+        texts = [stream.getvalue().replace("\r", "\n") for stream in (output, errors)]  # as of a process
+        return CompletedProcess([str(script), *map(str, arguments)], code or 0, *texts)
+
+    def finish(self, *arguments: object, **options: object) -> CompletedProcess:
         """`run`; the test fails unless the exit code is 0."""
         done = self.run(*arguments, **options)
         assert done.returncode == 0, done.stderr
         return done
 
-    def together(self, commands: dict[str, Sequence[object]], **launchers: str) -> dict[str, CompletedProcess]:
-        """Several runs, two at a time: most of a short run is the import of torch, which takes one core.
+    def together(
+        self, commands: dict[str, Sequence[object]], *, page: bool = False, fails: bool = False, **launchers: str
+    ) -> dict[str, CompletedProcess]:
+        """Several runs: those in this process one after the other, while others of their own go on.
 
         Args:
             commands: name to arguments.
-            launchers: name to launcher, where it is not python.
+            page: see `run`.
+            fails: whether they may fail.
+            launchers: name to launcher, where it is not this process.
         """
-
-        def run(name: str) -> CompletedProcess:
-            return self.run(*commands[name], launcher=launchers.get(name, "python"))
-
-        with ThreadPoolExecutor(2) as pool:
-            return dict(zip(commands, pool.map(run, commands), strict=True))
+        with ThreadPoolExecutor(1) as pool:
+            processes = {name: pool.submit(self.run, *commands[name], launcher=launchers[name]) for name in launchers}
+            done = {name: self.run(*commands[name], page=page) for name in commands if name not in launchers}
+            done |= {name: process.result() for name, process in processes.items()}
+        for name, process in done.items():
+            assert fails or process.returncode == 0, f"{name}: {process.stderr}"
+        return done
 
     def start(self, *arguments: object, launcher: str = "python") -> Process:
         """Start a run and return while it goes on."""

