@@ -255,5 +255,6 @@ class TestRefusals:
         assert "train" in text
 
     def test_no_such_file(self, tmp_path):
-        for path in (tmp_path / "missing.yaml", tmp_path):
-            assert "cannot read the config" in refusal(path)
+        (tmp_path / "folder.yaml").mkdir()
+        for name in ("missing.yaml", "folder.yaml"):
+            assert "cannot read the config" in refusal(tmp_path / name)
