@@ -209,7 +209,7 @@ def refuse(errors: list[str]) -> None:
 
 def _with_method(tree: Tree, name: Any) -> Tree:
     """The tree with the settings of the method that is asked for; an unknown name is told with the other choices."""
-    if hasattr(tree, "objective") and name in CHOICES["objective.name"]:
+    if hasattr(tree, "objective") and isinstance(name, str) and name in CHOICES["objective.name"]:
         tree.objective = method_settings(name)
     return tree
 

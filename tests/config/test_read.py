@@ -248,6 +248,9 @@ class TestRefusals:
         (tmp_path / "config.yaml").write_bytes(content)
         assert "config.yaml is not valid YAML" in refusal(tmp_path / "config.yaml")
 
+    def test_a_list_where_a_method_is_named(self, yaml_file):
+        assert refusal(yaml_file("objective: {name: [dino]}")) == "objective.name must be dino, got ['dino']"
+
     @pytest.mark.parametrize("content", ["[1, 2]", "just text", "3"])
     def test_yaml_without_groups_names_those_that_there_are(self, yaml_file, content):
         text = refusal(yaml_file(content))

@@ -201,7 +201,7 @@ def test_a_run_of_an_earlier_version_ends_bit_identical(runs, whole, copy):
     config["views"]["backend"], objective["centering"] = "device", "centre"
     del objective["name"], config["views"]["augment"], config["model"]["positions"]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    done = runs.finish("--config", run / "config.yaml", settings=())
+    done = runs.finish("--config", run / "config.yaml", f"run.dir={run}", settings=())
     assert "going on from step 56\n" in done.stdout
     assert "objective.momentum is called objective.teacher_momentum now" in done.stderr
     assert backbone(run) == backbone(whole["centre"])
