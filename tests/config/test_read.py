@@ -227,8 +227,9 @@ class TestRefusals:
         assert [part for part in said if part not in text] == []
 
     def test_sizes_do_not_matter_where_there_are_no_patches_or_no_crops(self):
-        load(None, ["model.arch=resnet50", "views.global_size=225", "views.local_size=97"])
-        load(None, ["views.local_crops=0", "views.local_size=97"])
+        without_patches = load(None, ["model.arch=resnet50", "views.global_size=225", "views.local_size=97"])
+        assert (without_patches.views.global_size, without_patches.views.local_size) == (225, 97)
+        assert load(None, ["views.local_crops=0", "views.local_size=97"]).views.local_size == 97
 
     @pytest.mark.parametrize(
         "settings",
