@@ -12,6 +12,7 @@ from torch import nn
 
 from dino.config.auto import PoolFacts, resolve
 from dino.config.schema import Config
+from dino.methods import METHODS
 from dino.training.settings import load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,6 +35,15 @@ def _present(name: str) -> Path:
     if not (DATA / name).exists():
         pytest.skip(f"needs the data in DINO_TEST_DATA: {name} is not there")
     return DATA / name
+
+
+@pytest.fixture(autouse=True)
+def own_methods() -> Iterator[None]:
+    """A method that a test defines registers itself: the next test must not find it."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 @pytest.fixture

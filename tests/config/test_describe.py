@@ -47,7 +47,7 @@ def test_help_says_key_type_bounds_default_and_meaning_of_every_setting(monkeypa
 
 
 def test_help_of_a_method_shows_its_own_settings(monkeypatch, capsys):
-    monkeypatch.setitem(METHODS, "other", type("Other", (METHODS["dino"],), {"Settings": OtherSettings}))
+    type("Other", (METHODS["dino"],), {"Settings": OtherSettings})  # registers itself
     text = printed(monkeypatch, capsys, "objective.name=other", "--help")
     assert "  objective.queue (a whole number; at least 1 and at most 9; default 7)" in text
     assert "objective.prototypes" not in text

@@ -1,7 +1,6 @@
 """`dino.train` in this process: a method written here trains, stops and goes on; the program gets its state back."""
 
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 import dino
 from dino.config.schema import Config, setting
-from dino.methods import METHODS, Batch, Curve, Method, Seen
+from dino.methods import Batch, Curve, Method, Seen
 from dino.methods.network import Network
 from dino.models import Backbone, build_backbone
 from dino.report.run import Reporter
@@ -46,7 +45,7 @@ def no_page(*_: object, **__: object) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def toy() -> Iterator[str]:
+def toy() -> str:
     """The name of a method that is made here."""
 
     class Toy(Method):
@@ -75,8 +74,7 @@ def toy() -> Iterator[str]:
         def watched(cls, config: Config) -> dict[str, Curve]:
             return {"loss/toy": Curve("likeness of two views"), "loss/length": Curve("length")}
 
-    yield "toy"
-    del METHODS["toy"]
+    return "toy"
 
 
 def test_a_method_of_thirty_lines_trains_stops_and_goes_on(toy, fresh_accelerate, tmp_path, capsys, monkeypatch):
