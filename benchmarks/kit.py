@@ -1,0 +1,135 @@
+"""What the benchmarks share: ways taken in turn, a table of their times, and what a reader needs to repeat it."""
+
+import argparse
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from dino.errors import UserError
+
+Ways = Mapping[str, Callable[[], object]]
+
+
+def parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
+    """A parser with what every benchmark understands."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help="how often each way is timed, in turn")
+    made.add_argument("--threads", type=int, default=1, help="of the CPU; with 1, its own CPU time is what counts")
+    made.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    made.add_argument("--official", metavar="DIR", help="your clone of facebookresearch/dino, to be timed beside")
+    return made
+
+
+def begin(arguments: argparse.Namespace) -> torch.device:
+    """Set the threads, say what is measured where, and give the device."""
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    script = Path(sys.argv[0])
+    threads = "one thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {threads}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"`python benchmarks/{script.name} {shlex.join(sys.argv[1:])}`")
+    print(f"{time.strftime('%Y-%m-%d')}; {where}; {versions}\n")
+    return device
+
+
+def processor() -> str:
+    """The CPU's name."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def alternate(ways: Ways, rounds: int, device: torch.device, warm_up: int = 1) -> dict[str, np.ndarray]:
+    """Seconds of each way in each round, the ways taken in turn, so that a machine's moods meet all of them.
+
+    Args:
+        warm_up: rounds before, which do not count.
+
+    Returns:
+        By way, (rounds,): CPU time of this process where it has one thread, else the time on the clock.
+    """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(warm_up + rounds):
+        for name, way in ways.items():
+            wait(device)
+            began = clock()
+            way()
+            wait(device)
+            if number >= warm_up:
+                seconds[name].append(clock() - began)
+    return {name: np.array(taken) for name, taken in seconds.items()}
+
+
+def wait(device: torch.device) -> None:
+    """For what a GPU has still to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def show(title: str, seconds: Mapping[str, np.ndarray], items: int | None = None) -> None:
+    """Print the table of what `alternate` measured; the first way is what others are compared with.
+
+    Args:
+        items: images, or whatever is counted, of one round: their number a second is then shown instead of times.
+    """
+    first = next(iter(seconds))
+    unit = "a second" if items else "ms"
+    rows = []
+    for name, taken in seconds.items():
+        values = np.sort(items / taken if items else 1000 * taken)
+        ratios = seconds[first] / taken
+        beside = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+        rows.append(
+            [name, *(number(value) for value in (np.median(values), values[0], values[-1])), len(taken), beside]
+        )
+    print_table(f"{title}, {unit}", ["median", "least", "most", "n", f"× as fast as {first}"], rows)
+
+
+def number(value: float) -> str:
+    """With three digits that say something."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A table in Markdown, as the ledger has it."""
+    header = [title, *columns]
+    print("| " + " | ".join(header) + " |")
+    print("|---" * len(header) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |")
+    print(flush=True)
+
+
+def official(directory: str, module: str) -> ModuleType:
+    """A module of the user's own clone of facebookresearch/dino or dinov2.
+
+    Raises:
+        UserError: it is not there.
+    """
+    root = Path(directory).expanduser()
+    if not (root / f"{module.replace('.', '/')}.py").is_file():
+        raise UserError(f"{root} has no {module}.py: name a clone of github.com/facebookresearch/{root.name}")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return import_module(module)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) -> None:
+    """Refuse to time two things that do not give the same."""
+    difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+    if difference > tolerance:
+        raise UserError(f"{what} differs from the official code's by {difference:.1e}: nothing to compare")
+    print(f"{what}: equal to the official code's to {difference:.1e}\n")
