@@ -90,11 +90,10 @@ def show(title: str, seconds: Mapping[str, np.ndarray], items: int | None = None
     rows = []
     for name, taken in seconds.items():
         values = np.sort(items / taken if items else 1000 * taken)
+        cells = [number(value) for value in (np.median(values), values[0], values[-1])]
         ratios = seconds[first] / taken
         beside = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-        rows.append(
-            [name, *(number(value) for value in (np.median(values), values[0], values[-1])), len(taken), beside]
-        )
+        rows.append([name, *cells, len(taken), beside])
     print_table(f"{title}, {unit}", ["median", "least", "most", "n", f"× as fast as {first}"], rows)
 
 
