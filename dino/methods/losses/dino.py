@@ -99,8 +99,10 @@ class SinkhornKnopp(nn.Module):
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Scale exp(logits / τ), in turn, to equal mass per prototype and to unit mass per sample.
 
-    Worked in logarithms, each sum with its maximum subtracted, so no logit overflows and no prototype or sample that is
-    far behind the others underflows to a division by zero. The batch is that of all processes together.
+    Only two vectors of factors move, one of prototypes and one of samples (Cuturi 2013, algorithm 1); the matrix is
+    computed once. Its logarithms are first lowered by each prototype's maximum and then by each sample's, after which
+    every row and column holds a 1 and nothing above it: whatever the logits, no sum overflows or is 0. The batch is
+    that of all processes together.
 
     Args:
         logits: (N, K), this process's samples.
@@ -110,20 +112,24 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     Returns:
         (N, K) fp32, each row sums to 1.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    masses = logits - _highest_of_samples(logits)
+    highest = masses.amax(dim=1, keepdim=True)
+    masses.sub_(highest).div_(temperature).exp_()  # (N, K) in [0, 1]
+    of_samples = (highest[:, 0] / temperature).exp_()  # what lowering by a sample's maximum has taken from it
+    of_prototypes = of_samples.new_ones(logits.shape[1])
     for _ in range(iterations):
-        logits = logits - _logsumexp_over_samples(logits)
-        logits = logits - logits.logsumexp(dim=1, keepdim=True)
-    return logits.exp()
+        totals = of_samples @ masses
+        if is_distributed():
+            dist.all_reduce(totals)
+        of_prototypes = totals.reciprocal_()
+        of_samples = (masses @ of_prototypes).reciprocal_()
+    return masses.mul_(of_prototypes).mul_(of_samples[:, None])
 
 
-def _logsumexp_over_samples(logits: Tensor) -> Tensor:
-    """(N, K) to (1, K): logsumexp over the samples of all processes."""
-    own = logits.logsumexp(dim=0, keepdim=True)  # −∞ for a process without samples
-    if not is_distributed():
-        return own
-    highest = own.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    total = (own - highest).exp()
-    dist.all_reduce(total)
-    return highest + total.log()
+def _highest_of_samples(logits: Tensor) -> Tensor:
+    """(N, K) to (K,): the maximum over the samples of all processes, of which some may have none."""
+    highest = logits.amax(dim=0) if len(logits) else logits.new_full(logits.shape[1:], -torch.inf)
+    if is_distributed():
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return highest

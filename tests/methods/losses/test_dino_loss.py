@@ -174,6 +174,18 @@ class TestSinkhorn:
         assert result.isfinite().all()
         torch.testing.assert_close(result.sum(dim=1), torch.ones(6))
 
+    @pytest.mark.parametrize("spread", [1.0, 10.0, 100.0, 1e4])
+    def test_equals_the_algorithm_in_logarithms_however_far_logits_are_apart(self, spread):
+        """Also where samples and prototypes are behind others by more than fp32's exponents reach."""
+        generator = torch.Generator().manual_seed(int(spread))
+        logits = torch.randn(12, 9, generator=generator)
+        logits += spread * torch.randn(12, 1, generator=generator) + spread * torch.randn(9, generator=generator)
+        logits = (64 * logits).round() / 64  # so that fp32 has their differences exactly
+        expected = 16 * logits.double()
+        for _ in range(3):
+            expected = expected.log_softmax(dim=0).log_softmax(dim=1)
+        torch.testing.assert_close(sinkhorn_knopp(logits, 1 / 16).double(), expected.exp(), rtol=0, atol=1e-5)
+
     def test_all_views_are_one_batch(self):
         logits = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0))
         result = SinkhornKnopp(3).probabilities(logits, 0.1)
