@@ -163,6 +163,12 @@ class ModelConfig:
         "how a ViT knows where a patch lies: by a learned table, or by rotating queries and keys (RoPE)",
         ("learned", "rotary"),
     )
+    stem: str = setting(
+        "patch",
+        "how a ViT makes tokens of pixels: each patch by itself, or by small convolutions before (conv), which learn "
+        "faster in short runs",
+        ("patch", "conv"),
+    )
     position_size: int | None = setting(
         None, "side of the images whose grid of patches has positions; none: views.global_size", unit="pixels"
     )

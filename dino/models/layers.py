@@ -39,14 +39,19 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: height or width is not a multiple of the patch size, or the channels differ.
         """
-        _, channels, height, width = images.shape
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"images of {height}×{width} cannot be cut into patches of {self.patch_size}")
-        if channels != self.proj.in_channels:
-            raise ValueError(f"images have {channels} channels, the model takes {self.proj.in_channels}")
         p = self.patch_size
+        check_images(images, p, self.proj.in_channels)
         pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def check_images(images: Tensor, patch_size: int, in_chans: int) -> None:
+    """Raise a ValueError if images cannot be cut into patches, or have other channels."""
+    _, channels, height, width = images.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"images of {height}×{width} cannot be cut into patches of {patch_size}")
+    if channels != in_chans:
+        raise ValueError(f"images have {channels} channels, the model takes {in_chans}")
 
 
 class Block(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dino.models.backbone import Backbone
 from dino.models.layers import Block, Group, PatchEmbed, SubsetBlock, unpack
 from dino.models.positions import Grid, Interpolation, LearnedPositions, Positions, RotaryPositions
+from dino.models.stem import ConvStem
 
 Initialisation = Literal["published", "fan_in"]
 
@@ -43,6 +44,7 @@ class ViTSpec:
     position_interpolation: Interpolation = "size"
     # Not in the text of a spec, of which digests in earlier checkpoints and caches were made.
     positions: Literal["learned", "rotary"] = field(default="learned", repr=False)
+    stem: Literal["patch", "conv"] = field(default="patch", repr=False)
 
 
 class VisionTransformer(Backbone):
@@ -57,7 +59,8 @@ class VisionTransformer(Backbone):
             over it. `fan_in`: std 1/√inputs in linear layers and 0.2 for positions.
 
     Raises:
-        ValueError: sizes that do not divide (image by patch, width by heads, heads' width by 4 if they are to rotate).
+        ValueError: sizes that do not divide (image by patch, width by heads, heads' width by 4 if they are to rotate,
+            patch by 2 with a convolutional stem).
     """
 
     has_patches = True
@@ -83,7 +86,8 @@ class VisionTransformer(Backbone):
         if spec.positions == "learned":
             self.positions = LearnedPositions(spec.image_size // spec.patch_size, spec.position_interpolation)
 
-        self.patch_embed = PatchEmbed(spec.patch_size, spec.in_chans, width)
+        stem = ConvStem if spec.stem == "conv" else PatchEmbed
+        self.patch_embed = stem(spec.patch_size, spec.in_chans, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = self.positions.table(width)
         self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None

@@ -57,6 +57,7 @@ class ViTFamily(Family):
             mask_token=mask_token,
             position_interpolation=model.position_interpolation,  # type: ignore[arg-type]
             positions=model.positions,  # type: ignore[arg-type]
+            stem=model.stem,  # type: ignore[arg-type]
         )
 
     def build(self, spec: ViTSpec, model: ModelConfig | None = None, drop_path: float = 0.0) -> VisionTransformer:
@@ -82,6 +83,7 @@ class ViTFamily(Family):
             "model.layer_scale": spec.layer_scale,
             "model.registers": spec.registers,
             "model.positions": spec.positions,
+            "model.stem": spec.stem,
             "model.position_interpolation": spec.position_interpolation,
             "model.position_size": spec.image_size,
         }
@@ -96,6 +98,8 @@ class ViTFamily(Family):
             yield f"model.embed_dim={width} is not divisible by model.num_heads={heads}"
         elif model.positions == "rotary" and width // heads % 4:
             yield f"model.positions=rotary needs heads whose width is a multiple of 4, not {width // heads}"
+        if model.stem == "conv" and model.patch_size % 2:
+            yield f"model.stem=conv needs an even model.patch_size, not {model.patch_size}: its convolutions halve"
         crops = [("views", views.global_size, views.local_size)]
         crops += [
             (f"train.phases[{i}]", phase.global_size, phase.local_size) for i, phase in enumerate(config.train.phases)
@@ -116,10 +120,11 @@ class ViTFamily(Family):
                 )
 
     def describe(self, spec: ViTSpec) -> dict[str, Any]:
-        """Learned positions, which every file had before there were others, are not mentioned."""
+        """What every file had before there were others, learned positions and plain patches, is not mentioned."""
         description = dataclasses.asdict(spec)
-        if spec.positions == "learned":
-            del description["positions"]
+        for key in ("positions", "stem"):
+            if description[key] == getattr(ViTSpec, key):
+                del description[key]
         return description
 
     def infer(self, tensors: Mapping[str, Tensor], num_heads: int | None, source: str) -> ViTSpec | None:

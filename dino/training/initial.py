@@ -18,6 +18,7 @@ OF_THE_WEIGHTS = (  # settings that the weights decide
     "model.layer_scale",
     "model.registers",
     "model.positions",
+    "model.stem",
     "model.position_interpolation",
     "model.position_size",
     "data.channels",

@@ -199,7 +199,7 @@ def test_a_run_of_an_earlier_version_ends_bit_identical(runs, whole, copy):
     config["train"]["shard"] = config["train"].pop("fsdp")
     config["train"]["checkpoint_blocks"] = config["train"].pop("activation_checkpointing")
     config["views"]["backend"], objective["centering"] = "device", "centre"
-    del objective["name"], config["views"]["augment"], config["model"]["positions"]
+    del objective["name"], config["views"]["augment"], config["model"]["positions"], config["model"]["stem"]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     done = runs.finish("--config", run / "config.yaml", f"run.dir={run}", settings=())
     assert "going on from step 56\n" in done.stdout

@@ -56,6 +56,10 @@ def test_a_file_of_an_unknown_family():
             {"model__positions": "rotary", "model__embed_dim": 36, "model__num_heads": 6},
             "model.positions=rotary needs heads whose width is a multiple of 4, not 6",
         ),
+        (
+            {"model__stem": "conv", "model__patch_size": 7, "views__local_size": 98},
+            "model.stem=conv needs an even model.patch_size, not 7: its convolutions halve",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

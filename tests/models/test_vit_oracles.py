@@ -174,10 +174,19 @@ def test_intermediate_layers_equal_timm(blocks, norm, tmp_path, randomise):
     [
         (VisionTransformer(replace(PLAIN, positions="rotary")), "timm", "rotates queries and keys"),
         (VisionTransformer(replace(PLAIN, positions="rotary")), "huggingface", "rotates queries and keys"),
+        (VisionTransformer(replace(PLAIN, stem="conv")), "timm", "convolutional stem"),
+        (VisionTransformer(replace(PLAIN, stem="conv")), "huggingface", "convolutional stem"),
         (VisionTransformer(replace(PLAIN, registers=1)), "huggingface", "registers but without LayerScale"),
         (ResNet(ResNetSpec("resnet18")), "onnx", "this is a ResNet"),
     ],
-    ids=["rotary, timm", "rotary, Hugging Face", "registers without LayerScale", "ResNet"],
+    ids=[
+        "rotary, timm",
+        "rotary, Hugging Face",
+        "stem, timm",
+        "stem, Hugging Face",
+        "registers without LayerScale",
+        "ResNet",
+    ],
 )
 def test_what_cannot_be_exported_is_refused_with_the_reason(backbone, target, match):
     with pytest.raises(UserError, match=match):
@@ -185,10 +194,10 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(backbone, target, ma
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_onnx_runs_at_other_sizes(positions, tmp_path, randomise):
+@pytest.mark.parametrize("change", [{}, {"positions": "rotary"}, {"stem": "conv"}], ids=str)
+def test_onnx_runs_at_other_sizes(change, tmp_path, randomise):
     """And for any batch; neither is that of the trace."""
-    ours = randomise(VisionTransformer(replace(PLAIN, positions=positions, position_interpolation="size", registers=1)))
+    ours = randomise(VisionTransformer(replace(PLAIN, **change, position_interpolation="size", registers=1)))
     export.write_onnx(ours, tmp_path / "model.onnx", 64)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for batch, height, width in ((1, 64, 64), (3, 32, 112)):

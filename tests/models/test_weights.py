@@ -23,6 +23,7 @@ BACKBONES = {
     "resnet18": ResNetSpec("resnet18"),
     "grey resnet18": ResNetSpec("resnet18", in_chans=1),
     "rotary": ViTSpec(16, 2, 2, 4, 16, registers=1, positions="rotary"),
+    "conv stem": ViTSpec(16, 1, 2, 4, 16, mask_token=True, stem="conv"),
 }
 
 
@@ -106,15 +107,16 @@ class TestFile:
         assert (description["mean"], description["std"]) == (PREPROCESSING["mean"], PREPROCESSING["std"])
         assert description["training"] == TRAINING
 
-    def test_only_other_positions_than_learned_ones_are_mentioned(self, tmp_path):
+    def test_only_other_positions_and_stems_than_the_first_are_mentioned(self, tmp_path):
         """Files of before there were others have no such entry, and stay what they were."""
         specs = {}
-        for name in ("dino", "rotary"):
+        for name in ("dino", "rotary", "conv stem"):
             save_backbone(tmp_path / name, build(BACKBONES[name]), PREPROCESSING, TRAINING)
             specs[name] = json.loads(header(tmp_path / name)["__metadata__"]["dino"])["spec"]
-        assert "positions" not in specs["dino"]
-        assert "positions" not in repr(BACKBONES["dino"])  # of which digests are made
-        assert specs["rotary"]["positions"] == "rotary"
+        assert not {"positions", "stem"} & specs["dino"].keys()
+        for key in ("positions", "stem"):  # digests are made of it
+            assert key not in repr(BACKBONES["dino"])
+        assert (specs["rotary"]["positions"], specs["conv stem"]["stem"]) == ("rotary", "conv")
 
     def test_names_and_values_are_those_of_the_module(self, saved):
         path, backbone = saved

@@ -119,6 +119,7 @@ OTHER = {
     "model.layer_scale": 0.1,
     "model.registers": 4,
     "model.positions": "rotary",
+    "model.stem": "conv",
     "model.position_interpolation": "offset",
     "model.position_size": 16,
     "data.channels": 3,

@@ -31,6 +31,8 @@ def check(backbone: Backbone, target: str) -> None:
     spec = backbone.spec
     if spec.positions == "rotary" and target != "onnx":
         raise UserError(f"{target} has no model that rotates queries and keys as model.positions=rotary does: use onnx")
+    if spec.stem == "conv" and target != "onnx":
+        raise UserError(f"{target} has no ViT with the convolutional stem of model.stem=conv: use onnx")
     if target == "huggingface" and spec.registers and not spec.layer_scale:
         raise UserError("Hugging Face has no model with registers but without LayerScale")
 
