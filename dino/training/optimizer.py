@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dino.config.schema import OptimConfig
 from dino.distributed import local
+from dino.training.muon import Muon
 from dino.training.sharding import norms
 
 TOKENS = ("cls_token", "register_tokens", "mask_token", "pos_embed")
@@ -57,7 +58,7 @@ def rate_factor(name: str, depth: int, layer_decay: float, patch_embed_lr: float
 
 
 def build_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW or SGD over the groups of a network; `set_rates` gives it the rates of each step."""
+    """Fused AdamW, SGD or Muon over the groups of a network; `set_rates` gives it the rates of each step."""
     groups = parameter_groups(network, settings.decay_tokens, settings.layer_decay, settings.patch_embed_lr)
     if settings.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
@@ -67,7 +68,11 @@ def build_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.Op
             for parameter in group["params"]:
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
-    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.betas[0], settings.betas[1]), fused=True)
+    betas = (settings.betas[0], settings.betas[1])
+    if settings.name == "muon":
+        named = network.named_parameters()
+        return Muon(groups, [value for name, value in named if BLOCK.match(name) and value.ndim == 2], betas)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

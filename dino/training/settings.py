@@ -52,7 +52,10 @@ def _problems_of_training(config: Config) -> Iterator[str]:
             "equal micro-batches: change one of them"
         )
     if train.fsdp and optim.name != "adamw":
-        yield f"train.fsdp works with optim.name=adamw, not {optim.name}"
+        reason = " (each process holds a share of a matrix, Muon needs it whole)" if optim.name == "muon" else ""
+        yield f"train.fsdp works with optim.name=adamw, not {optim.name}{reason}"
+    if optim.name == "muon" and model.arch in BACKBONES and not BACKBONES[model.arch].has_blocks:
+        yield f"optim.name=muon is for the matrices of transformer blocks, which model.arch={model.arch} has not"
     if train.fsdp and model.arch in BACKBONES and not BACKBONES[model.arch].has_blocks:
         yield f"train.fsdp shards transformer blocks, which model.arch={model.arch} has not"
     begins = [0.0, *(phase.begin for phase in train.phases), 1.0]

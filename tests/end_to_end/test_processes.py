@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow
 STEPS = 12
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=4", "model.drop_path=0", "optim.lr=0.003")
 CENTRE = (*SETTINGS, "objective.centering=center", "data.cache=device")
+MUON = (*CENTRE, "optim.name=muon", "model.stem=conv")
 SINKHORN = (*SETTINGS, "objective.centering=sinkhorn", "data.cache=none")
 
 
@@ -21,6 +22,8 @@ def done(runs, tmp_path_factory):
     commands = {
         "two_centre": CENTRE,
         "one_centre": CENTRE,
+        "two_muon": MUON,
+        "one_muon": MUON,
         "two_sinkhorn": SINKHORN,
         "one_sinkhorn": SINKHORN,
         "two_sinkhorn_accumulated": (*SINKHORN, "train.accumulation=2"),
@@ -42,14 +45,14 @@ def assert_same_curves(run, reference, rtol=1e-4):
 
 def test_the_curves_compared_here_move(done):
     """Otherwise equality would say nothing."""
-    for name in ("one_centre", "one_sinkhorn"):
+    for name in ("one_centre", "one_muon", "one_sinkhorn"):
         losses = [line["loss/dino"] for line in metrics(done[name][0])]
         assert max(losses) - min(losses) > 100 * 1e-4 * max(losses)
 
 
-@pytest.mark.parametrize("centring", ["centre", "sinkhorn"])
-def test_two_processes_give_the_curve_of_one(done, centring):
-    (two, process), (one, alone) = done[f"two_{centring}"], done[f"one_{centring}"]
+@pytest.mark.parametrize("kind", ["centre", "muon", "sinkhorn"])
+def test_two_processes_give_the_curve_of_one(done, kind):
+    (two, process), (one, alone) = done[f"two_{kind}"], done[f"one_{kind}"]
     assert "32 = 2 process(es) × 1 micro-batch(es) × 16 images" in process.stdout  # there really were two
     assert "32 = 1 process(es) × 1 micro-batch(es) × 32 images" in alone.stdout
     assert_same_curves(two, one)
