@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
+from dino import precision
 from dino.config.auto import PoolFacts, resolve
 from dino.config.schema import Config
 from dino.methods import METHODS
@@ -35,6 +36,12 @@ def _present(name: str) -> Path:
     if not (DATA / name).exists():
         pytest.skip(f"needs the data in DINO_TEST_DATA: {name} is not there")
     return DATA / name
+
+
+@pytest.fixture(autouse=True)
+def in_fp32(monkeypatch) -> None:
+    """Features are the same on every processor: none is taken to have units for bf16."""
+    monkeypatch.setattr(precision, "prefers_bf16", lambda device: False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What work asks of a device, counted on any machine: operators, copies between devices, waits of the host, bytes kept."""
+"""What work asks of a device, counted anywhere: operators, copies between devices, waits of the host, bytes kept."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -20,7 +20,7 @@ ROOMS = (  # from the top; those of a line are of one level and know nothing of 
     ("data",),
     ("run",),  # the files of a run directory; a distillation reads the heads of one
     ("config",),
-    ("distributed", "files", "errors"),
+    ("distributed", "precision", "files", "errors"),
 )
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 ENTRANCES = {"__init__", "objectives"}  # they only hand on what others have

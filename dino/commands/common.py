@@ -10,12 +10,14 @@ from accelerate import Accelerator
 
 from dino.distributed import cores
 from dino.errors import UserError
+from dino.precision import PRECISIONS
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "weights": {"required": True, "metavar": "W", "help": "released name, run directory or file"},
     "data": {"required": True, "help": "folder, zip archive or another source of images"},
     "test": {"help": "the same of the test images"},
     "kind": {"default": "auto", "help": "as data.kind"},
+    "precision": {"default": "auto", "choices": PRECISIONS, "help": "of features; auto: bf16 where the device has it"},
     "seed": {"type": int, "default": 0, "help": "of what is drawn at random"},
     "out": {"type": Path, "help": "file or folder to write to"},
     "wandb": {"metavar": "PROJECT", "help": "log to this W&B project too"},

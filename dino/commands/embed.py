@@ -21,16 +21,17 @@ from dino.files import replacing, write_text
 
 
 def main() -> None:
-    options = common.parser(
-        __doc__, weights={}, data={}, kind={}, out={"required": True, "help": "file.parquet or file.npy"}
+    parser = common.parser(
+        __doc__, weights={}, data={}, kind={}, precision={}, out={"required": True, "help": "file.parquet or file.npy"}
     )
-    options.add_argument("--tokens", choices=["class", "patch", "both"], default="class", help="patch: their mean")
-    arguments = options.parse_args()
+    parser.add_argument("--tokens", choices=["class", "patch", "both"], default="class", help="patch: their mean")
+    arguments = parser.parse_args()
     if arguments.out.suffix not in (".parquet", ".npy"):
         raise UserError(f"--out {arguments.out} must end in .parquet or .npy")
     common.output_file(arguments.out)
     accelerator = common.accelerator()
-    features = embed(arguments.weights, arguments.data, kind=arguments.kind, accelerator=accelerator)
+    options = {"kind": arguments.kind, "precision": arguments.precision}
+    features = embed(arguments.weights, arguments.data, accelerator=accelerator, **options)
     if not accelerator.is_main_process:
         return
     if arguments.tokens == "both":

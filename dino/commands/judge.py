@@ -23,6 +23,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         data={"help": "folder or zip archive, a folder for each class"},
         test={},
         kind={},
+        precision={},
         seed={"help": "of splits and heads"},
         out={"help": "JSON file of the results"},
         wandb={},
@@ -44,7 +45,14 @@ def judge(arguments: argparse.Namespace, probe: Probe, most_blocks: int = 1) -> 
         backbone = load_backbone(name).to(accelerator.device)
         blocks = min(most_blocks, backbone.depth)
         data = labelled_features(
-            backbone, arguments.data, arguments.test, arguments.kind, arguments.seed, accelerator, blocks
+            backbone,
+            arguments.data,
+            arguments.test,
+            arguments.kind,
+            arguments.seed,
+            accelerator,
+            blocks,
+            arguments.precision,
         )
         if not accelerator.is_main_process:
             continue

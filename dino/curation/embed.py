@@ -21,6 +21,7 @@ from dino.errors import UserError
 from dino.evaluation.features import Batch, read_batches
 from dino.files import write_text
 from dino.models import Backbone, Preprocess
+from dino.precision import inference
 
 PART = 1024  # images
 LARGEST = float(np.finfo(np.float16).max)
@@ -66,7 +67,6 @@ def _describe(image: Tensor, preprocess: Preprocess) -> _Description:
     return _Description(preprocess(image), thumbnail(image), digest, image.shape[1], image.shape[2])
 
 
-@torch.inference_mode()
 def embed(
     stage: Stage, backbone: Backbone, images: Pool, batch_size: int, workers: int, accelerator: Accelerator
 ) -> Embedded:
@@ -148,12 +148,11 @@ def _embed_part(
 
 def _class_tokens(backbone: Backbone, inputs: Tensor, accelerator: Accelerator) -> np.ndarray:
     """(B, D) fp16."""
-    with accelerator.autocast():
+    with inference(accelerator.device):
         tokens = backbone(inputs.to(accelerator.device)).float().cpu()
     if not bool((tokens.abs() <= LARGEST).all()):
         raise UserError(
-            "a class token is NaN, infinite or above 65,504, which does not fit into fp16: "
-            "embed with other weights, or with --mixed_precision no",
+            "a class token is NaN, infinite or above 65,504, which does not fit into fp16: embed with other weights",
             alone=True,
         )
     return tokens.half().numpy()

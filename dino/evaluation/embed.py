@@ -41,6 +41,7 @@ def embed(
     kind: str = "auto",
     batch_size: int = 128,
     accelerator: Accelerator | None = None,
+    precision: str = "auto",
 ) -> Embeddings:
     """Embed images with any weights.
 
@@ -54,6 +55,7 @@ def embed(
         kind: as `data.kind`.
         batch_size: images at a time.
         accelerator: shares the images among its processes; each of them gets all features.
+        precision: fp32, bf16, or auto: bf16 where the device has units for it.
 
     Raises:
         UserError: no such weights, or no image that can be read.
@@ -72,6 +74,7 @@ def embed(
         batch_size,
         title="embedding",
         accelerator=accelerator,
+        precision=precision,
     )
     if not len(features.rows):
         raise UserError(f"no image of {len(images.names)} in {data} can be read")

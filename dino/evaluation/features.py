@@ -22,6 +22,7 @@ from dino.distributed import cores
 from dino.files import cache_directory, replacing
 from dino.models import Backbone
 from dino.models.weights import weights_digest
+from dino.precision import inference, inference_precision
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,6 @@ def read_batches(
         yield batch
 
 
-@torch.inference_mode()
 def extract(
     backbone: Backbone,
     images: Pool,
@@ -114,6 +114,7 @@ def extract(
     title: str | None = "features",
     accelerator: Accelerator | None = None,
     blocks: int = 1,
+    precision: str = "auto",
 ) -> Features:
     """Features of images; those that cannot be read are left out, with a warning each.
 
@@ -123,6 +124,7 @@ def extract(
         title: what the progress bar says; None: neither bar nor warnings.
         accelerator: shares the images among its processes; each of them gets all features, every image once.
         blocks: how many of the last blocks' class tokens to take; at most the backbone's `depth`.
+        precision: one of `dino.precision.PRECISIONS`.
     """
     device = next(backbone.parameters()).device
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -138,7 +140,8 @@ def extract(
         for index, reason in batch.reasons.items() if title is not None else ():
             logger.warning("left out: %s: %s", images.names[index], reason)
         if batch.inputs:
-            tokens, patch_means = _outputs(backbone, torch.stack(batch.inputs).to(device), blocks)
+            with inference(device, precision):
+                tokens, patch_means = _outputs(backbone, torch.stack(batch.inputs).to(device), blocks)
             parts.append(Features(tokens.numpy(), patch_means.numpy(), rows[batch.positions]))
     features = _concatenated(parts)
     if processes > 1:
@@ -173,6 +176,7 @@ def cached(
     *,
     content: str,
     preprocessing: str,
+    precision: str = "auto",
     **options: Any,
 ) -> Features:
     """`extract`, or what an earlier call with the same weights, data and preprocessing gave.
@@ -182,12 +186,14 @@ def cached(
         preprocessing: what `transform` does and which blocks are taken, in words, complete.
         options: of `extract`.
     """
-    key = hashlib.sha256(json.dumps([weights_digest(backbone), content, preprocessing]).encode()).hexdigest()
+    computed = inference_precision(next(backbone.parameters()).device, precision)
+    parts = [weights_digest(backbone), content, preprocessing, *([] if computed == "fp32" else [computed])]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     file = cache_directory() / "features" / f"{key[:32]}.npz"
     earlier = _read(file)
     if earlier is not None:
         return earlier
-    features = extract(backbone, images, indices, transform, **options)
+    features = extract(backbone, images, indices, transform, precision=computed, **options)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial, partial.open("wb") as opened:

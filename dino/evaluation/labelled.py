@@ -36,25 +36,26 @@ def labelled_features(
     seed: int,
     accelerator: Accelerator,
     blocks: int = 1,
+    precision: str = "auto",
 ) -> Labelled:
     """Embed a pool whose folders are its classes.
 
     Args:
         data: to learn from; and, without `test_data`, the test's 30 % too, drawn with `seed` from every class alike.
-        blocks: see `extract`.
+        blocks, precision: see `extract`.
 
     Raises:
         UserError: no classes, or too few images to split.
     """
     images, known = _open(data, kind, backbone)
     classes = known.classes
-    features = _features(backbone, images, accelerator, blocks)
+    features = _features(backbone, images, accelerator, blocks, precision)
     labels = known.codes[features.rows]
     if test_data is not None:
         test_images, test_known = _open(test_data, kind, backbone)
         if unknown := sorted(set(test_known.classes) - set(classes)):
             raise UserError(f"{test_data} has classes that {data} has not: {', '.join(unknown[:5])}")
-        test_features = _features(backbone, test_images, accelerator, blocks)
+        test_features = _features(backbone, test_images, accelerator, blocks, precision)
         test_labels = np.searchsorted(classes, test_known.classes)[test_known.codes[test_features.rows]]
         return Labelled(features, labels, test_features, test_labels, classes)
     counts = np.bincount(labels, minlength=len(classes))
@@ -73,7 +74,7 @@ def _open(data: str, kind: str, backbone: Backbone) -> tuple[Pool, Labels]:
     return images, images.labels
 
 
-def _features(backbone: Backbone, images: Pool, accelerator: Accelerator, blocks: int) -> Features:
+def _features(backbone: Backbone, images: Pool, accelerator: Accelerator, blocks: int, precision: str) -> Features:
     indices = range(len(images.names))
     features = cached(
         backbone,
@@ -84,6 +85,7 @@ def _features(backbone: Backbone, images: Pool, accelerator: Accelerator, blocks
         preprocessing=f"{blocks} blocks, {backbone.preprocess}",
         accelerator=accelerator,
         blocks=blocks,
+        precision=precision,
     )
     if not len(features.rows):
         raise UserError(f"none of {len(images.names)} images can be read, of which the first is {images.names[0]}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino import files
+from dino import files, precision
 from dino.data import UnreadableImage
 from dino.evaluation import features
 from dino.evaluation.features import Features, cached, content_digest, extract, read_batches
@@ -137,6 +137,13 @@ class TestExtract:
         assert features.class_tokens == pytest.approx(pooled, abs=1e-4)
         assert features.patch_means == pytest.approx(pooled, abs=1e-4)
 
+    def test_bf16_gives_nearly_the_same_in_fp32(self, vit):
+        pool = Pool()
+        exact, rounded = (extract(vit, pool, range(11), PREPROCESS, precision=asked) for asked in ("fp32", "bf16"))
+        assert rounded.class_tokens.dtype == rounded.patch_means.dtype == np.float32
+        differences = np.linalg.norm(rounded.both - exact.both, axis=1) / np.linalg.norm(exact.both, axis=1)
+        assert 0 < differences.max() < 0.02
+
     def test_backbone_is_left_as_it_was(self, vit):
         before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
         extract(vit, Pool(3), range(3), PREPROCESS)
@@ -169,14 +176,22 @@ class TestCached:
         monkeypatch.setattr(features, "extract", extract)
         return calls
 
-    def ask(self, backbone, content: str = "data", preprocessing: str = "way") -> Features:
-        return cached(backbone, Pool(), range(11), PREPROCESS, content=content, preprocessing=preprocessing)
+    def ask(self, backbone, content: str = "data", preprocessing: str = "way", precision: str = "auto") -> Features:
+        texts = {"content": content, "preprocessing": preprocessing}
+        return cached(backbone, Pool(), range(11), PREPROCESS, precision=precision, **texts)
 
     def test_computes_once(self, vit, directory, extracted):
         for backbone in (vit, vit, vit_of(0)):  # the last: the same weights, loaded anew
             assert_equal(self.ask(backbone), extracted[0])
         assert len(extracted) == 1
         assert len([path for path in directory.rglob("*") if path.is_file()]) == 1
+
+    def test_what_a_device_made_in_bf16_is_another_entry(self, vit, extracted, monkeypatch):
+        self.ask(vit)
+        monkeypatch.setattr(precision, "prefers_bf16", lambda device: True)
+        for asked in ("auto", "bf16"):
+            assert_equal(self.ask(vit, precision=asked), extracted[1])
+        assert_equal(self.ask(vit, precision="fp32"), extracted[0])
 
     @pytest.mark.parametrize("other", ["weights", "one weight", "architecture", "data", "preprocessing", "border"])
     def test_anything_else_is_another_entry(self, vit, other, extracted):
