@@ -1,112 +1,98 @@
-"""How fast are views made? PIL as DINO published it, workers that crop, what the device does after them, and all of it.
+"""How fast are views made? From the file to the augmented crops, beside DINO's own `DataAugmentationDINO`.
 
-    python benchmarks/views.py --data images_background.zip --kind omniglot
-    python benchmarks/views.py --data photographs/ --global-size 96 --local-size 48
+    python benchmarks/views.py --official ~/dino
+    python benchmarks/views.py --official ~/dino --data images_background.zip --kind omniglot --global-size 64 \
+        --local-size 32 --local-crops 6
+    python benchmarks/views.py --data images_background.zip --kind omniglot --preset line_art --global-size 40 \
+        --local-crops 0
 
-One thread of the CPU (or the GPU, if there is one, for what is done there), the ways taken in turn; the fastest of
-several rounds counts. Prints images per second and the ratio to the first way.
+Images per second of `BATCH` images, by each part of the way: all of it, the workers' half (decode and crop), the
+device's half (what is done to crops), and all of it for images that are resident on the device. Without --data, of
+photographs of 500×375 that are made here. The official code decodes as its `ImageFolder` does and has the same sizes
+and crops.
 """
 
 import argparse
-import time
+import io
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
-from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from kit import alternate, begin, official, parser, show
+from PIL import Image
 
 from dino import cli
 from dino.config.schema import ViewsConfig
-from dino.data import ResidentImages, open_images
-from dino.views import DeviceViews, MultiCrop, View, canvas_of, view_spec
-from dino.views.draws import sample_key
+from dino.data import Pool, ResidentImages, open_images
+from dino.views import DeviceViews, MultiCrop, ViewsDataset, collate, view_spec
 
 BATCH = 64
 
 
 def main() -> None:
     arguments = parse()
-    torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = open_images(arguments.data, arguments.kind)
-    preset = "line_art" if arguments.kind == "omniglot" else "dino"
-    settings = {"global_size": arguments.global_size, "local_size": arguments.local_size}
-    spec = view_spec(ViewsConfig(preset=preset, local_crops=arguments.local_crops, **settings))
-    chosen = range(0, len(images.names), -(-len(images.names) // BATCH))
-    decoded = [images.read(index) for index in chosen]
-    keys = np.array([sample_key(0, 0, index) for index in chosen], dtype=np.uint64)
-    resident = ResidentImages(_Some(decoded), device, show_progress=False)
-    everything, on_device, in_worker = range(len(decoded)), DeviceViews(spec), DeviceViews(spec, singly=True)
-    crops = on_device.crop(resident.gather(everything), keys)
+    device = begin(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        images = open_images(arguments.data or photographs(Path(folder)), arguments.kind)
+        images = images.subset(np.linspace(0, len(images.names) - 1, BATCH).astype(int), images.kind)
+        ways = {} if arguments.official is None else {"official": official_views(arguments, images)}
+        ways |= our_views(spec_of(arguments), images, device)
+        seconds = alternate(ways, arguments.rounds, device)
+    show(f"{arguments.preset}, {describe(spec_of(arguments))}", seconds, BATCH)
 
-    ways: dict[str, Callable[[], object]] = {
-        "workers, crops": lambda: [
-            in_worker.crop(canvas_of(image), keys[n : n + 1]) for n, image in enumerate(decoded)
-        ],
-        "device, after workers": lambda: on_device.photometric(crops, keys),
-        "device, all": lambda: on_device.photometric(on_device.crop(resident.gather(everything), keys), keys),
+
+def our_views(spec: MultiCrop, images: Pool, device: torch.device) -> dict[str, Callable[[], object]]:
+    """What a process does for a batch, and the parts of it."""
+    dataset, views = ViewsDataset(images, spec, seed=0), DeviceViews(spec)
+    resident = ResidentImages(images, device, show_progress=False)
+    batch = collate([dataset[0, index] for index in range(BATCH)])
+    crops_on_device = [crops.to(device) for crops in batch.crops]
+
+    def workers() -> list[torch.Tensor]:
+        return collate([dataset[0, index] for index in range(BATCH)]).crops
+
+    return {
+        "all of it": lambda: views.photometric([crops.to(device) for crops in workers()], batch.keys),
+        "workers' half": workers,
+        "device's half": lambda: views.photometric(crops_on_device, batch.keys),
+        "resident": lambda: views.photometric(views.crop(resident.gather(range(BATCH)), batch.keys), batch.keys),
     }
-    if preset == "dino":
-        published = [Published(view) for view in spec.views]
-        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in decoded]
-        ways = {"PIL, as published": lambda: [[view(picture) for view in published] for picture in pictures], **ways}
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(arguments.rounds):
-        for name, way in ways.items():
-            best[name] = min(best[name], seconds(way, device))
-    first = next(iter(best))
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread"
-    print(f"{len(decoded)} images, {describe(spec)}; {where}")
-    for name, spent in best.items():
-        print(f"  {name:<26}{len(decoded) / spent:>9.0f} images/s   {best[first] / spent:>6.2f} × {first}")
 
 
-def seconds(way: Callable[[], object], device: torch.device) -> float:
-    """One pass over the batch; CPU time of this thread, or wall time where the GPU works."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    began = clock()
-    way()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - began
+def official_views(arguments: argparse.Namespace, images: Pool) -> Callable[[], object]:
+    """DINO's, from the file on; at other sizes than its own by changing those of its random crops."""
+    augment = official(arguments.official, "main_dino").DataAugmentationDINO(
+        spec_of(arguments).views[0].scale, spec_of(arguments).views[-1].scale, arguments.local_crops
+    )
+    augment.global_transfo1.transforms[0].size = (arguments.global_size,) * 2
+    augment.global_transfo2.transforms[0].size = (arguments.global_size,) * 2
+    augment.local_transfo.transforms[0].size = (arguments.local_size,) * 2
+    indices = range(len(images.names)) if images.indices is None else images.indices
+    return lambda: [augment(Image.open(io.BytesIO(images.source.read(int(index)))).convert("RGB")) for index in indices]
 
 
-class Published:
-    """A view by torchvision's transforms on PIL images, as the paper's code composes them."""
-
-    def __init__(self, view: View):
-        self.view = view
-        jitter = v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
-        self.steps = v2.Compose([
-            v2.RandomResizedCrop(view.size, scale=view.scale, interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(view.amounts.get("flip", 0.0)),
-            v2.RandomApply([jitter], p=view.amounts.get("jitter", 0.0)),
-            v2.RandomGrayscale(view.amounts.get("grey", 0.0)),
-        ])  # fmt: skip
-        self.finish = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        changed = self.steps(picture)
-        if torch.rand(()) < self.view.amounts.get("blur", 0.0):
-            changed = changed.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
-        if torch.rand(()) < self.view.amounts.get("solarize", 0.0):
-            changed = v2.functional.solarize(changed, 128)
-        return self.finish(changed)
+def photographs(folder: Path) -> Path:
+    """JPEGs with structure at every scale, as large as those of ImageNet (500×375, quality 90), always the same."""
+    generator = np.random.default_rng(0)
+    for number in range(BATCH):
+        pixels = np.full((375, 500, 3), 128.0)
+        for cells in (4, 8, 16, 32, 64, 128):
+            noise = generator.normal(0, 40 / cells**0.5, (cells, cells, 3)).astype(np.float32)
+            planes = [
+                Image.fromarray(plane).resize((500, 375), Image.Resampling.BICUBIC)
+                for plane in np.moveaxis(noise, 2, 0)
+            ]
+            pixels += np.stack(planes, axis=-1)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:02}.jpg", quality=90)
+    return folder
 
 
-class _Some:
-    """Decoded images as a pool."""
-
-    kind, labels = "some", None
-
-    def __init__(self, images: list[Tensor]):
-        self.images, self.channels = images, images[0].shape[0]
-        self.names = [str(index) for index in range(len(images))]
-
-    def read(self, index: int) -> Tensor:
-        return self.images[index]
+def spec_of(arguments: argparse.Namespace) -> MultiCrop:
+    """The views that the arguments ask for."""
+    names = ("preset", "global_size", "local_size", "local_crops")
+    return view_spec(ViewsConfig(**{name: getattr(arguments, name) for name in names}))
 
 
 def describe(spec: MultiCrop) -> str:
@@ -115,14 +101,14 @@ def describe(spec: MultiCrop) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder or zip archive of images")
-    parser.add_argument("--kind", default="auto", help="as data.kind; omniglot takes the views of drawings")
-    parser.add_argument("--global-size", type=int, default=224)
-    parser.add_argument("--local-size", type=int, default=96)
-    parser.add_argument("--local-crops", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    return parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--data", help="folder or zip archive of images")
+    made.add_argument("--kind", default="auto", help="as data.kind")
+    made.add_argument("--preset", default="dino", help="as views.preset")
+    made.add_argument("--global-size", type=int, default=224)
+    made.add_argument("--local-size", type=int, default=96)
+    made.add_argument("--local-crops", type=int, default=8)
+    return made.parse_args()
 
 
 if __name__ == "__main__":

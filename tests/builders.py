@@ -185,7 +185,7 @@ class Pictures:
         self.names = [str(index) for index in range(count)]
         self.unreadable = unreadable
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, enough: float | None = None) -> Tensor:
         """(3, 16, 16) uint8."""
         if index in self.unreadable:
             raise UnreadableImage(f"{index} is broken")

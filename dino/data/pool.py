@@ -62,13 +62,17 @@ class Pool:
         of_source = indices if self.indices is None else self.indices[indices]
         return Pool(self.source, kind, self.channels, of_source, weights, self.transform)
 
-    def read(self, index: int) -> Tensor:
-        """(channels, H, W) uint8; raises `UnreadableImage`."""
+    def read(self, index: int, enough: float | None = None) -> Tensor:
+        """(channels, H, W) uint8; a large JPEG with as many pixels as are `enough`, see `decode`.
+
+        Raises `UnreadableImage`.
+        """
         image = self.source.read(int(index if self.indices is None else self.indices[index]))
         if isinstance(image, Tensor):
             require_shape(tuple(image.shape), self.channels)
         else:
-            image = decode(image, self.channels, self.names[index])
+            whole = self.transform is not None  # what it does may depend on the size
+            image = decode(image, self.channels, self.names[index], None if whole else enough)
         return image if self.transform is None else self._transformed(self.transform(image))
 
     def _transformed(self, image: Any) -> Tensor:
@@ -122,10 +126,10 @@ def samples_per_epoch(images: Pool) -> int:
     return len(images.names) if images.weights is None else max(1, round(float(images.weights.sum())))
 
 
-def read_or_reason(images: Pool, index: int) -> tuple[Tensor | None, str]:
+def read_or_reason(images: Pool, index: int, enough: float | None = None) -> tuple[Tensor | None, str]:
     """An image, or None and the reason why it cannot be read."""
     try:
-        return images.read(index), ""
+        return images.read(index, enough), ""
     except UnreadableImage as reason:
         return None, str(reason) or "unreadable"
 

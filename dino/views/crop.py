@@ -14,15 +14,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from dino.views.draws import Numbers, between
-from dino.views.view import View
-
-SHAPES = (3 / 4, 4 / 3)
+from dino.views.view import SHAPES, View
 
 
 def draw_boxes(numbers: Numbers, views: Sequence[View], sizes: np.ndarray) -> np.ndarray:
@@ -47,11 +44,11 @@ def draw_boxes(numbers: Numbers, views: Sequence[View], sizes: np.ndarray) -> np
 
 def crop_singly(pixels: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     """As `crop_batch`, uint8 to uint8, image by image with torch's own kernel: on a CPU several times faster."""
-    crops = []
-    for n, box in enumerate(boxes.tolist()):
-        image = pixels[n % len(pixels)]
-        crops.append(functional.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True))
-    return torch.stack(crops)
+    crops = pixels.new_empty(len(boxes), pixels.shape[1], size, size)
+    for n, (top, left, height, width) in enumerate(boxes.tolist()):
+        part = pixels[n % len(pixels), None, :, top : top + height, left : left + width]
+        crops[n] = F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
+    return crops
 
 
 def crop_batch(pixels: Tensor, boxes: np.ndarray, size: int) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
+SHAPES = (3 / 4, 4 / 3)  # of crops before they are resized, width to height
+
 
 @dataclass(frozen=True)
 class View:
@@ -42,6 +44,11 @@ class MultiCrop:
     def views(self) -> tuple[View, ...]:
         """All of them, in order."""
         return self.globals_ + self.locals_
+
+    @property
+    def enough(self) -> float:
+        """Pixels of an image of which the smallest and narrowest crop is not enlarged to the size of its view."""
+        return max(view.size**2 / (view.scale[0] * SHAPES[0]) for view in self.views)
 
     @property
     def groups(self) -> list[Group]:

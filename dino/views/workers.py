@@ -52,7 +52,7 @@ class ViewsDataset(Dataset):
     """
 
     def __init__(self, images: Pool, spec: MultiCrop, seed: int):
-        self.images, self.seed = images, seed
+        self.images, self.enough, self.seed = images, spec.enough, seed
         self.views = DeviceViews(spec, singly=True)
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class ViewsDataset(Dataset):
         skipped: list[tuple[int, str]] = []
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
-            image, reason = read_or_reason(self.images, candidate)
+            image, reason = read_or_reason(self.images, candidate, self.enough)
             if image is not None:
                 return Sample(self.views.crop(canvas_of(image), np.array([key], dtype=np.uint64)), key, skipped)
             skipped.append((candidate, reason))

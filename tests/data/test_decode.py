@@ -27,7 +27,7 @@ def pixels(content: bytes, channels: int = 3, name: str = "") -> np.ndarray:
     """(H, W, C), as decoded."""
     image = decode(content, channels, name)
     assert image.dtype == torch.uint8
-    assert image.is_contiguous()
+    assert image.permute(1, 2, 0).is_contiguous()
     return image.permute(1, 2, 0).numpy()
 
 
@@ -235,3 +235,39 @@ def test_smallest_and_largest_that_are_read(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImage, match="decompression bomb"):
         decode(WHOLE, 3)
+
+
+class TestLargeJpegs:
+    """Of which less is decoded than there is, as long as what is left is enough."""
+
+    CONTENT = encode(np.asarray(Image.fromarray(noise(6, 8, 3)).resize((320, 240), Image.Resampling.BICUBIC)), "JPEG")
+
+    @pytest.mark.parametrize(
+        ("enough", "size"),
+        [
+            (None, (240, 320)),
+            (240 * 320, (240, 320)),
+            (120 * 160 + 1, (240, 320)),
+            (120 * 160, (120, 160)),
+            (60 * 80, (60, 80)),
+            (100, (30, 40)),  # 1/8 is the least there is
+        ],
+    )
+    def test_sides_are_a_half_a_quarter_or_an_eighth(self, enough, size):
+        image = decode(self.CONTENT, 3, enough=enough)
+        assert image.shape == (3, *size)
+        whole = decode(self.CONTENT, 3).float()
+        smaller = torch.nn.functional.interpolate(whole[None], size, mode="area")[0]
+        assert (image - smaller).abs().mean() <= 1  # levels
+
+    def test_images_that_are_not_reduced_are_bit_for_bit_what_they_were(self):
+        assert torch.equal(decode(self.CONTENT, 3, enough=40000), decode(self.CONTENT, 3))
+        png = encode(noise(64, 64, 3), "PNG")
+        assert torch.equal(decode(png, 3, enough=1), decode(png, 3))
+
+    def test_grey_and_turned_ones(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        turned = encode(Image.open(io.BytesIO(self.CONTENT)), "JPEG", exif=exif)
+        assert decode(turned, 3, enough=60 * 80).shape == (3, 80, 60)
+        assert decode(self.CONTENT, 1, enough=60 * 80).shape == (1, 60, 80)

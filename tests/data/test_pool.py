@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from pools import archive, fill, noise_pool, png
 
 from dino.data import Pool, UnreadableImage, fingerprint, open_images, read_or_reason, samples_per_epoch, stamp
@@ -96,6 +97,12 @@ class TestTransform:
             assert torch.equal(images.read(index), plain.read(index)[:, 2:, :6])
         part = images.subset(np.array([1]), "x")
         assert torch.equal(part.read(0), plain.read(1)[:, 2:, :6])
+
+    def test_sees_the_whole_of_a_large_photograph(self, tmp_path):
+        Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg")
+        assert open_images(str(tmp_path)).read(0, enough=32 * 24).shape == (3, 24, 32)
+        images = open_images(str(tmp_path), transform=lambda image: image[:, :40])
+        assert images.read(0, enough=32 * 24).shape == (3, 40, 64)
 
     @pytest.mark.parametrize(
         "transform", [lambda image: image / 255, lambda image: image[:1], lambda image: image.flatten(), np.asarray]

@@ -30,7 +30,7 @@ class Pool:
         self.broken = broken
         self.reads: list[int] = []
 
-    def read(self, index: int) -> torch.Tensor:
+    def read(self, index: int, enough: float | None = None) -> torch.Tensor:
         self.reads.append(index)
         if index in self.broken:
             raise UnreadableImage("it is torn")

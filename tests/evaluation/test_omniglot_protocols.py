@@ -38,7 +38,7 @@ class Pool:
         self.names = [NAMES[place] for place in generator.permutation(len(NAMES))]
         self.pixels = torch.from_numpy(generator.integers(0, 256, (len(NAMES), 1, 33, 33), dtype=np.uint8))
 
-    def read(self, index: int) -> torch.Tensor:
+    def read(self, index: int, enough: float | None = None) -> torch.Tensor:
         return self.pixels[index]
 
 

@@ -44,7 +44,7 @@ class Blocks:
         sizes = [(channels, 8 + index % 5, 12 - index % 3) for index in range(count)]
         self.pixels = [torch.randint(0, 256, size, dtype=torch.uint8, generator=generator) for size in sizes]
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, enough: float | None = None) -> Tensor:
         self.asked.add(index)
         if index in self.broken:
             raise UnreadableImage("broken")

@@ -97,7 +97,7 @@ class Pool:
         self.names = [str(index) for index in range(images)]
         self.unreadable = unreadable
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, enough: float | None = None) -> Tensor:
         if index in self.unreadable:
             raise UnreadableImage(f"{index} is broken")
         return self.pixels[index]

@@ -129,6 +129,15 @@ class TestCrops:
         assert (top + height <= sizes[:, 0]).all()
         assert (left + width <= sizes[:, 1]).all()
 
+    def test_no_crop_of_an_image_with_enough_pixels_is_enlarged(self):
+        """But for rounding; and those of an image with fewer are."""
+        spec = preset("dino", global_size=224, local_size=96)
+        for sides, enlarged in (((600, 410), False), ((600, 300), True)):
+            assert (sides[0] * sides[1] < spec.enough) == enlarged
+            found = draw_boxes(Numbers(KEYS, range(5)), spec.views, np.tile(sides, (len(KEYS), 1)))
+            least = found[..., 2:].min(axis=(1, 2)) / [view.size for view in spec.views]
+            assert (least.min() < 0.99) == enlarged
+
     def test_an_image_is_cropped_alike_alone_and_among_others(self):
         sizes, views = np.random.default_rng(0).integers(4, 300, (30, 2)), preset("line_art").views
         together = draw_boxes(Numbers(KEYS[:30], range(5)), views, sizes)
