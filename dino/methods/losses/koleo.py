@@ -8,13 +8,14 @@ from torch import Tensor
 
 from dino.distributed import is_distributed
 
-CLOSEST = 1e-4  # distances below count as this, and pull at nothing: two copies have no direction to part in
+EPSILON = 1e-8  # DINOv2's, added to each difference and to each distance
+ROUNDING = 1e-7  # of unit vectors in fp32: distances below have no direction to part in
 
 
 def koleo_loss(features: Tensor, over_processes: bool = False) -> Tensor:
-    """−(1/n)·Σᵢ log min_{j≠i} ‖xᵢ − xⱼ‖ of unit-length features: the differential entropy's estimate, negated.
+    """−(1/n)·Σᵢ log(min_{j≠i} ‖xᵢ − xⱼ + ε‖ + ε) of unit-length features: the differential entropy's estimate, negated.
 
-    Gradients reach both ends of each distance.
+    Gradients reach both ends of each distance, but for copies, whose difference is rounding.
 
     Args:
         features: (n, D), any floating type; of different images.
@@ -36,5 +37,6 @@ def koleo_loss(features: Tensor, over_processes: bool = False) -> Tensor:
         similarity[itself, first + itself] = -2
         nearest = similarity.argmax(dim=1)
     # From the difference, not from the product, whose rounding would hide the distance of near copies.
-    squared = (unit - others[nearest]).square().sum(dim=1)
-    return -0.5 * squared.clamp(min=CLOSEST**2).log().mean()
+    distances = torch.linalg.vector_norm(unit - others[nearest] + EPSILON, dim=1)
+    distances = torch.where(distances > ROUNDING, distances, distances.detach())
+    return -(distances + EPSILON).log().mean()

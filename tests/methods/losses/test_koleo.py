@@ -12,12 +12,12 @@ from dino.methods.losses import koleo_loss
 
 
 def published_loss(features: Tensor) -> Tensor:
-    """−1/n · Σᵢ log min_{j≠i} ‖xᵢ − xⱼ‖ of unit-length rows, pair by pair."""
+    """−1/n · Σᵢ log(min_{j≠i} ‖xᵢ − xⱼ + ε‖ + ε) of unit-length rows, pair by pair; ε is 1e-8 in DINOv2's training."""
     unit = [row / row.square().sum().sqrt() for row in features]
     terms = []
     for i, one in enumerate(unit):
-        distances = [(one - other).square().sum().sqrt() for j, other in enumerate(unit) if j != i]
-        terms.append(-torch.log(min(distances)))
+        distances = [(one - other + 1e-8).square().sum().sqrt() for j, other in enumerate(unit) if j != i]
+        terms.append(-torch.log(min(distances) + 1e-8))
     return sum(terms) / len(terms)
 
 
@@ -62,7 +62,21 @@ def test_only_directions_count():
     torch.testing.assert_close((gradient * features).sum(dim=1), torch.zeros(9, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-# Distances too small to count must neither be −log 0 nor pull with the force of 1 / 0.
+@pytest.mark.parametrize("apart", [1e-4, 1e-5, 1e-6, 2e-7])
+def test_near_neighbours_part_as_the_definition_says(apart):
+    """As at the start of DINOv2's training, where LayerScale lets little of an image through."""
+    features = torch.eye(4, 6, dtype=torch.float64)
+    features[1] = features[0] + apart * torch.tensor([0, 0.5, -0.5, 0.5, 0, 0.5], dtype=torch.float64)
+    slow = features.clone().requires_grad_()
+    expected = published_loss(slow)
+    expected.backward()
+    loss, gradient = with_gradient(features)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient[:2], slow.grad[:2], rtol=1e-3, atol=1e-2)
+    assert gradient[:2].norm() > 0.1 / apart
+
+
+# Copies must neither be −log 0 nor pull with the force of 1 / 0.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -86,16 +100,14 @@ def test_copies_are_finite(kind, dtype):
 
 @pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-5, 1e-20])
 def test_near_copies_are_finite_and_dear(apart):
-    """Above 1e-4 by the definition, below as if 1e-4 apart."""
+    """By the definition, as far as fp32 can tell."""
     features = random_features(4, 5)
     features /= features.norm(dim=1, keepdim=True)
     features[1] = features[0] + apart * random_features(1, 5, seed=1)[0]
     loss, gradient = with_gradient(features.float())
     assert gradient.isfinite().all()
-    if apart >= 1e-3:
-        torch.testing.assert_close(loss.double(), published_loss(features), rtol=1e-3, atol=0)
-    else:
-        assert koleo_loss(random_features(4, 5)) + 1 < loss < -math.log(1e-4) + 1e-3
+    torch.testing.assert_close(loss.double(), published_loss(features), rtol=1e-3 if apart > 1e-20 else 0.1, atol=0)
+    assert loss > koleo_loss(random_features(4, 5)) + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -162,7 +174,10 @@ def test_neighbours_of_all_processes_or_of_each_by_itself(processes, case, means
     batch = batch_of(case, processes)
     whole = loss_and_gradient(batch, over_processes=False)
     assert whole["gradient"].abs().max() > 0.01
-    torch.testing.assert_close(means[processes][0][case, True], whole, rtol=1e-5, atol=1e-6)
+    for name, value in means[processes][0][case, True].items():
+        # How far two copies are apart is rounding, which the loss takes the logarithm of.
+        rtol = 0.05 if (case, name) == ("a copy on another process", "loss") else 1e-5
+        torch.testing.assert_close(value, whole[name], rtol=rtol, atol=1e-6)
     parts = [loss_and_gradient(part, False) for part in batch.chunk(processes)]
     for name, value in means[processes][0][case, False].items():
         expected = torch.stack([part[name] for part in parts]).mean(dim=0)
