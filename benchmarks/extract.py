@@ -25,7 +25,7 @@ class Pictures:
         self.pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
         self.channels, self.names = 3, [str(index) for index in range(count)]
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, enough: float | None = None) -> Tensor:
         return self.pixels[index]
 
 

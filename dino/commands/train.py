@@ -28,7 +28,9 @@ def main() -> None:
         epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(blank),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, for example one of configs/")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, take two steps, write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what the run needs, write nothing"
+    )
     parser.add_argument("--help-json", action="store_true", help="print the settings as a JSON schema")
     parser.add_argument(
         "settings",

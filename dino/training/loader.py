@@ -63,7 +63,7 @@ class Batches:
         """For each step, its micro-batches, each a list of crops by size."""
         return self.between(self.start, self.stop)
 
-    def between(self, first: int, end: int) -> Iterator[list[list[Tensor]]]:
+    def between(self, first: int, end: int) -> Generator[list[list[Tensor]], None, None]:
         """The same of steps `first` to `end` − 1."""
         every = self.config.data.rebalance_every
         for span in spans(self.config):

@@ -75,7 +75,7 @@ def train(
         recipe: a recipe's name (`omniglot_cpu`) or a YAML file of settings.
         transform: what is done to each decoded image, uint8 (C, H, W) to uint8 (C, H, W), before it is cropped: for
             example a torchvision v2 transform.
-        dry_run: check everything and take two steps; write nothing.
+        dry_run: check everything, say how much memory and time the run will take, and write nothing.
         settings: any other setting by its key: `train("images", "runs/mine", **{"train.epochs": 20})`.
 
     Raises:

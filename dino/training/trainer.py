@@ -22,6 +22,7 @@ from dino.training.metrics import Metrics
 from dino.training.normalise import Normalise
 from dino.training.optimizer import build_optimizer
 from dino.training.rebalancing import Rebalancer
+from dino.training.rehearsal import rehearse
 from dino.training.schedules import optimizer_schedules
 from dino.training.sharding import whole_backbone
 from dino.training.step import Step
@@ -77,9 +78,9 @@ class Trainer:
         return state["step"]
 
     def rehearse(self, start: int) -> None:
-        """Check images and take two steps; nothing is written."""
-        batches = Batches(self.config, self.images, self.accelerator, start, start + 2, directory=None)
-        faults.rehearse(self.take_step, batches, self.accelerator)
+        """Check images, memory and time by taking some steps; nothing is written."""
+        batches = Batches(self.config, self.images, self.accelerator, start, self.config.train.steps, directory=None)
+        rehearse(self.take_step, batches, self.accelerator)
 
     def run(self, start: int, is_continued: bool) -> Stop:
         """Train from step `start` to the end, or until something asks to stop; gives the reason.
