@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, parameters: Iterable[Tensor]):
         super().__init__(self._keep, lambda tensor: tensor)
         self._storages = {parameter.untyped_storage().data_ptr(): 0 for parameter in parameters}
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

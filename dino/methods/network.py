@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dino.methods.masks import Masks
 from dino.models import Backbone
+from dino.models.linear import copy_weights
 
 
 class Outputs(NamedTuple):
@@ -49,6 +50,9 @@ class Network(nn.Module):
             hide: replace the masked patches by the mask token, for the student; the teacher sees them.
             patches: give the patch tokens of all crops too.
         """
+        device = crops[0].device.type
+        if self.training and torch.is_autocast_enabled(device):
+            copy_weights(self, torch.get_autocast_dtype(device))
         hidden = masks.hidden if masks is not None and hide else None
         sizes = len(crops) if patches else int(masks is not None)  # what is not needed is not computed
         class_tokens, patch_tokens = self.backbone.encode_crops(crops, hidden, patches_of=sizes)

@@ -6,7 +6,7 @@ published files have for it. B images, N patches, D width, d width of a head.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,13 @@ Interpolation = Literal["offset", "size"]
 
 
 class Positions(Protocol):
-    """One kind of positions: a class here, and a line in `dino.models.vit.VisionTransformer`."""
+    """One kind of positions: a class here, and a line in `dino.models.vit.VisionTransformer`.
+
+    Attributes:
+        rotates: whether `rotate` does anything.
+    """
+
+    rotates: ClassVar[bool]
 
     def table(self, width: int) -> nn.Parameter | None:
         """The parameter that it learns, if it learns one."""
@@ -39,6 +45,7 @@ class LearnedPositions:
         interpolation: how it is resampled to another; see `interpolate_positions`.
     """
 
+    rotates: ClassVar[bool] = False
     side: int
     interpolation: Interpolation
 
@@ -69,6 +76,7 @@ class RotaryPositions:
         base: the slowest pair turns nearly this many times more slowly than the fastest, whose period is 1.
     """
 
+    rotates: ClassVar[bool] = True
     base: float = 100.0
 
     def table(self, width: int) -> None:

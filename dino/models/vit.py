@@ -4,7 +4,7 @@ Crops of several sizes go through in one pass: their tokens are concatenated for
 only attention runs once per size. Shapes: B images, C channels, N patches, R registers, D width, T tokens of all crops.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -14,9 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dino.models.backbone import Backbone
-from dino.models.layers import Block, Group, PatchEmbed, SubsetBlock, unpack
+from dino.models.drop_path import Subset, draw_factors, draw_subsets
+from dino.models.layers import Block, PatchEmbed
 from dino.models.positions import Grid, Interpolation, LearnedPositions, Positions, RotaryPositions
 from dino.models.stem import ConvStem
+from dino.models.tokens import Group, shortened, unpack
 
 Initialisation = Literal["published", "fan_in"]
 
@@ -53,7 +55,7 @@ class VisionTransformer(Backbone):
     Args:
         spec: sizes and conventions.
         drop_path: rate of stochastic depth: of each sequence by itself, at the last block, growing linearly from 0 at
-            the first; or, with `drop_subset`, of a fixed number of sequences, at every block (see `SubsetBlock`).
+            the first; or, with `drop_subset`, of a fixed number of sequences, at every block (see `draw_subsets`).
         initialisation: of random weights. `published`: truncated normal of std 0.02 throughout, as DINO; narrow
             networks then begin with nearly nothing in their residual branches and positions, and short runs do not get
             over it. `fan_in`: std 1/√inputs in linear layers and 0.2 for positions.
@@ -92,21 +94,17 @@ class VisionTransformer(Backbone):
         self.pos_embed = self.positions.table(width)
         self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if spec.mask_token else None
-        rates = torch.linspace(0, drop_path, spec.depth, device="cpu").tolist()
-        if drop_subset:
-            rates = [drop_path] * spec.depth
-        block = SubsetBlock if drop_subset else Block
+        self.drop_path, self.drop_subset = drop_path, drop_subset
         self.blocks = nn.ModuleList(
-            block(
+            Block(
                 width,
                 spec.num_heads,
                 mlp_ratio=spec.mlp_ratio,
                 ffn=spec.ffn,
                 layer_scale=spec.layer_scale,
-                drop_path=rate,
                 positions=self.positions,
             )
-            for rate in rates
+            for _ in range(spec.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self._initialise(initialisation)
@@ -139,10 +137,9 @@ class VisionTransformer(Backbone):
             masks = F.pad(masks, (0, 0, 0, len(crops[0]) - len(masks)))
         tokens, groups = self._embed(crops, [masks, *[None] * (len(crops) - 1)])
         lengths = [group.length if index < patches_of else 1 for index, group in enumerate(groups)]
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, groups)
-        tokens = self.norm(self.blocks[-1](tokens, groups, lengths))
-        outputs = unpack(tokens, [group._replace(length=length) for group, length in zip(groups, lengths, strict=True)])
+        for after_block in self._after_blocks(tokens, groups, lengths):
+            tokens = after_block
+        outputs = unpack(self.norm(tokens), shortened(groups, lengths))
         patches = [sequences[:, 1 + self.spec.registers :] for sequences in outputs[:patches_of]]
         return [sequences[:, 0] for sequences in outputs], patches
 
@@ -161,8 +158,8 @@ class VisionTransformer(Backbone):
             return self.forward_features([images], [masks])[0]
         masks = [None] * len(images) if masks is None else masks
         tokens, groups = self._embed(images, masks)
-        for block in self.blocks:
-            tokens = block(tokens, groups)
+        for after_block in self._after_blocks(tokens, groups):
+            tokens = after_block
         patches_start, outputs = 1 + self.spec.registers, []
         before, after = unpack(tokens, groups), unpack(self.norm(tokens), groups)
         for raw, normed, mask in zip(before, after, masks, strict=True):
@@ -196,10 +193,9 @@ class VisionTransformer(Backbone):
         indices = range(self.depth - n, self.depth) if isinstance(n, int) else n
         tokens, groups = self._embed([images])
         outputs = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens, groups)
+        for index, after_block in enumerate(self._after_blocks(tokens, groups)):
             if index in indices:
-                outputs.append(unpack(self.norm(tokens) if norm else tokens, groups)[0])
+                outputs.append(unpack(self.norm(after_block) if norm else after_block, groups)[0])
         if len(outputs) != len(indices):
             raise ValueError(f"asked for blocks {list(indices)} of {self.depth}")
         class_tokens = [output[:, 0] for output in outputs]
@@ -227,6 +223,18 @@ class VisionTransformer(Backbone):
         logits = query[:, :, :1] @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # (B, heads, 1, 1+R+N)
         attention = logits.softmax(dim=-1)[:, :, 0, 1 + self.spec.registers :]
         return rearrange(attention, "b m (h w) -> b m h w", h=groups[0].grid[0])
+
+    def _after_blocks(self, tokens: Tensor, groups: list[Group], lengths: list[int] | None = None) -> Iterator[Tensor]:
+        """The tokens after each block, (T, D); with `lengths` after the last (T', D): see `Block`."""
+        drops: Sequence[Tensor | Subset | None] = [None] * self.depth
+        if self.training and self.drop_path:
+            draw = draw_subsets if self.drop_subset else draw_factors
+            of_last = [group.length for group in groups] if lengths is None else lengths
+            drops = draw(groups, of_last, self.drop_path, self.depth, tokens)
+        for block, drop in zip(self.blocks[:-1], drops[:-1], strict=True):
+            tokens = block(tokens, groups, None, drop)
+            yield tokens
+        yield self.blocks[-1](tokens, groups, lengths, drops[-1])
 
     def _embed(
         self, batches: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None

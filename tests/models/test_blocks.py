@@ -8,14 +8,10 @@ import torch
 from torch import nn
 
 from dino.models import VisionTransformer, ViTSpec
-from dino.models.layers import Group, draw_subset, unpack
+from dino.models.drop_path import draw_factors, draw_subsets
+from dino.models.tokens import Group, unpack
 
 SPEC = ViTSpec(32, 3, 4, patch_size=4, image_size=16, layer_scale=1.0, registers=2, mask_token=True)
-
-
-def test_drop_path_rates_grow_linearly():
-    model = VisionTransformer(replace(SPEC, depth=5), drop_path=0.2)
-    assert [block.drop_path.rate for block in model.blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
 def test_drop_path_is_for_training_only(randomise):
@@ -30,19 +26,24 @@ def test_drop_path_is_for_training_only(randomise):
 
 
 def test_drop_path_keeps_the_expectation():
-    """Whole sequences, independently of each other, are dropped at the rate asked for; the others are scaled up."""
-    drop_path = VisionTransformer(replace(SPEC, depth=2), drop_path=0.3).train().blocks[-1].drop_path
-    groups = [Group(3000, 2, (1, 1)), Group(3000, 5, (2, 2))]
-    outputs = drop_path(torch.ones(3000 * (2 + 5), 4), groups)
-    first, second = outputs[:6000].reshape(3000, -1), outputs[6000:].reshape(3000, -1)
-    for sequences in (first, second):
-        assert torch.equal(sequences.amin(dim=1), sequences.amax(dim=1))
-    factors = torch.cat([first[:, 0], second[:, 0]])
-    torch.testing.assert_close(factors.unique(), torch.tensor([0, 1 / 0.7]))
-    deviation = math.sqrt(0.3 / 0.7)
-    assert abs(factors.mean() - 1) < 4 * deviation / math.sqrt(6000)
-    for left, right in ((factors[:-1], factors[1:]), (first[:, 0], second[:, 0])):
-        assert abs(torch.corrcoef(torch.stack([left, right]))[0, 1]) < 4 / math.sqrt(3000)
+    """Whole sequences, each branch and block by itself, lose it at a rate that grows; the others are scaled up."""
+    groups, like = [Group(3000, 2, (1, 1)), Group(3000, 5, (2, 2))], torch.zeros(())
+    of_blocks = draw_factors(groups, [1, 5], 0.4, 5, like)
+    assert [factors.shape for factors in of_blocks] == [(2, 3000 * (2 + 5), 1)] * 4 + [(2, 3000 * (1 + 5), 1)]
+    branches = []
+    for rate, factors, length in zip((0, 0.1, 0.2, 0.3, 0.4), of_blocks, (2, 2, 2, 2, 1), strict=True):
+        for branch in factors[..., 0]:
+            first, second = branch[: 3000 * length].view(3000, -1), branch[3000 * length :].view(3000, -1)
+            for sequences in (first, second):
+                assert torch.equal(sequences.amin(dim=1), sequences.amax(dim=1))
+            branches.append(torch.cat([first[:, 0], second[:, 0]]))
+            expected = [0, 1 / (1 - rate)] if rate else [1]
+            torch.testing.assert_close(branches[-1].unique(), torch.tensor(expected, dtype=torch.float32))
+            assert abs(branches[-1].mean() - 1) < 4 * math.sqrt(rate / (1 - rate) / 6000) + 1e-6
+    correlations = torch.corrcoef(torch.stack(branches[2:])).fill_diagonal_(0)
+    assert correlations.abs().max() < 4.5 / math.sqrt(6000)
+    of_last = branches[-1]
+    assert abs(torch.corrcoef(torch.stack([of_last[:-1], of_last[1:]]))[0, 1]) < 4 / math.sqrt(6000)
 
 
 @pytest.mark.parametrize("subset", [False, True])
@@ -83,13 +84,13 @@ def test_drop_path_leaves_branches_out_of_the_block(randomise):
 
 def test_drop_path_of_a_subset_computes_only_that(randomise):
     """A fixed number of each group goes through a branch, together, and is scaled up by how many are missing."""
-    groups = [Group(10, 3, (1, 2)), Group(4, 2, (1, 1)), Group(1, 5, (2, 2))]
-    block = randomise(VisionTransformer(SPEC, drop_path=0.4, drop_subset=True)).train().blocks[0]
+    groups, lengths = [Group(10, 3, (1, 2)), Group(4, 2, (1, 1)), Group(1, 5, (2, 2))], [3, 2, 5]
+    block = randomise(VisionTransformer(SPEC)).train().blocks[0]
     seen = []
     block.attn.register_forward_hook(lambda module, inputs, output: seen.append((len(inputs[0]), inputs[1])))
     nn.init.zeros_(block.ls2.gamma)
     tokens = torch.randn(10 * 3 + 4 * 2 + 5, 32)
-    output = block(tokens, groups) - tokens
+    output = block(tokens, groups, drop=draw_subsets(groups, lengths, 0.4, 1, tokens)[0]) - tokens
     assert seen == [(6 * 3 + 2 * 2 + 5, [Group(6, 3, (1, 2)), Group(2, 2, (1, 1)), Group(1, 5, (2, 2))])]
     branch = unpack(block.ls1(block.attn(block.norm1(tokens), groups)), groups)
     for part, whole, count, scale in zip(unpack(output, groups), branch, (6, 2, 1), (10 / 6, 2, 1), strict=True):
@@ -100,22 +101,23 @@ def test_drop_path_of_a_subset_computes_only_that(randomise):
 
 
 def test_a_subset_is_drawn_anew_and_evenly():
-    counts = torch.zeros(10)
+    """For each block and branch by itself."""
+    counts = torch.zeros(4, 10)
     for _ in range(2000):
-        counts[draw_subset([Group(10, 1, (1, 1))], 0.4, torch.device("cpu"))[0]] += 1
-    assert counts.sum() == 2000 * 6
+        subsets = draw_subsets([Group(10, 1, (1, 1))], [1], 0.4, 2, torch.zeros(()))
+        rows = torch.cat([subset.inputs for subset in subsets])
+        assert rows.shape == (4, 6)
+        counts.scatter_add_(1, rows, torch.ones(4, 6))
+    assert counts.sum() == 4 * 2000 * 6
     assert (counts - 1200).abs().max() < 4.5 * math.sqrt(2000 * 0.6 * 0.4)
 
 
 @torch.no_grad()
 def test_drop_path_of_a_subset_in_the_network(randomise):
-    """With every rate 0 but the last block's: each image is as without that block's branches, or with them scaled."""
-    model = randomise(VisionTransformer(replace(SPEC, depth=2), drop_path=0.5, drop_subset=True)).train()
-    assert [block.drop_path.rate for block in model.blocks] == [0.5, 0.5]
-    model.blocks[0].drop_path.rate = 0.0
-    block, images = model.blocks[1], torch.randn(6, 3, 8, 8)
+    """Each image is as without the block's branches, or with them scaled."""
+    model = randomise(VisionTransformer(replace(SPEC, depth=1), drop_path=0.5, drop_subset=True)).train()
+    block, images = model.blocks[0], torch.randn(6, 3, 8, 8)
     tokens, groups = model._embed([images])
-    tokens = model.blocks[0](tokens, groups)
     attended = unpack(block.ls1(block.attn(block.norm1(tokens), groups)), groups)[0]
     before = unpack(tokens, groups)[0]
     options = []
