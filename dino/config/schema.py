@@ -245,6 +245,11 @@ class TrainConfig:
         AUTO, "steps between two checkpoints; auto: 10 a run, at most 1000 apart", low=1, unit="steps"
     )
     keep_checkpoints: int = setting(3, "newest checkpoints that are kept", low=1)
+    keep_best: str | None = setting(
+        None,
+        "metric of metrics.jsonl (loss/… or health/…) at whose best value, the least of a loss, else the greatest, the "
+        "backbone is kept in RUN/best; none: only the newest is kept",
+    )
     resume: str = setting(AUTO, "auto: go on from the newest checkpoint; never; or the path of a checkpoint")
     time_limit: float | None = setting(
         None, "after which the run saves a checkpoint and ends; none: no limit", unit="minutes"

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from dino.config.schema import Config
 from dino.data.pool import Labels
 from dino.methods.method import Method, Seen
-from dino.monitor.indicators import INDICATORS, Observed
+from dino.monitor.indicators import INDICATORS, Indicator, Observed
 
 QUEUE = 2048  # newest class tokens, of this process, that rank and neighbours are taken from
 FEWEST = 64  # tokens, below which they say nothing
@@ -62,12 +62,8 @@ class Health:
         if seen is None:
             return {}
         observed = Observed(seen, self.tokens, self.indices, self.used, self.views, self.labels, self.classes)
-        available = self._available(seen)
-        values = {
-            indicator.name: indicator.measure(observed)
-            for indicator in INDICATORS
-            if available.issuperset(indicator.needs)
-        }
+        measured = self._measured(seen, len(self.tokens) >= FEWEST)
+        values = {indicator.name: indicator.measure(observed) for indicator in measured}
         self.used.zero_()
         self.views, self.measured = 0, steps
         if not values:
@@ -75,11 +71,17 @@ class Health:
         means = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean")
         return dict(zip(values, means.tolist(), strict=True))
 
-    def _available(self, seen: Seen) -> set[str]:
-        """What indicators may look at; the same in all processes."""
+    def names(self) -> list[str]:
+        """The indicators of this run, by the names of the metrics, once enough was seen for all of them."""
+        if self.method.seen is None or not self.config.monitor.health_every:
+            return []
+        return [indicator.name for indicator in self._measured(self.method.seen, has_tokens=True)]
+
+    def _measured(self, seen: Seen, has_tokens: bool) -> list[Indicator]:
+        """Those for which there is what they look at; the same in all processes."""
         available = {"no labels" if self.labels is None else "labels"}
         if seen.targets is not None:
             available.add("targets")
-        if len(self.tokens) >= FEWEST:
+        if has_tokens:
             available.add("tokens")
-        return available
+        return [indicator for indicator in INDICATORS if available.issuperset(indicator.needs)]

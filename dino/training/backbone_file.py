@@ -1,16 +1,17 @@
 """RUN/backbone.safetensors, what a run is for."""
 
+from pathlib import Path
+
 from dino.config.schema import Config
 from dino.errors import UserError
 from dino.methods import METHODS
 from dino.models import Backbone, save_backbone
 from dino.models.weights import BACKBONE_FILE
-from dino.run import RunDirectory
 from dino.training.phases import views_at
 
 
-def write_backbone(directory: RunDirectory, config: Config, backbone: Backbone, step: int, fingerprint: str) -> None:
-    """Write the result's backbone after `step` steps, with all that is needed to use it.
+def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, fingerprint: str) -> None:
+    """Write the result's backbone after `step` steps into a folder, with all that is needed to use it.
 
     Raises:
         UserError: it cannot be written.
@@ -28,9 +29,10 @@ def write_backbone(directory: RunDirectory, config: Config, backbone: Backbone, 
         "images": fingerprint,
     }
     try:
-        save_backbone(directory.path / BACKBONE_FILE, backbone, preprocessing, training)
+        folder.mkdir(exist_ok=True)
+        save_backbone(folder / BACKBONE_FILE, backbone, preprocessing, training)
     except OSError as error:
         raise UserError(
-            f"{directory.path / BACKBONE_FILE} could not be written ({error.strerror or error}); the checkpoint of "
-            f"step {step} is whole. Make room on the disk and start the same command again"
+            f"{folder / BACKBONE_FILE} could not be written after step {step} ({error.strerror or error}); checkpoints "
+            "are whole. Make room on the disk and start the same command again"
         ) from error

@@ -75,8 +75,8 @@ class Metrics:
         self.accelerator.log(indicators, step=0)
         self.since = time.perf_counter()
 
-    def log(self, step: int, epoch: float, rates: dict[str, float], health: Health) -> None:
-        """Average over steps and processes, and write one line everywhere.
+    def log(self, step: int, epoch: float, rates: dict[str, float], health: Health) -> dict[str, Any]:
+        """Average over steps and processes, and write one line everywhere; gives that line.
 
         Args:
             step: optimizer steps taken so far.
@@ -110,6 +110,7 @@ class Metrics:
             refresh=False,
         )
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+        return line
 
     def show(self, step: int, pictures: dict[str, bytes]) -> None:
         """Send pictures (PNG), by name, to W&B, if it is a tracker."""

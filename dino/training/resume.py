@@ -16,6 +16,7 @@ MAY_DIFFER = (  # on resume
     "train.time_limit",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_best",
     "train.resume",
     "train.cpu_threads",
     "train.fsdp",
@@ -99,7 +100,8 @@ def prepare(directory: RunDirectory, config: Config, step: int) -> None:
     """
     try:
         directory.checkpoints.mkdir(parents=True, exist_ok=True)
-        for remains in [*directory.checkpoints.glob(".*"), *directory.path.glob(".*.partial")]:
+        partial = [path for pattern in (".*.partial", "best/.*.partial") for path in directory.path.glob(pattern)]
+        for remains in [*directory.checkpoints.glob(".*"), *partial]:
             if remains.is_dir():
                 shutil.rmtree(remains)
             else:

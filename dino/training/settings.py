@@ -58,6 +58,8 @@ def _problems_of_training(config: Config) -> Iterator[str]:
         yield f"optim.name=muon is for the matrices of transformer blocks, which model.arch={model.arch} has not"
     if train.fsdp and model.arch in BACKBONES and not BACKBONES[model.arch].has_blocks:
         yield f"train.fsdp shards transformer blocks, which model.arch={model.arch} has not"
+    if train.keep_best is not None and not train.keep_best.startswith(("loss/", "health/")):
+        yield f"train.keep_best={train.keep_best} is no metric to be best at: name one such as health/knn or loss/dino"
     begins = [0.0, *(phase.begin for phase in train.phases), 1.0]
     if any(later <= earlier for earlier, later in itertools.pairwise(begins)):
         yield f"train.phases must begin one after the other, between 0 and 1, got {begins[1:-1]}"

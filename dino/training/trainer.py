@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -15,6 +16,7 @@ from dino.report.run import Reporter
 from dino.run import RunDirectory
 from dino.training import faults, launch, resume
 from dino.training.backbone_file import write_backbone
+from dino.training.best import Best
 from dino.training.checkpoint import SAMPLING_WEIGHTS, Checkpoints
 from dino.training.interrupt import Interrupt, Stop
 from dino.training.loader import Batches
@@ -95,7 +97,7 @@ class Trainer:
         health = Health(accelerator, config, self.method, self.images.labels, start)
         reporter = Reporter(directory, config, self.images, accelerator.is_main_process)
         backbone = whole_backbone(self.method.result, accelerator)
-        width = self.method.student.backbone.embed_dim
+        width, best = self.method.student.backbone.embed_dim, Best(directory, config.train.keep_best)
         steps, stop = start, Stop.NO
         with (
             Interrupt(accelerator, config.train.time_limit) as interrupt,
@@ -118,7 +120,9 @@ class Trainer:
                     metrics.note(self.rebalancer.update(self.method.result, steps))
                     self.rebalancer.steer(batches.stream, steps)
                 if logs:
-                    metrics.log(steps, self._epoch(steps), self._rates(step), health)
+                    line = metrics.log(steps, self._epoch(steps), self._rates(step), health)
+                    if best.is_beaten_by(line, health.names()):
+                        self._keep(best, line)
                     if reporter.is_due():
                         metrics.show(steps, reporter.write(backbone, "running", alive=True))
                 if stop == Stop.UNREADABLE:
@@ -135,7 +139,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             resume.prepare(self.directory, self.config, start)
             if start >= self.config.train.steps:  # killed before the last checkpoint's backbone was written?
-                write_backbone(self.directory, self.config, result, start, self.facts["images"])
+                write_backbone(self.directory.path, self.config, result, start, self.facts["images"])
         self.accelerator.wait_for_everyone()
 
     def _first_look(self, batches: Batches, health: Health) -> dict[str, float]:
@@ -153,8 +157,15 @@ class Trainer:
         self.checkpoints.save(steps, self.facts)
         backbone = whole_backbone(self.method.result, self.accelerator)
         if self.accelerator.is_main_process:
-            write_backbone(self.directory, self.config, backbone, steps, self.facts["images"])
+            write_backbone(self.directory.path, self.config, backbone, steps, self.facts["images"])
         return backbone
+
+    def _keep(self, best: Best, line: dict[str, Any]) -> None:
+        """Put the result's backbone aside, and what it was best at."""
+        backbone = whole_backbone(self.method.result, self.accelerator)
+        if self.accelerator.is_main_process:
+            write_backbone(best.folder, self.config, backbone, line["step"], self.facts["images"])
+        best.record(line)
 
     def _epoch(self, steps: int) -> float:
         return steps * self.config.train.batch_size / samples_per_epoch(self.images)

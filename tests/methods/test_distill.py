@@ -40,7 +40,6 @@ from dino.methods.dino import DINO
 from dino.methods.distill import FrozenTeacher, TokenPrototypes
 from dino.methods.network import Network
 from dino.models import Backbone, ResNetSpec, ViTSpec
-from dino.run import RunDirectory
 from dino.training.backbone_file import write_backbone
 from dino.training.checkpoint import Checkpoints
 
@@ -107,7 +106,7 @@ def run(accelerator, tiny, tmp_path):
             add_noise(method.teacher, 0.2)
             checkpoints.save(step, {})
         (folder / "config.yaml").write_text(dump(config))
-        write_backbone(RunDirectory(folder), config, method.teacher.backbone, steps[-1], "images")
+        write_backbone(folder, config, method.teacher.backbone, steps[-1], "images")
         return str(folder), method.teacher.eval()
 
     return write

@@ -169,7 +169,7 @@ class TestPage:
             Image.new("L", (9, 9), 80 * index).save(tmp_path / "images" / f"{index}.png")
         images = open_images(str(tmp_path / "images"), "folder", 1)
         made = make(images, f"data.root={tmp_path / 'images'}", "data.kind=folder", "data.channels=1")
-        write_backbone(made.directory, made.config, made.backbone, 10000, "abc")
+        write_backbone(made.directory.path, made.config, made.backbone, 10000, "abc")
         write_report(made.directory)
         assert ">ended<" in made.page
         assert 'http-equiv="refresh"' not in made.page

@@ -11,7 +11,6 @@ from dino.config.schema import Phase
 from dino.data import open_images
 from dino.errors import UserError
 from dino.methods.dino import build_networks
-from dino.run import RunDirectory
 from dino.training.backbone_file import write_backbone
 from dino.training.loader import Batches
 from dino.training.phases import spans, views_at
@@ -165,7 +164,7 @@ class TestPhases:
         _, teacher = build_networks(config)
         image_sizes = []
         for step in (0, BOUNDARY, BOUNDARY + 1, STEPS):
-            write_backbone(RunDirectory(tmp_path), config, teacher.backbone, step, "images")
+            write_backbone(tmp_path, config, teacher.backbone, step, "images")
             image_sizes.append(load_backbone(tmp_path).preprocess.image_size)
         assert image_sizes == [16, 16, 24, 24]
         assert load_backbone(tmp_path).spec.image_size == 16, "the grid of positions stays"

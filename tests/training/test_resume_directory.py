@@ -25,7 +25,10 @@ def resolved(changes: dict | None = None) -> Config:
 
 RESOLVED = resolved()
 MAY_DIFFER = {  # DESIGN.md, "Run directory"
-    *(f"train.{name}" for name in ("steps", "epochs", "time_limit", "checkpoint_every", "keep_checkpoints")),
+    *(
+        f"train.{name}"
+        for name in ("steps", "epochs", "time_limit", "checkpoint_every", "keep_checkpoints", "keep_best")
+    ),
     *(f"train.{name}" for name in ("resume", "cpu_threads", "fsdp", "activation_checkpointing")),
     *(f"tracking.{name}" for name in ("project", "name", "backends")),
     *("data.workers", "data.cache", "monitor.log_every", "monitor.health_every", "run.dir"),
