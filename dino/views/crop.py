@@ -51,35 +51,39 @@ def crop_singly(pixels: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     return crops
 
 
-def crop_batch(pixels: Tensor, boxes: np.ndarray, size: int) -> Tensor:
+def crop_batch(pixels: Tensor, boxes: Tensor, size: int, taps: int) -> Tensor:
     """Bicubic crops with antialiasing, as two matrix products.
 
     Args:
         pixels: (B, C, H, W) fp32; B images for V·B crops, or an image for each.
-        boxes: (V·B, 4), top, left, height and width in pixels, view by view.
+        boxes: (V·B, 4) fp32, top, left, height and width in pixels, view by view.
         size: side of the crops.
+        taps: as `taps_of` gives them; on the host, so that nothing waits for the device.
 
     Returns:
         (V·B, C, size, size) fp32; bicubic weights overshoot, so values may leave the range of `pixels`.
     """
     images, (height, width) = pixels.shape[0], pixels.shape[-2:]
-    vertical = resampling(boxes[:, 0], boxes[:, 2], size, height, pixels.device)  # (V·B, size, H)
-    horizontal = resampling(boxes[:, 1], boxes[:, 3], size, width, pixels.device)
+    vertical = resampling(boxes[:, 0], boxes[:, 2], size, height, taps)  # (V·B, size, H)
+    horizontal = resampling(boxes[:, 1], boxes[:, 3], size, width, taps)
     views = len(boxes) // images
     rows = rearrange(vertical, "(v b) s h -> b (v s) h", b=images) @ rearrange(pixels, "b c h w -> b h (c w)")
     rows = rearrange(rows, "b (v s) (c w) -> (v b) (c s) w", v=views, w=width)
     return rearrange(rows @ horizontal.mT, "n (c s) t -> n c s t", s=size)
 
 
-def resampling(start: np.ndarray, length: np.ndarray, size: int, pixels: int, device: torch.device) -> Tensor:
+def taps_of(boxes: np.ndarray, size: int) -> int:
+    """How many pixels of a line the widest kernel may reach."""
+    return int(np.ceil(4 * max(1.0, boxes[:, 2:].max() / size))) + 1
+
+
+def resampling(start: Tensor, length: Tensor, size: int, pixels: int, taps: int) -> Tensor:
     """Matrices that crop `length` from `start` on out of a line of `pixels` and resize it to `size`: (n, size, pixels).
 
     Keys' cubic with a = −1/2, widened by the factor of reduction and normalised within the crop: what PIL and torch do
     for bicubic with antialiasing.
     """
-    taps = int(np.ceil(4 * max(1.0, length.max() / size))) + 1  # that the widest kernel may reach
-    first = torch.from_numpy(start).to(device, torch.float32)[:, None, None]
-    extent = torch.from_numpy(length).to(device, torch.float32)[:, None, None]
+    first, extent, device = start[:, None, None], length[:, None, None], start.device
     factor = extent / size
     reach = factor.clamp(min=1)
     centres = first + (torch.arange(size, device=device)[:, None] + 0.5) * factor  # (n, size, 1)

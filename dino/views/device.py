@@ -1,16 +1,26 @@
 """Views made for a whole batch at once, on the device or, up to the crops, by a worker process for its one image."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dino.data import Canvas
-from dino.views.crop import crop_batch, crop_singly, draw_boxes
+from dino.views.crop import crop_batch, crop_singly, draw_boxes, taps_of
 from dino.views.draws import Numbers
-from dino.views.ops import AUGMENTATIONS, Augmentation, Draw, Stage
-from dino.views.view import Group, MultiCrop, View
+from dino.views.ops import AUGMENTATIONS, Augmentation, Draw, Prepared, Stage
+from dino.views.plan import Part, Upload, apply, apply_parts, in_one_part, in_parts_for_a_cache, to_bytes
+from dino.views.view import Group, MultiCrop
+
+
+class Plan(NamedTuple):
+    """What makes the crops of one size: boxes on host and device, changes of images before and of crops after."""
+
+    boxes: np.ndarray
+    on_device: Prepared
+    moves: list[tuple[Augmentation, Prepared]]
+    parts: list[Part]
 
 
 class DeviceViews:
@@ -22,7 +32,7 @@ class DeviceViews:
     """
 
     def __init__(self, spec: MultiCrop, singly: bool = False):
-        self.groups, self.singly = spec.groups, singly
+        self.views, self.groups, self.singly = spec.views, spec.groups, singly
 
     def crop(self, canvas: Canvas, keys: np.ndarray) -> list[Tensor]:
         """Crops by size, (V·B, C, size, size) uint8, view by view: moved, cropped, resized and flipped.
@@ -31,38 +41,58 @@ class DeviceViews:
             canvas: B images.
             keys: (B,) uint64, one an image; see `dino.views.draws.sample_key`.
         """
-        return [self._crop(canvas, group, Numbers(keys, group.indices)) for group in self.groups]
+        numbers, upload = Numbers(keys, range(len(self.views))), Upload()
+        boxes = draw_boxes(numbers, self.views, canvas.sizes)
+        plans = []
+        for group in self.groups:
+            sizes = {"sizes": np.tile(canvas.sizes, (len(group.views), 1))}
+            moves = []
+            for augmentation, draw in draws_of(Stage.IMAGE, group, numbers).items():
+                moves.append((augmentation, upload.add(augmentation.prepare(draw | sizes, group.views[0]))))
+            parts = in_one_part(draws_of(Stage.CROP, group, numbers), group.views[0], upload)
+            of_group = boxes[group.indices.start : group.indices.stop].reshape(-1, 4)
+            plans.append(Plan(of_group, upload.add({"boxes": of_group.astype(float)}), moves, parts))
+        upload.send(canvas.pixels.device)
+        return [self._crop(canvas, group, plan) for group, plan in zip(self.groups, plans, strict=True)]
 
     def photometric(self, crops: Sequence[Tensor], keys: np.ndarray) -> list[Tensor]:
         """Photometric augmentation of crops by size, as `crop` makes them of the same keys; they are left alone."""
-        augmented = []
-        for pixels, group in zip(crops, self.groups, strict=True):
-            draws = list(draws_of(Stage.PHOTOMETRIC, group, Numbers(keys, group.indices)))
-            augmented.append(to_bytes(apply(draws, pixels.float(), group.views[0])) if draws else pixels)
-        return augmented
+        numbers, upload, device = Numbers(keys, range(len(self.views))), Upload(), crops[0].device
+        in_parts = in_parts_for_a_cache if device.type == "cpu" else in_one_part
+        plans = []
+        for group in self.groups:
+            plans.append(in_parts(draws_of(Stage.PHOTOMETRIC, group, numbers), group.views[0], upload))
+        upload.send(device)
+        return [
+            apply_parts(pixels, parts, group.views[0])
+            for pixels, parts, group in zip(crops, plans, self.groups, strict=True)
+        ]
 
-    def _crop(self, canvas: Canvas, group: Group, numbers: Numbers) -> Tensor:
+    def _crop(self, canvas: Canvas, group: Group, plan: Plan) -> Tensor:
         view = group.views[0]
-        boxes = draw_boxes(numbers, group.views, canvas.sizes).reshape(-1, 4)
-        moves = list(draws_of(Stage.IMAGE, group, numbers))
-        pixels = move(canvas, moves, len(group.views)) if moves else canvas.pixels
-        if self.singly or (pixels.device.type == "cpu" and not moves):
-            crops = crop_singly(to_bytes(pixels), boxes, view.size)
+        pixels = move(canvas, plan.moves, len(group.views)) if plan.moves else canvas.pixels
+        if self.singly or (pixels.device.type == "cpu" and not plan.moves):
+            crops = crop_singly(to_bytes(pixels), plan.boxes, view.size)
         else:
-            crops = to_bytes(crop_batch(pixels.float(), boxes, view.size))
-        return apply(draws_of(Stage.CROP, group, numbers), crops, view)
+            taps = taps_of(plan.boxes, view.size)
+            crops = to_bytes(crop_batch(pixels.float(), plan.on_device["boxes"], view.size, taps))
+        for part in plan.parts:
+            crops = apply(crops, part.steps, view)
+        return crops
 
 
-def draws_of(stage: Stage, group: Group, numbers: Numbers) -> Iterator[tuple[Augmentation, Draw]]:
+def draws_of(stage: Stage, group: Group, numbers: Numbers) -> dict[Augmentation, Draw]:
     """Augmentations of a stage that some view of a group asks for, in order, with what is drawn for them, (V·B, …)."""
+    draws, of_group = {}, numbers.of(group.indices)
     for name, augmentation in AUGMENTATIONS.items():
         amount = np.array([view.amounts.get(name, 0.0) for view in group.views])[:, None]
         if augmentation.stage is stage and amount.any():
-            draw = augmentation.draw(numbers, amount)
-            yield augmentation, {key: values.reshape(-1, *values.shape[2:]) for key, values in draw.items()}
+            draw = augmentation.draw(of_group, amount)
+            draws[augmentation] = {key: values.reshape(-1, *values.shape[2:]) for key, values in draw.items()}
+    return draws
 
 
-def move(canvas: Canvas, moves: Sequence[tuple[Augmentation, Draw]], views: int) -> Tensor:
+def move(canvas: Canvas, moves: Sequence[tuple[Augmentation, Prepared]], views: int) -> Tensor:
     """B images, changed as drawn for each view: (V·B, C, H, W) fp32, view by view, in whole levels."""
     canvas = Canvas(
         pixels=canvas.pixels.float().repeat(views, 1, 1, 1),
@@ -72,19 +102,3 @@ def move(canvas: Canvas, moves: Sequence[tuple[Augmentation, Draw]], views: int)
     for augmentation, draw in moves:
         canvas = canvas._replace(pixels=augmentation.apply_to_images(canvas, draw))
     return canvas.pixels.round_()
-
-
-def apply(draws: Iterable[tuple[Augmentation, Draw]], pixels: Tensor, view: View) -> Tensor:
-    """Crops (n, C, size, size), overwritten, with each augmentation done to those for which it was drawn."""
-    for augmentation, draw in draws:
-        indices = np.flatnonzero(draw["applied"])
-        if len(indices):
-            rows = torch.from_numpy(indices).to(pixels.device)
-            selected = {name: values[indices] for name, values in draw.items()}
-            pixels = pixels.index_copy_(0, rows, augmentation.apply(pixels[rows], selected, view))
-    return pixels
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Levels to the nearest ones of uint8."""
-    return pixels if pixels.dtype == torch.uint8 else pixels.round_().clamp_(0, 255).to(torch.uint8)

@@ -4,6 +4,7 @@ Every number comes from SplitMix64 (Steele, Lea & Flood 2014) at a counter of it
 on the number of other views nor on which augmentations are switched on, and a whole batch is drawn at once.
 """
 
+import copy
 import hashlib
 
 import numpy as np
@@ -45,6 +46,12 @@ class Numbers:
         self.keys, self.views = keys, views
         sequence = uniforms(keys, views.stop * STRIDE).reshape(len(keys), views.stop, STRIDE)
         self.table = sequence.swapaxes(0, 1)[views.start :]  # (V, B, STRIDE)
+
+    def of(self, views: range) -> "Numbers":
+        """Those of some of the views."""
+        part = copy.copy(self)
+        part.views, part.table = views, self.table[views.start - self.views.start : views.stop - self.views.start]
+        return part
 
     def __getitem__(self, name: str) -> np.ndarray:
         """(V, B) numbers, or (V, B, n) for a slot of n. A name without a slot has a sequence of its own."""

@@ -13,6 +13,7 @@ from dino.views import DeviceViews, MultiCrop, View, view_spec
 from dino.views.device import draws_of
 from dino.views.draws import Numbers, sample_key
 from dino.views.ops import AUGMENTATIONS, Draw, Stage
+from dino.views.plan import Upload
 from dino.views.view import Group
 
 PRESETS = ("dino", "dinov2", "line_art")
@@ -67,7 +68,7 @@ def drawn(views: Sequence[View], keys: np.ndarray) -> dict[str, Draw]:
     """What every augmentation that some view asks for draws for all of them: by its name, each (V·B, …)."""
     group, draws = Group(range(len(views)), tuple(views)), {}
     for stage in Stage:
-        draws |= {op.name: draw for op, draw in draws_of(stage, group, Numbers(keys, group.indices))}
+        draws |= {op.name: draw for op, draw in draws_of(stage, group, Numbers(keys, group.indices)).items()}
     return draws
 
 
@@ -75,14 +76,24 @@ def move(images: Sequence[Tensor], **changes: Sequence) -> Tensor:
     """Affine changes of images, nothing but `changes`: (n, C, H, W) fp32."""
     canvas = canvas_of(images)
     canvas = Canvas(canvas.pixels.float(), canvas.background.float(), canvas.sizes)
-    draw = {name: np.array([value] * len(images)) for name, value in STILL.items()}
-    return AUGMENTATIONS["affine"].apply_to_images(canvas, draw | {k: np.array(v) for k, v in changes.items()})
+    draw = {name: np.array([value] * len(images)) for name, value in STILL.items()} | {"sizes": canvas.sizes}
+    draw |= {name: np.array(values) for name, values in changes.items()}
+    return AUGMENTATIONS["affine"].apply_to_images(canvas, prepared("affine", draw, plain(8)))
 
 
 def change(name: str, images: Tensor, **draw: Sequence) -> Tensor:
     """Crops (n, C, S, S) uint8 changed by one augmentation as drawn: fp32, not rounded."""
     view = View(images.shape[-1], (1.0, 1.0), {}, blur_kernel=13)
-    return AUGMENTATIONS[name].apply(images.float(), {key: np.array(values) for key, values in draw.items()}, view)
+    draw = prepared(name, {key: np.array(values) for key, values in draw.items()}, view)
+    return AUGMENTATIONS[name].apply(images.float(), draw, view)
+
+
+def prepared(name: str, draw: Draw, view: View) -> dict[str, Tensor]:
+    """What an augmentation makes of what is drawn, as tensors."""
+    upload = Upload()
+    tensors = upload.add(AUGMENTATIONS[name].prepare(draw, view))
+    upload.send(torch.device("cpu"))
+    return tensors
 
 
 def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -8,9 +8,9 @@ from material import PRESETS, RAGGED, canvas_of, drawn, keys_of, move, noise, on
 from oracle import moved, oracle_crops, row
 
 from dino.views import DeviceViews, MultiCrop, View
-from dino.views.crop import crop_batch, crop_singly, draw_boxes, resampling
-from dino.views.device import to_bytes
+from dino.views.crop import crop_batch, crop_singly, draw_boxes, resampling, taps_of
 from dino.views.draws import Numbers
+from dino.views.plan import to_bytes
 
 SHAPES = [(3, 20, 24), (1, 64, 80), (5, 100, 75), (3, 4, 4), (3, 8, 90), (2, 333, 61)]
 
@@ -21,13 +21,17 @@ def boxes_of(shape: tuple[int, ...], images: int, views: int = 3) -> np.ndarray:
     return draw_boxes(numbers, [View(8, (0.05, 1.0))] * views, np.array([shape[1:]] * images)).reshape(-1, 4)
 
 
+def by_products(pixels: torch.Tensor, boxes: np.ndarray, size: int) -> torch.Tensor:
+    return crop_batch(pixels, torch.from_numpy(boxes).float(), size, taps_of(boxes, size))
+
+
 class TestCrops:
     @pytest.mark.parametrize("size", [1, 7, 24, 96])
     @pytest.mark.parametrize("shape", SHAPES)
     def test_matrix_products_are_torchs_bicubic_with_antialiasing(self, shape, size):
         """Of the crop by itself: nothing around it shows; enlarged and reduced; of 255 levels."""
         images, boxes = noise(4, *shape).float(), boxes_of(shape, 4)
-        crops = crop_batch(images, boxes, size)
+        crops = by_products(images, boxes, size)
         assert crops.shape == (12, shape[0], size, size)
         for n, (top, left, height, width) in enumerate(boxes):
             part = images[n % 4, :, top : top + height, left : left + width][None]
@@ -38,9 +42,9 @@ class TestCrops:
         """Every start and length of a short line, to every size: rows of weights are torch's, and 0 outside."""
         pixels = 12
         parts = [(start, length) for length in range(1, pixels + 1) for start in range(pixels - length + 1)]
-        start, length = np.array(parts).T
+        start, length = torch.tensor(parts).float().mT
         for size in range(1, 16):
-            matrices = resampling(start, length, size, pixels, torch.device("cpu"))
+            matrices = resampling(start, length, size, pixels, taps=4 * pixels + 1)
             for (first, extent), matrix in zip(parts, matrices, strict=True):
                 # One bright pixel at each place, in rows: of images one pixel wide torch 2.14 gets columns wrong.
                 line = torch.eye(extent)[:, None, None, :]
@@ -60,7 +64,7 @@ class TestCrops:
     def test_matrix_products_are_the_kernel_for_bytes_up_to_rounding(self, shape, low, high, largest, mean):
         images, boxes = noise(20, *shape, low=low, high=high), boxes_of(shape, 20)
         for size in (12, 24, 96):
-            products = to_bytes(crop_batch(images.float(), boxes, size)).float()
+            products = to_bytes(by_products(images.float(), boxes, size)).float()
             difference = (products - crop_singly(images, boxes, size).float()).abs()
             assert difference.max() <= largest
             assert difference.mean() < mean
@@ -70,7 +74,7 @@ class TestCrops:
         boxes = draw_boxes(Numbers(keys_of(len(RAGGED)), range(2)), views, canvas.sizes).reshape(-1, 4)
         inside = torch.stack([F.pad(torch.ones(1, h, w), (0, 60 - w, 0, 60 - h)) for h, w in canvas.sizes]).bool()
         dark, bright = (torch.where(inside, canvas.pixels.float(), level) for level in (0.0, 1e4))
-        assert torch.equal(crop_batch(dark, boxes, 24), crop_batch(bright, boxes, 24))
+        assert torch.equal(by_products(dark, boxes, 24), by_products(bright, boxes, 24))
 
 
 class TestAgainstTorchvision:

@@ -1,7 +1,7 @@
 """Augmentations, one a file. A new one is a file here and a line below: its name is then one of `views.augment`."""
 
 from dino.views.ops.affine import Affine
-from dino.views.ops.augmentation import Augmentation, Draw, Stage
+from dino.views.ops.augmentation import Augmentation, Draw, Prepared, Stage
 from dino.views.ops.blur import Blur
 from dino.views.ops.flip import Flip
 from dino.views.ops.grey import Grey
@@ -20,4 +20,4 @@ IN_ORDER: tuple[Augmentation, ...] = (
 )
 AUGMENTATIONS = {augmentation.name: augmentation for augmentation in IN_ORDER}
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "Draw", "Stage"]
+__all__ = ["AUGMENTATIONS", "Augmentation", "Draw", "Prepared", "Stage"]

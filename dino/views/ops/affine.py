@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dino.data import Canvas
 from dino.views.draws import Numbers, between
-from dino.views.ops.augmentation import Augmentation, Draw, Stage
+from dino.views.ops.augmentation import Augmentation, Draw, Prepared, Stage
+from dino.views.view import View
 
 
 class Affine(Augmentation):
@@ -33,13 +34,18 @@ class Affine(Augmentation):
             "zoom": 1 + amount * between(numbers["zoom"], -0.1, 0.1),
         }
 
-    def apply_to_images(self, canvas: Canvas, draw: Draw) -> Tensor:
+    def prepare(self, draw: Draw, view: View) -> Draw:
+        """`inverse`: from a point in the result, (x, y), to its source. Images are sheared, rotated, then scaled."""
+        sine, cosine, slope = np.sin(draw["angle"]), np.cos(draw["angle"]), np.tan(draw["shear"])
+        rows = [[cosine - slope * sine, sine + slope * cosine], [-sine, cosine]]
+        return {"inverse": np.array(rows) / draw["zoom"], "centre": draw["sizes"] / 2, "shift": 2 * draw["shift"]}
+
+    def apply_to_images(self, canvas: Canvas, draw: Prepared) -> Tensor:
         """About the images' centres, bilinear; what comes in is background."""
         pixels, background = canvas.pixels, canvas.background[:, :, None, None]
         device, (height, width) = pixels.device, pixels.shape[-2:]
-        (xx, xy), (yx, yy) = torch.from_numpy(_inverse(draw)).to(device, torch.float32)  # (2, 2, n)
-        centre_y, centre_x = torch.from_numpy(canvas.sizes).to(pixels).mT / 2
-        shift_y, shift_x = torch.from_numpy(draw["shift"]).to(device, torch.float32).mT * 2
+        (xx, xy), (yx, yy) = draw["inverse"]  # (2, 2, n)
+        (centre_y, centre_x), (shift_y, shift_x) = draw["centre"].mT, draw["shift"].mT
         rows = torch.arange(height, device=device) + 0.5 - (centre_y * (1 + shift_y))[:, None]  # (n, H)
         columns = torch.arange(width, device=device) + 0.5 - (centre_x * (1 + shift_x))[:, None]
         grid = torch.empty(len(rows), height, width, 2, device=device)  # in −1 … 1 over the canvas
@@ -51,10 +57,3 @@ class Affine(Augmentation):
         difference = pixels.sub_(background)
         moved = F.grid_sample(difference, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         return moved.add_(background)
-
-
-def _inverse(draw: Draw) -> np.ndarray:
-    """(2, 2, n): from a point in the result, as (x, y), to its source. Images are sheared, rotated, then scaled."""
-    sine, cosine, slope = np.sin(draw["angle"]), np.cos(draw["angle"]), np.tan(draw["shear"])
-    rows = [[cosine - slope * sine, sine + slope * cosine], [-sine, cosine]]
-    return np.array(rows) / draw["zoom"]

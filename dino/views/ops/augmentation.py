@@ -10,6 +10,7 @@ from dino.views.draws import Numbers
 from dino.views.view import View
 
 Draw = dict[str, np.ndarray]  # what chance decides, by name, each (V, B, …)
+Prepared = dict[str, Tensor]  # what `Augmentation.prepare` makes of that, on the device
 
 
 class Stage(Enum):
@@ -38,21 +39,34 @@ class Augmentation:
         """
         return {"applied": numbers[self.name] < amount}
 
-    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
-        """Change the crops that `applied` says.
+    def kinds(self, draw: Draw, view: View) -> np.ndarray:
+        """(n,): 0 where a crop is left alone; a CPU changes those of one kind together, which may take less."""
+        return draw["applied"].astype(int)
+
+    def prepare(self, draw: Draw, view: View) -> Draw:
+        """What `apply` needs for the crops that are changed, worked out on the host: as drawn, unless said otherwise.
+
+        Args:
+            draw: as drawn for them, each (n, …); at stage IMAGE also the images' `sizes`, (n, 2).
+            view: one of their views, which all have one size.
+        """
+        return draw
+
+    def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
+        """Change crops.
 
         Args:
             pixels: (n, C, S, S), 0 … 255; may be overwritten.
-            draw: as drawn for them, each (n, …).
+            draw: as prepared for them.
             view: one of their views, which all have one size.
         """
         raise NotImplementedError
 
-    def apply_to_images(self, canvas: Canvas, draw: Draw) -> Tensor:
+    def apply_to_images(self, canvas: Canvas, draw: Prepared) -> Tensor:
         """At stage IMAGE, change whole images instead: one for each of V·B views, (V·B, C, H, W) fp32.
 
         Args:
             canvas: V·B images, pixels and background in fp32; may be overwritten.
-            draw: as drawn for them, each (V·B, …).
+            draw: as prepared for them.
         """
         raise NotImplementedError

@@ -7,7 +7,7 @@
 
 from torch import Tensor
 
-from dino.views.ops.augmentation import Augmentation, Draw, Stage
+from dino.views.ops.augmentation import Augmentation, Prepared, Stage
 from dino.views.view import View
 
 
@@ -17,5 +17,5 @@ class Flip(Augmentation):
     name = "flip"
     stage = Stage.CROP
 
-    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
+    def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
         return pixels.flip(-1)

@@ -5,14 +5,12 @@
 | grey | whether |
 """
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from dino.views.ops.augmentation import Augmentation, Draw
+from dino.views.ops.augmentation import Augmentation, Prepared
 from dino.views.view import View
 
-LUMINANCE = np.array([0.2989, 0.587, 0.114])  # of torchvision's rgb_to_grayscale (ITU-R 601-2)
+LUMINANCE = (0.2989, 0.587, 0.114)  # of torchvision's rgb_to_grayscale (ITU-R 601-2)
 
 
 class Grey(Augmentation):
@@ -20,8 +18,11 @@ class Grey(Augmentation):
 
     name = "grey"
 
-    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
-        if pixels.shape[1] != 3:
-            return pixels
-        weights = torch.tensor(LUMINANCE, dtype=pixels.dtype, device=pixels.device)
-        return torch.einsum("c,nchw->nhw", weights, pixels)[:, None].expand_as(pixels)
+    def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
+        return luminance(pixels).expand_as(pixels) if pixels.shape[1] == 3 else pixels
+
+
+def luminance(pixels: Tensor) -> Tensor:
+    """(n, 3, …) to (n, 1, …)."""
+    red, green, blue = pixels.split(1, dim=1)
+    return (LUMINANCE[0] * red).add_(green, alpha=LUMINANCE[1]).add_(blue, alpha=LUMINANCE[2])

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dino.views.draws import Numbers, between
-from dino.views.ops.augmentation import Augmentation, Draw
-from dino.views.ops.grey import LUMINANCE
+from dino.views.ops.augmentation import Augmentation, Draw, Prepared
+from dino.views.ops.grey import luminance
 from dino.views.view import View
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+CHANGES = ("brightness", "contrast", "saturation", "hue")
 ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4)
 
 
@@ -38,47 +38,65 @@ class Jitter(Augmentation):
             "order": ORDERS[(numbers["order"] * len(ORDERS)).astype(int)],
         }
 
-    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
-        channels = pixels.shape[1]
-        if channels not in (1, 3):  # taken as a stack of grey images
-            repeated = {name: np.repeat(values, channels, axis=0) for name, values in draw.items()}
-            return self.apply(pixels.view(-1, 1, *pixels.shape[2:]), repeated, view).view_as(pixels)
-        for which in draw["order"].T:
-            pixels = _blend(pixels, which, draw)
-            indices = np.flatnonzero(which == HUE)
-            if channels == 3 and len(indices):
-                rows = torch.from_numpy(indices).to(pixels.device)
-                shift = torch.from_numpy(draw["hue"][indices]).to(pixels)
-                pixels = pixels.index_copy_(0, rows, turn_hue(pixels[rows], shift))
+    def kinds(self, draw: Draw, view: View) -> np.ndarray:
+        return draw["applied"] * (1 + draw["order"] @ np.array([64, 16, 4, 1]))
+
+    def prepare(self, draw: Draw, view: View) -> Draw:
+        """For each turn, those of whom one thing is changed, and by how much; both under `name turn`."""
+        prepared = {}
+        for turn, which in enumerate(draw["order"].T):
+            for change in {*which.tolist()}:
+                rows, name = np.flatnonzero(which == change), f"{CHANGES[change]} {turn}"
+                prepared[f"rows of {name}"] = rows
+                prepared[name] = draw[CHANGES[change]][rows, None, None, None]
+        return prepared
+
+    def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
+        """Images of other than 3 channels are taken as a stack of grey ones."""
+        changes = (brighten, change_contrast, saturate, turn_hue)[: 4 if pixels.shape[1] == 3 else 2]
+        for turn in range(4):
+            for name, change in zip(CHANGES, changes, strict=False):
+                amount = draw.get(f"{name} {turn}")
+                if amount is None:
+                    continue
+                if len(amount) == len(pixels):
+                    pixels = change(pixels, amount)
+                else:
+                    rows = draw[f"rows of {name} {turn}"]
+                    pixels.index_copy_(0, rows, change(pixels.index_select(0, rows), amount))
         return pixels
 
 
-def _blend(pixels: Tensor, which: np.ndarray, draw: Draw) -> Tensor:
-    """Change brightness, contrast or saturation, as `which` (n,) says of each image; for hue, leave it as it is.
+def brighten(pixels: Tensor, factor: Tensor) -> Tensor:
+    """A blend with black: (n, C, H, W) fp32, overwritten, each by its factor (n, 1, 1, 1)."""
+    return pixels.mul_(factor).clamp_(0, 255)
 
-    Each is a blend with another image: black, the mean grey value, or the image in grey.
-    """
-    colours = pixels.shape[1]
-    to_grey = np.tile(LUMINANCE, (3, 1)) if colours == 3 else np.ones((1, 1))
-    factor = np.choose(which, [draw["brightness"], draw["contrast"], draw["saturation"], 1.0])[:, None, None]
-    which = which[:, None, None]
-    of_pixel = factor * np.eye(colours) + (which == SATURATION) * (1 - factor) * to_grey
-    of_mean = (which == CONTRAST) * (1 - factor) * to_grey
-    pixel_weights, mean_weights = torch.from_numpy(of_pixel).to(pixels), torch.from_numpy(of_mean).to(pixels)
-    flat = pixels.flatten(2)
-    constant = mean_weights @ flat.mean(dim=2, keepdim=True)
-    return torch.baddbmm(constant, pixel_weights, flat).clamp_(0, 255).view_as(pixels)
+
+def change_contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    """A blend with the mean grey value, overwritten."""
+    mean = pixels.mean(dim=(2, 3), keepdim=True)
+    mean = luminance(mean) if pixels.shape[1] == 3 else mean
+    return pixels.mul_(factor).add_((1 - factor) * mean).clamp_(0, 255)
+
+
+def saturate(pixels: Tensor, factor: Tensor) -> Tensor:
+    """A blend with the image in grey, overwritten."""
+    return pixels.lerp_(luminance(pixels), 1 - factor).clamp_(0, 255)
 
 
 def turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Shift the hue of (n, 3, H, W) fp32 by `shift` (n,), fractions of the circle; value and saturation stay (HSV)."""
-    red, green, blue = pixels.unbind(dim=1)
-    value = pixels.amax(dim=1)
-    chroma = value - pixels.amin(dim=1)
-    scale = 1 / chroma.clamp(min=1e-6)
-    from_green, from_blue = 2 + (blue - red) * scale, 4 + (red - green) * scale
-    hue = torch.where(value == red, (green - blue) * scale, torch.where(value == green, from_green, from_blue))
-    hue = hue + 6 * shift[:, None, None]
-    sector = (hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=pixels.device).view(3, 1, 1)).remainder(6)
-    fall = torch.minimum(sector, 4 - sector).clamp_(0, 1)
-    return torch.addcmul(value[:, None], fall, chroma[:, None], value=-1)
+    """Shift the hue (HSV) of (n, 3, H, W) fp32 by `shift` (n, 1, 1, 1), fractions of the circle.
+
+    Without a division: the hue, in sixths of the circle from red, is multiplied by the chroma, and so is how far it is
+    from that of a channel, of which the channel's value is a piecewise linear function (Smith 1978's hexcone).
+    """
+    red, green, blue = pixels.split(1, dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - least
+    from_red = torch.copysign((green - red).add_(blue).add_(value).sub_(least, alpha=2), green - blue)
+    channels = torch.arange(0, 6, 2, device=pixels.device).view(1, 3, 1, 1)
+    places = (channels - 6 * shift + 3).remainder_(6) - 3  # of red, green and blue, within half a circle
+    distance = torch.addcmul(from_red, chroma, places, value=-1)  # of up to a circle: (n, 3, H, W)
+    distance = distance.abs_().sub_(chroma, alpha=3).abs_()  # half a circle less the shorter way round
+    return distance.add_(value.sub_(chroma, alpha=2)).clamp_(least, value.add_(chroma, alpha=2))

@@ -8,7 +8,7 @@
 import torch
 from torch import Tensor
 
-from dino.views.ops.augmentation import Augmentation, Draw
+from dino.views.ops.augmentation import Augmentation, Prepared
 from dino.views.view import View
 
 
@@ -17,5 +17,5 @@ class Solarize(Augmentation):
 
     name = "solarize"
 
-    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
-        return torch.where(pixels.round_() >= 128, 255 - pixels, pixels)
+    def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
+        return torch.minimum(pixels.round_(), 255 - pixels)

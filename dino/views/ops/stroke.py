@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.views.draws import Numbers, between
-from dino.views.ops.augmentation import Augmentation, Draw
+from dino.views.ops.augmentation import Augmentation, Draw, Prepared
 from dino.views.view import View
 
 
@@ -25,9 +25,9 @@ class Stroke(Augmentation):
         stroke = amount * between(numbers["stroke"], -1, 1)
         return {"applied": stroke != 0, "stroke": stroke}
 
-    def apply(self, pixels: Tensor, draw: Draw, view: View) -> Tensor:
+    def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
         """A blend of the image with its 3×3 maximum or minimum, so that a fraction of a pixel is possible."""
-        change = torch.from_numpy(draw["stroke"]).to(pixels)[:, None, None, None]
+        change = draw["stroke"][:, None, None, None]
         sign = torch.where(change >= 0, 1.0, -1.0)
         extreme = sign * F.max_pool2d(sign * pixels, kernel_size=3, stride=1, padding=1)
         return torch.lerp(pixels, extreme, change.abs())

@@ -1,0 +1,145 @@
+"""Which crops are changed together, and how: worked out on the host, where it was drawn, and moved in one copy.
+
+A GPU changes all crops of a size at once. A CPU takes as many as its cache holds, and those together with which
+the same is done: they are then changed in place, and only what that takes is computed.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino.views.ops import Augmentation, Draw, Prepared
+from dino.views.view import View
+
+CACHED = 2**16  # pixels that a CPU takes at once
+
+
+class Upload:
+    """Arrays on their way to a device, all in one copy; what `add` gives is filled by `send`."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Draw, Prepared]] = []
+
+    def add(self, arrays: Draw) -> Prepared:
+        """Tensors of the same names, fractions in fp32, once they are sent."""
+        narrow = {
+            name: values.astype(np.float32 if values.dtype.kind == "f" else int) for name, values in arrays.items()
+        }
+        tensors: Prepared = {}
+        self.waiting.append((narrow, tensors))
+        return tensors
+
+    def send(self, device: torch.device) -> None:
+        """On a GPU nothing waits for it: the copy is from pinned memory."""
+        flat = [values.reshape(-1).view(np.uint8) for arrays, _ in self.waiting for values in arrays.values()]
+        if not flat:
+            return
+        padded = [np.pad(values, (0, -len(values) % 8)) for values in flat]  # aligned for every type
+        packed = torch.from_numpy(np.concatenate(padded))
+        if device.type != "cpu":
+            packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
+        start = 0
+        for arrays, tensors in self.waiting:
+            for name, values in arrays.items():
+                kind = torch.float32 if values.dtype.kind == "f" else torch.int64
+                tensors[name] = packed[start : start + values.nbytes].view(kind).view(values.shape)
+                start += values.nbytes + -values.nbytes % 8
+
+
+class Step(NamedTuple):
+    """An augmentation of some crops of a part: of a slice of them, or of those that `draw["rows"]` names."""
+
+    augmentation: Augmentation
+    rows: slice | None
+    draw: Prepared
+
+
+class Part(NamedTuple):
+    """Crops that are changed together: where among all of a size they are (None: these are all), and what is done."""
+
+    rows: np.ndarray | None
+    steps: list[Step]
+
+
+Draws = Mapping[Augmentation, Draw]  # in order, each (n, …), all with `applied`
+
+
+def in_one_part(draws: Draws, view: View, upload: Upload) -> list[Part]:
+    """All crops of a size at once."""
+    steps = []
+    for augmentation, draw in draws.items():
+        steps += _steps(augmentation, draw, draw["applied"].astype(int), view, upload)
+    return [Part(None, steps)] if steps else []
+
+
+def in_parts_for_a_cache(draws: Draws, view: View, upload: Upload) -> list[Part]:
+    """Those crops of a size that are changed at all."""
+    if not draws:
+        return []
+    kinds = np.stack([augmentation.kinds(draw, view) for augmentation, draw in draws.items()])
+    order = np.lexsort(kinds[::-1])
+    order = order[kinds[:, order].any(axis=0)]
+    most, parts = max(1, CACHED // view.size**2), []
+    for alike in np.split(order, np.flatnonzero(np.diff(kinds[0, order])) + 1):
+        for start in range(0, len(alike), most):
+            rows, steps = alike[start : start + most], []
+            for (augmentation, draw), kind in zip(draws.items(), kinds[:, rows], strict=True):
+                selected = {name: values[rows] for name, values in draw.items()} if kind.any() else {}
+                steps += _steps(augmentation, selected, kind, view, upload)
+            parts.append(Part(rows, steps))
+    return parts
+
+
+def _steps(augmentation: Augmentation, draw: Draw, kinds: np.ndarray, view: View, upload: Upload) -> list[Step]:
+    """A step for each kind but 0, which is left alone."""
+    steps = []
+    for kind in sorted({*kinds.tolist()} - {0}):
+        rows = np.flatnonzero(kinds == kind)
+        prepared = augmentation.prepare(
+            {name: values[rows] for name, values in draw.items() if name != "applied"}, view
+        )
+        if rows[-1] - rows[0] < len(rows):
+            steps.append(Step(augmentation, slice(int(rows[0]), int(rows[-1]) + 1), upload.add(prepared)))
+        else:
+            steps.append(Step(augmentation, None, upload.add({**prepared, "rows": rows})))
+    return steps
+
+
+def apply(pixels: Tensor, steps: Iterable[Step], view: View) -> Tensor:
+    """Crops (n, C, size, size), overwritten, with each step done."""
+    for augmentation, rows, draw in steps:
+        if rows is None:
+            selected = pixels.index_select(0, draw["rows"])
+            pixels.index_copy_(0, draw["rows"], augmentation.apply(selected, draw, view))
+        else:
+            selected = pixels[rows]
+            changed = augmentation.apply(selected, draw, view)
+            if changed is not selected:
+                selected.copy_(changed)
+    return pixels
+
+
+def apply_parts(pixels: Tensor, parts: Iterable[Part], view: View) -> Tensor:
+    """Crops (n, C, size, size) uint8 with each part changed in fp32; `pixels` are left alone."""
+    changed = pixels
+    for rows, steps in parts:
+        if rows is None:
+            return to_bytes(apply(pixels.float(), steps, view))
+        changed = pixels.clone() if changed is pixels else changed
+        indices = torch.from_numpy(rows)
+        part = apply(pixels.index_select(0, indices).float(), steps, view)
+        changed.index_copy_(0, indices, to_bytes(part))
+    return changed
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Levels, which are overwritten, to the nearest ones of uint8."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    levels = pixels.round_().clamp_(0, 255)
+    if levels.device.type == "cpu":  # by NumPy six times as fast
+        return torch.from_numpy(levels.numpy().astype(np.uint8))
+    return levels.to(torch.uint8)
