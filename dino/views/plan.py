@@ -9,44 +9,43 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dino.views.ops import Augmentation, Draw, Prepared
 from dino.views.view import View
 
-CACHED = 2**16  # pixels that a CPU takes at once
+CACHED = 2**17  # pixels that a CPU takes at once: more makes fewer and longer steps, but none in its cache
 
 
 class Upload:
     """Arrays on their way to a device, all in one copy; what `add` gives is filled by `send`."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[Draw, Prepared]] = []
+        self.waiting: list[Prepared] = []
 
     def add(self, arrays: Draw) -> Prepared:
         """Tensors of the same names, fractions in fp32, once they are sent."""
-        narrow = {
-            name: values.astype(np.float32 if values.dtype.kind == "f" else int) for name, values in arrays.items()
-        }
         tensors: Prepared = {}
-        self.waiting.append((narrow, tensors))
+        for name, values in arrays.items():
+            narrow = np.ascontiguousarray(values, np.float32 if values.dtype.kind == "f" else np.int64)
+            tensors[name] = torch.from_numpy(narrow)
+        self.waiting.append(tensors)
         return tensors
 
     def send(self, device: torch.device) -> None:
         """On a GPU nothing waits for it: the copy is from pinned memory."""
-        flat = [values.reshape(-1).view(np.uint8) for arrays, _ in self.waiting for values in arrays.values()]
-        if not flat:
+        if device.type == "cpu":
             return
-        padded = [np.pad(values, (0, -len(values) % 8)) for values in flat]  # aligned for every type
-        packed = torch.from_numpy(np.concatenate(padded))
-        if device.type != "cpu":
-            packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
+        packed = [tensor.flatten().view(torch.uint8) for tensors in self.waiting for tensor in tensors.values()]
+        padded = [F.pad(tensor, (0, -len(tensor) % 8)) for tensor in packed]  # aligned for integers of 64 bits
+        moved = torch.empty(sum(map(len, padded)), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        moved = torch.cat(padded, out=moved).to(device, non_blocking=True)
         start = 0
-        for arrays, tensors in self.waiting:
-            for name, values in arrays.items():
-                kind = torch.float32 if values.dtype.kind == "f" else torch.int64
-                tensors[name] = packed[start : start + values.nbytes].view(kind).view(values.shape)
-                start += values.nbytes + -values.nbytes % 8
+        for tensors in self.waiting:
+            for name, tensor in tensors.items():
+                tensors[name] = moved[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                start += tensor.nbytes + -tensor.nbytes % 8
 
 
 class Step(NamedTuple):
@@ -117,7 +116,9 @@ def apply(pixels: Tensor, steps: Iterable[Step], view: View) -> Tensor:
         else:
             selected = pixels[rows]
             changed = augmentation.apply(selected, draw, view)
-            if changed is not selected:
+            if len(selected) == len(pixels) and changed.is_contiguous():
+                pixels = changed
+            elif changed is not selected:
                 selected.copy_(changed)
     return pixels
 
@@ -129,9 +130,8 @@ def apply_parts(pixels: Tensor, parts: Iterable[Part], view: View) -> Tensor:
         if rows is None:
             return to_bytes(apply(pixels.float(), steps, view))
         changed = pixels.clone() if changed is pixels else changed
-        indices = torch.from_numpy(rows)
-        part = apply(pixels.index_select(0, indices).float(), steps, view)
-        changed.index_copy_(0, indices, to_bytes(part))
+        part = apply(torch.from_numpy(pixels.numpy()[rows]).float(), steps, view)
+        changed.numpy()[rows] = to_bytes(part).numpy()
     return changed
 
 
