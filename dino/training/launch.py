@@ -86,6 +86,10 @@ def place(accelerator: Accelerator, method: Method, settings: TrainConfig) -> No
 def _place_network(accelerator: Accelerator, network: Network, settings: TrainConfig) -> None:
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of all GPUs; replaces the parts in place
+    if settings.compile:
+        # A block has two graphs of a network and sizes of crops: one of all tokens and, the last, of what is asked for.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 4 * (len(settings.phases) + 1))
     for block in network.backbone.transformer_blocks:
         block.activation_checkpointing = settings.activation_checkpointing
         if settings.compile:
