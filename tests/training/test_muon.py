@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from builders import differing
+from counting import Counted
 from torch import Tensor
 
 from dino.config.schema import OptimConfig
@@ -129,6 +130,16 @@ class TestStep:
         for name in MATRICES:
             factor = 0.5 if ".blocks.1." in name else 0.25
             torch.testing.assert_close(steps[1][name], steps[0][name] * factor, rtol=1e-3, atol=1e-6)
+
+    def test_blocks_go_through_together_and_the_host_does_not_wait(self):
+        """Two products for each of five iterations and four shapes, however many blocks there are."""
+        run, fine = Run(), torch.tensor(False)
+        run.step(0)
+        give_gradients(run.module, 1)
+        with Counted() as counted:
+            step_unless(run.optimizer, fine)
+        assert counted.by_name["baddbmm"] == 2 * 5 * 4
+        assert (counted.syncs, counted.copies) == (0, 0)
 
     def test_what_has_no_gradient_stays(self):
         module = network()
