@@ -13,18 +13,27 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from dino.config.auto import PoolFacts, resolve
+from dino.config.schema import Config
+from dino.data import estimated_bytes, open_images, samples_per_epoch
+from dino.distributed import rank_and_size
 from dino.errors import UserError
+from dino.run import RunDirectory
+from dino.training import launch
+from dino.training.settings import load
+from dino.training.trainer import Trainer
 
 Ways = Mapping[str, Callable[[], object]]
 
 
-def parser(description: str, rounds: int = 7) -> argparse.ArgumentParser:
-    """A parser with what every benchmark understands."""
+def parser(description: str, rounds: int = 7, official: bool = True) -> argparse.ArgumentParser:
+    """A parser with what every benchmark understands; `official`: whether it has the official code beside it."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=int, default=rounds, help="how often each way is timed, in turn")
     made.add_argument("--threads", type=int, default=1, help="of the CPU; with 1, its own CPU time is what counts")
     made.add_argument("--cpu", action="store_true", help="also where there is a GPU")
-    made.add_argument("--official", metavar="DIR", help="your clone of facebookresearch/dino, to be timed beside")
+    if official:
+        made.add_argument("--official", metavar="DIR", help="your clone of facebookresearch/dino, to be timed beside")
     return made
 
 
@@ -132,3 +141,46 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) 
     if difference > tolerance:
         raise UserError(f"{what} differs from the official code's by {difference:.1e}: nothing to compare")
     print(f"{what}: equal to the official code's to {difference:.1e}\n")
+
+
+def build_trainer(settings: Mapping[str, object], images: object = None, recipe: str | None = None) -> Trainer:
+    """A run's parts as `dino.train` puts them together, to take steps with; it writes nothing.
+
+    Args:
+        settings: by key; values may be text.
+        images: a data set of one's own instead of `data.root`.
+    """
+    values = {"run.dir": "runs/benchmark", "tracking.backends": []} | dict(settings)
+    config = load(recipe, [f"{key}={value}" for key, value in values.items()])
+    accelerator = launch.start(config)
+    config.train.precision = launch.precision_of(accelerator)
+    pool = open_images(images or config.data.root, config.data.kind, config.data.channels)
+    facts = PoolFacts(samples_per_epoch(pool), pool.channels, pool.kind, estimated_bytes(pool))
+    config, _ = resolve(config, facts)
+    launch.set_process_state(config.train)
+    return Trainer(config, accelerator, RunDirectory(config.run.dir), pool)
+
+
+class Noise:
+    """A data set of random pictures, (C, side, side) uint8."""
+
+    def __init__(self, count: int, side: int, channels: int = 3):
+        self.pixels = torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.pixels[index]
+
+
+def random_crops(config: Config, device: torch.device) -> list[list[torch.Tensor]]:
+    """One step's micro-batches of this process, of noise."""
+    views, share = config.views, config.train.batch_size // config.train.accumulation // rank_and_size()[1]
+    shapes = [(2 * share, config.data.channels, views.global_size, views.global_size)]
+    if views.local_crops:
+        shapes.append((views.local_crops * share, config.data.channels, views.local_size, views.local_size))
+    return [
+        [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for shape in shapes]
+        for _ in range(config.train.accumulation)
+    ]
