@@ -4,15 +4,14 @@
     python benchmarks/kmeans.py --points 1000000 --clusters 10000 --only bf16      # on a GPU, if there is one
 
 Points are drawn from a mixture of directions of uneven weight, as embeddings are. The ways are taken in turn, with as
-many iterations, seeding left out. Prints the median time of an iteration over several rounds, how many times as fast as
-scikit-learn and faiss that is (median, least and most of the rounds), and the objective, the mean squared distance.
+many iterations, seeding left out. The objective is the mean squared distance.
 faiss must be installed (faiss-cpu), or left out by --only.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 
+import kit
 import numpy as np
 import torch
 
@@ -20,37 +19,21 @@ from dino import cli
 from dino.curation.kmeans import kmeans
 from dino.curation.points import Points
 
-PEERS = ("sklearn", "faiss")
-WAYS = (*PEERS, "fp32", "bf16")
+WAYS = ("sklearn", "faiss", "fp32", "bf16")
 
 
 def main() -> None:
     arguments = parse()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = kit.begin(arguments)
     for count in arguments.points:
         data = mixture(count, arguments.width)
         initial = data[np.random.default_rng(1).choice(count, arguments.clusters, replace=False)]
         ways = {name: way(name, data, initial, arguments.iterations, device) for name in arguments.only}
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        objective = dict.fromkeys(ways, float("nan"))
-        for _ in range(arguments.rounds):
-            for name, run in ways.items():
-                began = time.perf_counter()
-                centroids = run()
-                seconds[name].append(time.perf_counter() - began)
-                objective[name] = mean_distance(data, centroids)
-        print(
-            f"{count:,} × {arguments.width}, k = {arguments.clusters:,}, {arguments.iterations} iterations, {device}, "
-            f"{torch.get_num_threads()} threads, {arguments.rounds} rounds"
-        )
-        for name, taken in seconds.items():
-            each = 1000 * np.median(taken) / arguments.iterations
-            print(f"  {name:<8}{each:8.1f} ms an iteration, objective {objective[name]:.5f}", end="")
-            for peer in PEERS:
-                if peer in seconds and peer != name:
-                    ratios = np.array(seconds[peer]) / np.array(taken)
-                    print(f", {np.median(ratios):.2f} × {peer} ({ratios.min():.2f} to {ratios.max():.2f})", end="")
-            print(flush=True)
+        objectives = {name: mean_distance(data, cluster()) for name, cluster in ways.items()}  # and warms up
+        seconds = kit.alternate(ways, arguments.rounds, device, warm_up=0)
+        title = f"{count:,} × {arguments.width}, k = {arguments.clusters:,}, an iteration"
+        kit.show(title, {name: taken / arguments.iterations for name, taken in seconds.items()})
+        print("objective:", ", ".join(f"{name} {value:.5f}" for name, value in objectives.items()), "\n")
 
 
 def way(name: str, data: np.ndarray, initial: np.ndarray, iterations: int, device: torch.device) -> Callable:
@@ -100,12 +83,11 @@ def mean_distance(data: np.ndarray, centroids: np.ndarray) -> float:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = kit.parser(__doc__, rounds=3, official=False)
     parser.add_argument("--points", type=int, nargs="+", default=[50_000, 200_000])
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--clusters", type=int, default=1000)
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     return parser.parse_args()
 
