@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dino.config.describe import describe
 from dino.distributed import cores
 from dino.errors import UserError
 from dino.precision import PRECISIONS
@@ -34,6 +35,28 @@ def parser(description: str | None, **options: dict[str, Any]) -> argparse.Argum
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, changes in options.items():
         made.add_argument(f"--{name}", **OPTIONS[name] | changes)
+    return made
+
+
+def settings_parser(description: str | None, blank: Any) -> argparse.ArgumentParser:
+    """The parser of a command that takes a recipe and settings; it has a `--config`, and all settings in its help.
+
+    Args:
+        description: the module's text.
+        blank: a config of the settings' defaults.
+    """
+    made = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(blank),
+    )
+    made.add_argument("--config", metavar="FILE", help="YAML file of settings, for example one of configs/")
+    made.add_argument(
+        "settings",
+        nargs="*",
+        metavar="[RECIPE] key=value",
+        help="a recipe's name, such as omniglot_cpu, then settings that take precedence over its own",
+    )
     return made
 
 

@@ -8,19 +8,17 @@ The run leaves RUN/manifest.parquet, a row for each image with what became of it
 by the same command, it goes on where it stopped; after a change of settings, with the first stage that they touch.
 """
 
-import argparse
-
 from accelerate import PartialState
 
+from dino.commands import common
 from dino.config import read as configuration
-from dino.config.describe import describe
 from dino.config.recipes import recipe_and_settings
 from dino.curation.curate import curate_by
 from dino.curation.settings import CurateConfig
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = common.settings_parser(__doc__, CurateConfig()).parse_intermixed_args()
     recipe, settings = recipe_and_settings(arguments.settings, arguments.config)
     curation = curate_by(configuration.read(CurateConfig, recipe, settings))
     processes = PartialState()
@@ -28,19 +26,3 @@ def main() -> None:
     processes.print(", ".join([f"{curation.images:,} images: {curation.kept:,} kept", *dropped]))
     processes.print(f"{curation.manifest} and {curation.report}")
     processes.destroy_process_group()
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(CurateConfig()),
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, for example configs/curate.yaml")
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="[RECIPE] key=value",
-        help="a recipe's name, then settings that take precedence over its own",
-    )
-    return parser.parse_intermixed_args()

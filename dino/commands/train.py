@@ -8,11 +8,11 @@ The run leaves RUN/backbone.safetensors, metrics.jsonl, report.html and checkpoi
 it goes on where it stopped.
 """
 
-import argparse
 import json
 import sys
 
-from dino.config.describe import describe, json_schema
+from dino.commands import common
+from dino.config.describe import json_schema
 from dino.config.recipes import recipe_and_settings
 from dino.config.schema import Config, method_settings
 from dino.methods import METHODS
@@ -22,22 +22,11 @@ from dino.training.train import run_training
 
 def main() -> None:
     blank = Config(objective=method_settings(method_name(sys.argv)))
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(blank),
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, for example one of configs/")
+    parser = common.settings_parser(__doc__, blank)
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, say what the run needs, write nothing"
     )
     parser.add_argument("--help-json", action="store_true", help="print the settings as a JSON schema")
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="[RECIPE] key=value",
-        help="a recipe's name, such as omniglot_cpu, then settings that take precedence over its own",
-    )
     arguments = parser.parse_intermixed_args()
     if arguments.help_json:
         print(json.dumps(json_schema(blank), indent=1, ensure_ascii=False))
