@@ -35,16 +35,16 @@ def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature
         raise ValueError(f"{views} student and {globals_} teacher view(s) leave no pair of different views")
     targets = teacher_probabilities.float()
     all_targets = targets.sum(dim=0)  # (B, K)
+    of_other_views = [*(all_targets - targets).unbind(), all_targets]
+    counts = [globals_ - 1] * globals_ + [globals_]
+    # Local views, which all meet the same targets, are taken at once.
+    parts = student_logits.split([1] * globals_ + [views - globals_])
     total = torch.zeros((), device=student_logits.device)
-    # Unbound, not indexed: the gradient of each index would be a zero tensor of all views, to which it is added.
-    for view, of_view in enumerate(student_logits.unbind()):
-        logits = of_view.float() / temperature
-        is_global = view < globals_
-        of_other_views = all_targets - targets[view] if is_global else all_targets
-        count = globals_ - 1 if is_global else globals_
-        if count:
-            total = total + (count * logits.logsumexp(dim=-1) - (of_other_views * logits).sum(dim=-1)).mean()
-    return total / pairs
+    for of_views, others, count in zip(parts, of_other_views, counts, strict=True):
+        if count and len(of_views):
+            logits = of_views.float() / temperature
+            total = total + (count * logits.logsumexp(dim=-1) - (others * logits).sum(dim=-1)).sum()
+    return total / (pairs * student_logits.shape[1])
 
 
 class Center(nn.Module):
