@@ -44,11 +44,13 @@ def draw_boxes(numbers: Numbers, views: Sequence[View], sizes: np.ndarray) -> np
 
 def crop_singly(pixels: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     """As `crop_batch`, uint8 to uint8, image by image with torch's own kernel: on a CPU several times faster."""
-    crops = pixels.new_empty(len(boxes), pixels.shape[1], size, size)
+    images, crops = pixels.split(1), []
+    interleaved = pixels.shape[1] > 1 and pixels.stride(1) == 1
     for n, (top, left, height, width) in enumerate(boxes.tolist()):
-        part = pixels[n % len(pixels), None, :, top : top + height, left : left + width]
-        crops[n] = F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
-    return crops
+        part = images[n % len(images)].narrow(2, top, height).narrow(3, left, width)
+        part = part if interleaved else part.contiguous()  # the kernel is fast with pixels, and with whole planes
+        crops.append(F.interpolate(part, (size, size), mode="bicubic", antialias=True))
+    return torch.cat(crops).contiguous()
 
 
 def crop_batch(pixels: Tensor, boxes: Tensor, size: int, taps: int) -> Tensor:

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dino.data import Canvas
 from dino.views.crop import crop_batch, crop_singly, draw_boxes, taps_of
 from dino.views.draws import Numbers
 from dino.views.ops import AUGMENTATIONS, Augmentation, Draw, Prepared, Stage
-from dino.views.plan import Part, Upload, apply, apply_parts, in_one_part, in_parts_for_a_cache, to_bytes
-from dino.views.view import Group, MultiCrop
+from dino.views.plan import CACHED, Part, Upload, apply, apply_parts, in_one_part, in_parts_for_a_cache, to_bytes
+from dino.views.view import Group, MultiCrop, View
 
 
 class Plan(NamedTuple):
@@ -58,10 +59,13 @@ class DeviceViews:
     def photometric(self, crops: Sequence[Tensor], keys: np.ndarray) -> list[Tensor]:
         """Photometric augmentation of crops by size, as `crop` makes them of the same keys; they are left alone."""
         numbers, upload, device = Numbers(keys, range(len(self.views))), Upload(), crops[0].device
-        in_parts = in_parts_for_a_cache if device.type == "cpu" else in_one_part
         plans = []
-        for group in self.groups:
-            plans.append(in_parts(draws_of(Stage.PHOTOMETRIC, group, numbers), group.views[0], upload))
+        for group, pixels in zip(self.groups, crops, strict=True):
+            draws, view = draws_of(Stage.PHOTOMETRIC, group, numbers), group.views[0]
+            if device.type == "cpu":
+                plans.append(in_parts_for_a_cache(draws, view, upload, pixels.shape[1]))
+            else:
+                plans.append(in_one_part(draws, view, upload))
         upload.send(device)
         return [
             apply_parts(pixels, parts, group.views[0])
@@ -69,16 +73,38 @@ class DeviceViews:
         ]
 
     def _crop(self, canvas: Canvas, group: Group, plan: Plan) -> Tensor:
-        view = group.views[0]
-        pixels = move(canvas, plan.moves, len(group.views)) if plan.moves else canvas.pixels
-        if self.singly or (pixels.device.type == "cpu" and not plan.moves):
-            crops = crop_singly(to_bytes(pixels), plan.boxes, view.size)
+        view, on_cpu = group.views[0], canvas.pixels.device.type == "cpu"
+        if plan.moves:
+            most = CACHED // (4 * canvas.pixels[0].numel()) if on_cpu else len(plan.boxes)
+            starts = range(0, len(plan.boxes), max(1, most))
+            crops = torch.cat([self._moved(canvas, plan, view, slice(start, start + starts.step)) for start in starts])
+        elif on_cpu or self.singly:
+            crops = crop_singly(canvas.pixels, plan.boxes, view.size)
         else:
-            taps = taps_of(plan.boxes, view.size)
-            crops = to_bytes(crop_batch(pixels.float(), plan.on_device["boxes"], view.size, taps))
+            crops = by_products(canvas.pixels.float(), plan, view, slice(None))
         for part in plan.parts:
             crops = apply(crops, part.steps, view)
         return crops
+
+    def _moved(self, canvas: Canvas, plan: Plan, view: View, rows: slice) -> Tensor:
+        """Some of the V·B crops, each of an image that was moved for it and is then in whole levels."""
+        images = torch.arange(len(plan.boxes), device=canvas.pixels.device)[rows] % len(canvas.pixels)
+        part = Canvas(
+            canvas.pixels.index_select(0, images).float(),
+            canvas.background.index_select(0, images).float(),
+            np.resize(canvas.sizes, (len(plan.boxes), 2))[rows],
+        )
+        for augmentation, draw in plan.moves:
+            moved = augmentation.apply_to_images(part, {name: values[rows] for name, values in draw.items()})
+            part = part._replace(pixels=moved)
+        if self.singly:
+            return crop_singly(to_bytes(part.pixels), plan.boxes[rows], view.size)
+        return by_products(part.pixels.round_(), plan, view, rows)
+
+
+def by_products(pixels: Tensor, plan: Plan, view: View, rows: slice) -> Tensor:
+    """Some of the crops that are planned, of images in fp32; uint8."""
+    return to_bytes(crop_batch(pixels, plan.on_device["boxes"][rows], view.size, taps_of(plan.boxes, view.size)))
 
 
 def draws_of(stage: Stage, group: Group, numbers: Numbers) -> dict[Augmentation, Draw]:
@@ -90,15 +116,3 @@ def draws_of(stage: Stage, group: Group, numbers: Numbers) -> dict[Augmentation,
             draw = augmentation.draw(of_group, amount)
             draws[augmentation] = {key: values.reshape(-1, *values.shape[2:]) for key, values in draw.items()}
     return draws
-
-
-def move(canvas: Canvas, moves: Sequence[tuple[Augmentation, Prepared]], views: int) -> Tensor:
-    """B images, changed as drawn for each view: (V·B, C, H, W) fp32, view by view, in whole levels."""
-    canvas = Canvas(
-        pixels=canvas.pixels.float().repeat(views, 1, 1, 1),
-        background=canvas.background.float().repeat(views, 1),
-        sizes=np.tile(canvas.sizes, (views, 1)),
-    )
-    for augmentation, draw in moves:
-        canvas = canvas._replace(pixels=augmentation.apply_to_images(canvas, draw))
-    return canvas.pixels.round_()

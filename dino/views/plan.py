@@ -15,7 +15,8 @@ from torch import Tensor
 from dino.views.ops import Augmentation, Draw, Prepared
 from dino.views.view import View
 
-CACHED = 2**17  # pixels that a CPU takes at once: more makes fewer and longer steps, but none in its cache
+CACHED = 2**19  # values that a CPU takes at once: more makes fewer and longer steps, but none in its cache
+LEAST = 2**15  # values for which it is worth to start a step of their own
 
 
 class Upload:
@@ -70,41 +71,51 @@ def in_one_part(draws: Draws, view: View, upload: Upload) -> list[Part]:
     """All crops of a size at once."""
     steps = []
     for augmentation, draw in draws.items():
-        steps += _steps(augmentation, draw, draw["applied"].astype(int), view, upload)
+        rows = np.flatnonzero(draw["applied"])
+        if len(rows):
+            selected = {name: values[rows] for name, values in draw.items()}
+            steps.append(_step(augmentation, selected, rows, view, upload))
     return [Part(None, steps)] if steps else []
 
 
-def in_parts_for_a_cache(draws: Draws, view: View, upload: Upload) -> list[Part]:
+def in_parts_for_a_cache(draws: Draws, view: View, upload: Upload, channels: int) -> list[Part]:
     """Those crops of a size that are changed at all."""
     if not draws:
         return []
     kinds = np.stack([augmentation.kinds(draw, view) for augmentation, draw in draws.items()])
-    order = np.lexsort(kinds[::-1])
+    by_variety = np.argsort(kinds.max(axis=1), kind="stable")
+    order = np.lexsort(kinds[by_variety])
     order = order[kinds[:, order].any(axis=0)]
-    most, parts = max(1, CACHED // view.size**2), []
-    for alike in np.split(order, np.flatnonzero(np.diff(kinds[0, order])) + 1):
-        for start in range(0, len(alike), most):
-            rows, steps = alike[start : start + most], []
-            for (augmentation, draw), kind in zip(draws.items(), kinds[:, rows], strict=True):
-                selected = {name: values[rows] for name, values in draw.items()} if kind.any() else {}
-                steps += _steps(augmentation, selected, kind, view, upload)
+    values, parts = channels * view.size**2, []
+    for alike in runs(order, kinds[by_variety[-1], order], LEAST // values):
+        for rows in np.split(alike, range(max(1, CACHED // values), len(alike), max(1, CACHED // values))):
+            steps = []
+            for (augmentation, draw), of_rows in zip(draws.items(), kinds[:, rows], strict=True):
+                changed = np.argsort(of_rows, kind="stable")
+                changed = changed[of_rows[changed] > 0]
+                for same in runs(changed, of_rows[changed], LEAST // values):
+                    selected = {name: numbers[rows[same]] for name, numbers in draw.items()}
+                    steps.append(_step(augmentation, selected, same, view, upload))
             parts.append(Part(rows, steps))
     return parts
 
 
-def _steps(augmentation: Augmentation, draw: Draw, kinds: np.ndarray, view: View, upload: Upload) -> list[Step]:
-    """A step for each kind but 0, which is left alone."""
-    steps = []
-    for kind in sorted({*kinds.tolist()} - {0}):
-        rows = np.flatnonzero(kinds == kind)
-        prepared = augmentation.prepare(
-            {name: values[rows] for name, values in draw.items() if name != "applied"}, view
-        )
-        if rows[-1] - rows[0] < len(rows):
-            steps.append(Step(augmentation, slice(int(rows[0]), int(rows[-1]) + 1), upload.add(prepared)))
-        else:
-            steps.append(Step(augmentation, None, upload.add({**prepared, "rows": rows})))
-    return steps
+def runs(rows: np.ndarray, kinds: np.ndarray, least: int) -> list[np.ndarray]:
+    """Rows by their kind, which is sorted; kinds of less than `least` rows together with the next ones."""
+    if len(rows) == 0:
+        return []
+    cuts = [0]
+    for end in (np.flatnonzero(np.diff(kinds)) + 1).tolist():
+        if end - cuts[-1] >= least:
+            cuts.append(end)
+    return [np.sort(run) for run in np.split(rows, cuts[1:])]
+
+
+def _step(augmentation: Augmentation, draw: Draw, rows: np.ndarray, view: View, upload: Upload) -> Step:
+    prepared = augmentation.prepare({name: values for name, values in draw.items() if name != "applied"}, view)
+    if rows[-1] - rows[0] < len(rows):
+        return Step(augmentation, slice(int(rows[0]), int(rows[-1]) + 1), upload.add(prepared))
+    return Step(augmentation, None, upload.add({**prepared, "rows": rows}))
 
 
 def apply(pixels: Tensor, steps: Iterable[Step], view: View) -> Tensor:

@@ -38,22 +38,24 @@ class Affine(Augmentation):
         """`inverse`: from a point in the result, (x, y), to its source. Images are sheared, rotated, then scaled."""
         sine, cosine, slope = np.sin(draw["angle"]), np.cos(draw["angle"]), np.tan(draw["shear"])
         rows = [[cosine - slope * sine, sine + slope * cosine], [-sine, cosine]]
-        return {"inverse": np.array(rows) / draw["zoom"], "centre": draw["sizes"] / 2, "shift": 2 * draw["shift"]}
+        inverse = (np.array(rows) / draw["zoom"]).transpose(2, 0, 1)
+        return {"inverse": inverse, "centre": draw["sizes"] / 2, "shift": 2 * draw["shift"]}
 
     def apply_to_images(self, canvas: Canvas, draw: Prepared) -> Tensor:
         """About the images' centres, bilinear; what comes in is background."""
         pixels, background = canvas.pixels, canvas.background[:, :, None, None]
         device, (height, width) = pixels.device, pixels.shape[-2:]
-        (xx, xy), (yx, yy) = draw["inverse"]  # (2, 2, n)
+        xx, xy, yx, yy = draw["inverse"].flatten(1).mT
         (centre_y, centre_x), (shift_y, shift_x) = draw["centre"].mT, draw["shift"].mT
         rows = torch.arange(height, device=device) + 0.5 - (centre_y * (1 + shift_y))[:, None]  # (n, H)
         columns = torch.arange(width, device=device) + 0.5 - (centre_x * (1 + shift_x))[:, None]
-        grid = torch.empty(len(rows), height, width, 2, device=device)  # in −1 … 1 over the canvas
+        grid = torch.empty(2, len(rows), height, width, device=device)  # in −1 … 1 over the canvas
         along, across = xx[:, None] * columns, xy[:, None] * rows + centre_x[:, None]
-        torch.add((2 / width) * along[:, None, :], (2 / width) * across[:, :, None] - 1, out=grid[..., 0])
+        torch.add((2 / width) * along[:, None, :], (2 / width) * across[:, :, None] - 1, out=grid[0])
         along, across = yx[:, None] * columns, yy[:, None] * rows + centre_y[:, None]
-        torch.add((2 / height) * along[:, None, :], (2 / height) * across[:, :, None] - 1, out=grid[..., 1])
+        torch.add((2 / height) * along[:, None, :], (2 / height) * across[:, :, None] - 1, out=grid[1])
         # Moved as the difference from the background: a fill by zeros would leave a dark seam where the image ends.
         difference = pixels.sub_(background)
-        moved = F.grid_sample(difference, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        points = grid.permute(1, 2, 3, 0)
+        moved = F.grid_sample(difference, points, mode="bilinear", padding_mode="zeros", align_corners=False)
         return moved.add_(background)

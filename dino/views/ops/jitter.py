@@ -20,7 +20,7 @@ from dino.views.ops.augmentation import Augmentation, Draw, Prepared
 from dino.views.ops.grey import luminance
 from dino.views.view import View
 
-CHANGES = ("brightness", "contrast", "saturation", "hue")
+CHANGES, HUE = ("brightness", "contrast", "saturation", "hue"), 3
 ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4)
 
 
@@ -42,28 +42,35 @@ class Jitter(Augmentation):
         return draw["applied"] * (1 + draw["order"] @ np.array([64, 16, 4, 1]))
 
     def prepare(self, draw: Draw, view: View) -> Draw:
-        """For each turn, those of whom one thing is changed, and by how much; both under `name turn`."""
+        """For each turn, by how much: 1 for crops whose turn it is not; of hue, only those, by row."""
         prepared = {}
         for turn, which in enumerate(draw["order"].T):
-            for change in {*which.tolist()}:
-                rows, name = np.flatnonzero(which == change), f"{CHANGES[change]} {turn}"
-                prepared[f"rows of {name}"] = rows
-                prepared[name] = draw[CHANGES[change]][rows, None, None, None]
+            for change in {*which.tolist()} - {HUE}:
+                factors = np.where(which == change, draw[CHANGES[change]], 1.0)
+                prepared[f"{CHANGES[change]} {turn}"] = factors[:, None, None, None]
+            rows = np.flatnonzero(which == HUE)
+            if len(rows):
+                prepared[f"hue {turn}"] = draw["hue"][rows, None, None, None]
+                prepared[f"turned {turn}"] = rows
         return prepared
 
     def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
         """Images of other than 3 channels are taken as a stack of grey ones."""
-        changes = (brighten, change_contrast, saturate, turn_hue)[: 4 if pixels.shape[1] == 3 else 2]
         for turn in range(4):
-            for name, change in zip(CHANGES, changes, strict=False):
-                amount = draw.get(f"{name} {turn}")
-                if amount is None:
-                    continue
-                if len(amount) == len(pixels):
-                    pixels = change(pixels, amount)
+            if f"brightness {turn}" in draw:
+                pixels = brighten(pixels, draw[f"brightness {turn}"])
+            if f"contrast {turn}" in draw:
+                pixels = change_contrast(pixels, draw[f"contrast {turn}"])
+            if pixels.shape[1] != 3:
+                continue
+            if f"saturation {turn}" in draw:
+                pixels = saturate(pixels, draw[f"saturation {turn}"])
+            if f"hue {turn}" in draw:
+                rows, shift = draw[f"turned {turn}"], draw[f"hue {turn}"]
+                if len(rows) == len(pixels):
+                    pixels = turn_hue(pixels, shift)
                 else:
-                    rows = draw[f"rows of {name} {turn}"]
-                    pixels.index_copy_(0, rows, change(pixels.index_select(0, rows), amount))
+                    pixels.index_copy_(0, rows, turn_hue(pixels.index_select(0, rows), shift))
         return pixels
 
 
