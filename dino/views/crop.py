@@ -11,6 +11,7 @@ The first of ten areas and shapes that fits is taken; where none does, the large
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,25 +54,39 @@ def crop_singly(pixels: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     return torch.cat(crops).contiguous()
 
 
-def crop_batch(pixels: Tensor, boxes: Tensor, size: int, taps: int) -> Tensor:
+class Resampling(NamedTuple):
+    """Matrices that crop and resize lines of images: (V·B, size, H) for columns, (V·B, size, W) for rows."""
+
+    vertical: Tensor
+    horizontal: Tensor
+
+
+def crop_batch(pixels: Tensor, resampling: Resampling) -> Tensor:
     """Bicubic crops with antialiasing, as two matrix products.
 
     Args:
         pixels: (B, C, H, W) fp32; B images for V·B crops, or an image for each.
-        boxes: (V·B, 4) fp32, top, left, height and width in pixels, view by view.
-        size: side of the crops.
-        taps: as `taps_of` gives them; on the host, so that nothing waits for the device.
+        resampling: of the V·B crops, view by view.
 
     Returns:
         (V·B, C, size, size) fp32; bicubic weights overshoot, so values may leave the range of `pixels`.
     """
-    images, (height, width) = pixels.shape[0], pixels.shape[-2:]
-    vertical = resampling(boxes[:, 0], boxes[:, 2], size, height, taps)  # (V·B, size, H)
-    horizontal = resampling(boxes[:, 1], boxes[:, 3], size, width, taps)
-    views = len(boxes) // images
+    vertical, horizontal = resampling
+    images, width, size = len(pixels), pixels.shape[-1], vertical.shape[1]
+    views = len(vertical) // images
     rows = rearrange(vertical, "(v b) s h -> b (v s) h", b=images) @ rearrange(pixels, "b c h w -> b h (c w)")
     rows = rearrange(rows, "b (v s) (c w) -> (v b) (c s) w", v=views, w=width)
     return rearrange(rows @ horizontal.mT, "n (c s) t -> n c s t", s=size)
+
+
+def resampling_of(boxes: Tensor, size: int, taps: int, height: int, width: int) -> Resampling:
+    """Of crops (n, 4) fp32, top, left, height and width in pixels, of images that are all of one size.
+
+    Args:
+        taps: as `taps_of` gives them; on the host, so that nothing waits for the device.
+    """
+    top, left, tall, wide = boxes.mT
+    return Resampling(line_weights(top, tall, size, height, taps), line_weights(left, wide, size, width, taps))
 
 
 def taps_of(boxes: np.ndarray, size: int) -> int:
@@ -79,7 +94,7 @@ def taps_of(boxes: np.ndarray, size: int) -> int:
     return int(np.ceil(4 * max(1.0, boxes[:, 2:].max() / size))) + 1
 
 
-def resampling(start: Tensor, length: Tensor, size: int, pixels: int, taps: int) -> Tensor:
+def line_weights(start: Tensor, length: Tensor, size: int, pixels: int, taps: int) -> Tensor:
     """Matrices that crop `length` from `start` on out of a line of `pixels` and resize it to `size`: (n, size, pixels).
 
     Keys' cubic with a = −1/2, widened by the factor of reduction and normalised within the crop: what PIL and torch do
@@ -100,5 +115,5 @@ def resampling(start: Tensor, length: Tensor, size: int, pixels: int, taps: int)
 def _cubic(x: Tensor) -> Tensor:
     x = x.abs()
     near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    x = x.clamp(max=2)  # where the other piece ends, at 0
+    return torch.where(x < 1, near, ((-0.5 * x + 2.5) * x - 4) * x + 2)

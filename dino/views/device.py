@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from dino.data import Canvas
-from dino.views.crop import crop_batch, crop_singly, draw_boxes, taps_of
+from dino.views.crop import Resampling, crop_batch, crop_singly, draw_boxes, resampling_of, taps_of
 from dino.views.draws import Numbers
 from dino.views.ops import AUGMENTATIONS, Augmentation, Draw, Prepared, Stage
 from dino.views.plan import CACHED, Part, Upload, apply, apply_parts, in_one_part, in_parts_for_a_cache, to_bytes
-from dino.views.view import Group, MultiCrop, View
+from dino.views.view import Group, MultiCrop
 
 
 class Plan(NamedTuple):
@@ -73,21 +73,27 @@ class DeviceViews:
         ]
 
     def _crop(self, canvas: Canvas, group: Group, plan: Plan) -> Tensor:
-        view, on_cpu = group.views[0], canvas.pixels.device.type == "cpu"
+        view, on_cpu, boxes = group.views[0], canvas.pixels.device.type == "cpu", plan.boxes
+        resampling = None
+        if not self.singly and (plan.moves or not on_cpu):
+            taps = taps_of(boxes, view.size)
+            resampling = resampling_of(plan.on_device["boxes"], view.size, taps, *canvas.pixels.shape[2:])
         if plan.moves:
-            most = CACHED // (4 * canvas.pixels[0].numel()) if on_cpu else len(plan.boxes)
-            starts = range(0, len(plan.boxes), max(1, most))
-            crops = torch.cat([self._moved(canvas, plan, view, slice(start, start + starts.step)) for start in starts])
-        elif on_cpu or self.singly:
-            crops = crop_singly(canvas.pixels, plan.boxes, view.size)
+            most = CACHED // (4 * canvas.pixels[0].numel()) if on_cpu else len(boxes)
+            crops = []
+            for start in range(0, len(boxes), max(1, most)):
+                rows = slice(start, start + max(1, most))
+                of_rows = None if resampling is None else Resampling(*(weights[rows] for weights in resampling))
+                crops.append(crop(self._moved(canvas, plan, rows), boxes[rows], view.size, of_rows))
+            cropped = torch.cat(crops)
         else:
-            crops = by_products(canvas.pixels.float(), plan, view, slice(None))
+            cropped = crop(canvas.pixels, boxes, view.size, resampling)
         for part in plan.parts:
-            crops = apply(crops, part.steps, view)
-        return crops
+            cropped = apply(cropped, part.steps, view)
+        return cropped
 
-    def _moved(self, canvas: Canvas, plan: Plan, view: View, rows: slice) -> Tensor:
-        """Some of the V·B crops, each of an image that was moved for it and is then in whole levels."""
+    def _moved(self, canvas: Canvas, plan: Plan, rows: slice) -> Tensor:
+        """For some of the V·B crops an image that was moved for each: fp32, in whole levels."""
         images = torch.arange(len(plan.boxes), device=canvas.pixels.device)[rows] % len(canvas.pixels)
         part = Canvas(
             canvas.pixels.index_select(0, images).float(),
@@ -97,14 +103,14 @@ class DeviceViews:
         for augmentation, draw in plan.moves:
             moved = augmentation.apply_to_images(part, {name: values[rows] for name, values in draw.items()})
             part = part._replace(pixels=moved)
-        if self.singly:
-            return crop_singly(to_bytes(part.pixels), plan.boxes[rows], view.size)
-        return by_products(part.pixels.round_(), plan, view, rows)
+        return part.pixels.round_()
 
 
-def by_products(pixels: Tensor, plan: Plan, view: View, rows: slice) -> Tensor:
-    """Some of the crops that are planned, of images in fp32; uint8."""
-    return to_bytes(crop_batch(pixels, plan.on_device["boxes"][rows], view.size, taps_of(plan.boxes, view.size)))
+def crop(pixels: Tensor, boxes: np.ndarray, size: int, resampling: Resampling | None) -> Tensor:
+    """Crops in uint8, by matrix products or, where there are none, singly."""
+    if resampling is None:
+        return crop_singly(to_bytes(pixels), boxes, size)
+    return to_bytes(crop_batch(pixels.float(), resampling))
 
 
 def draws_of(stage: Stage, group: Group, numbers: Numbers) -> dict[Augmentation, Draw]:

@@ -16,7 +16,7 @@ from dino.views.ops import Augmentation, Draw, Prepared
 from dino.views.view import View
 
 CACHED = 2**19  # values that a CPU takes at once: more makes fewer and longer steps, but none in its cache
-LEAST = 2**15  # values for which it is worth to start a step of their own
+LEAST = 2**16  # values for which it is worth to start a step of their own
 
 
 class Upload:

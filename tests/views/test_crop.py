@@ -8,7 +8,7 @@ from material import PRESETS, RAGGED, canvas_of, drawn, keys_of, move, noise, on
 from oracle import moved, oracle_crops, row
 
 from dino.views import DeviceViews, MultiCrop, View
-from dino.views.crop import crop_batch, crop_singly, draw_boxes, resampling, taps_of
+from dino.views.crop import crop_batch, crop_singly, draw_boxes, line_weights, resampling_of, taps_of
 from dino.views.draws import Numbers
 from dino.views.plan import to_bytes
 
@@ -22,7 +22,9 @@ def boxes_of(shape: tuple[int, ...], images: int, views: int = 3) -> np.ndarray:
 
 
 def by_products(pixels: torch.Tensor, boxes: np.ndarray, size: int) -> torch.Tensor:
-    return crop_batch(pixels, torch.from_numpy(boxes).float(), size, taps_of(boxes, size))
+    return crop_batch(
+        pixels, resampling_of(torch.from_numpy(boxes).float(), size, taps_of(boxes, size), *pixels.shape[2:])
+    )
 
 
 class TestCrops:
@@ -44,7 +46,7 @@ class TestCrops:
         parts = [(start, length) for length in range(1, pixels + 1) for start in range(pixels - length + 1)]
         start, length = torch.tensor(parts).float().mT
         for size in range(1, 16):
-            matrices = resampling(start, length, size, pixels, taps=4 * pixels + 1)
+            matrices = line_weights(start, length, size, pixels, taps=4 * pixels + 1)
             for (first, extent), matrix in zip(parts, matrices, strict=True):
                 # One bright pixel at each place, in rows: of images one pixel wide torch 2.14 gets columns wrong.
                 line = torch.eye(extent)[:, None, None, :]

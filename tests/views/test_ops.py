@@ -5,6 +5,7 @@ import colorsys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from material import (
     EVERYTHING,
     PRESETS,
@@ -30,6 +31,7 @@ from dino.views import DeviceViews, MultiCrop, View, ViewsDataset, view_spec
 from dino.views.ops import AUGMENTATIONS, Augmentation
 from dino.views.ops.blur import Blur, by_products, by_sums, reaches, weights_of
 from dino.views.ops.jitter import turn_hue
+from dino.views.ops.stroke import largest_of_nine
 
 ROUNDING = 0.51  # levels
 # Just below or above 127.5, a pixel is inverted or not: the results are half a level apart each way.
@@ -66,6 +68,11 @@ class TestDefinitions:
             for n, of_one in enumerate(reach.tolist()):
                 weights = torch.from_numpy(weights_of(sigmas[n : n + 1], of_one)).float()
                 torch.testing.assert_close(blur(images[n : n + 1], weights)[0], expected[n], atol=2e-3, rtol=0)
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 24])
+    def test_largest_of_nine(self, size):
+        images = noise(5, 3, size, size).float()
+        assert torch.equal(largest_of_nine(images), F.max_pool2d(images, 3, stride=1, padding=1))
 
     @pytest.mark.parametrize("width", [3, 5])
     def test_dark_strokes_grow_with_a_negative_amount_and_shrink_with_a_positive_one(self, width):

@@ -15,6 +15,7 @@ from dino.views.ops.augmentation import Augmentation, Draw, Prepared
 from dino.views.view import View
 
 SMALLEST = 1e-6  # of a tap's weight, of the middle one's: what is less, no level of 255 shows
+SMALL = 64  # pixels a side of crops up to which matrix products are as fast on a CPU, too
 
 
 class Blur(Augmentation):
@@ -27,13 +28,14 @@ class Blur(Augmentation):
         return super().draw(numbers, amount) | {"sigma": between(numbers["sigma"], *self.sigma)}
 
     def kinds(self, draw: Draw, view: View) -> np.ndarray:
-        return draw["applied"] * reaches(draw["sigma"], view)
+        return draw["applied"] * (reaches(draw["sigma"], view) if view.size > SMALL else 1)
 
     def prepare(self, draw: Draw, view: View) -> Draw:
         return {"weights": weights_of(draw["sigma"], reaches(draw["sigma"], view).max())}
 
     def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
-        return (by_sums if pixels.device.type == "cpu" else by_products)(pixels, draw["weights"])
+        in_sums = pixels.device.type == "cpu" and view.size > SMALL
+        return (by_sums if in_sums else by_products)(pixels, draw["weights"])
 
 
 def reaches(sigma: np.ndarray, view: View) -> np.ndarray:
