@@ -5,6 +5,9 @@ import dataclasses
 import difflib
 import functools
 import logging
+import re
+import reprlib
+import stat
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,11 +17,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dino.config import plain_yaml
 from dino.config.recipes import recipe_path
 from dino.config.schema import AUTO, CHOICES, method_settings
 from dino.errors import UserError
 
 Tree = TypeVar("Tree")
+LARGEST_FILE = 1_000_000  # bytes of a config
 METHOD = "objective.name"  # the setting that chooses the class of its group
 REMOVED = {"views.backend": "device"}  # settings of earlier versions, with the value that asked for what is done now
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
@@ -130,17 +135,28 @@ def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable
             errors.append(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             continue
         try:
-            OmegaConf.update(config, key, _number(value) if float in settings[key].types else value)
-            OmegaConf.select(config, key, throw_on_missing=True)  # ${…} and ??? mean something to OmegaConf
+            OmegaConf.update(config, key, _number(value) if float in settings[key].types else as_text(value))
+            OmegaConf.select(config, key, throw_on_missing=True)  # ??? means something to OmegaConf
         except OmegaConfBaseException:
-            errors.append(f"{key} must be {settings[key].type_name}, got {value!r}")
+            errors.append(f"{key} must be {settings[key].type_name}, got {reprlib.repr(value)}")
     refuse(errors)
     return cast(Tree, OmegaConf.to_object(config))
 
 
 def dump(config: Any) -> str:
     """`config` as YAML that `read` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def as_text(value: Any) -> Any:
+    """A value in which `${…}`, which OmegaConf would look up, in the environment too, is text like any other."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: as_text(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_text(entry) for entry in value]
+    return value
 
 
 def follow(config: Tree, values: Mapping[str, object], source: str) -> tuple[Tree, dict[str, str]]:
@@ -241,7 +257,7 @@ def _key_and_text(argument: str) -> tuple[str, str]:
 
 def _read_yaml(path: str | Path, schema: Any) -> Iterator[tuple[str, Any]]:
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = plain_yaml.load(_text_of(Path(path)))
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -260,12 +276,25 @@ def _read_yaml(path: str | Path, schema: Any) -> Iterator[tuple[str, Any]]:
             yield str(group), settings
 
 
+def _text_of(path: Path) -> str:
+    """The text of a config.
+
+    Raises:
+        UserError: it is no ordinary file, or larger than any config.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+        what = "no ordinary file" if not stat.S_ISREG(status.st_mode) else f"larger than {LARGEST_FILE:,} bytes"
+        raise UserError(f"cannot read the config {path}: it is {what}")
+    return path.read_text()
+
+
 def _parse(text: str, leaf: Leaf) -> Any:
     """A `key=value` argument's value: text as it stands where text is wanted, else YAML's reading of it."""
     if str in leaf.types and not leaf.may_be_auto:
         return None if text.lower() in ("none", "null") and type(None) in leaf.types else text
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.load(text)
     except yaml.YAMLError:
         return text
     return None if isinstance(value, str) and value.lower() == "none" else value
