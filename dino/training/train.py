@@ -1,5 +1,6 @@
 """Pre-training, from Python and from the command line: from settings to a finished run."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dino.data import estimated_bytes, open_images, samples_per_epoch
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
 from dino.run import RunDirectory
+from dino.run_lock import held
 from dino.training import launch, resume
 from dino.training.initial import follow_weights
 from dino.training.settings import load
@@ -127,6 +129,7 @@ def run_training(config: Config, data_set: Any = None, transform: Any = None, dr
     if dry_run:
         trainer.rehearse(start)
     else:
-        stop = trainer.run(start, is_continued=initial is not None)
+        with held(directory.path) if accelerator.is_main_process else contextlib.nullcontext():
+            stop = trainer.run(start, is_continued=initial is not None)
         accelerator.print(stop.farewell(directory.path))
     return Run(directory.path)

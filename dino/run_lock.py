@@ -1,0 +1,80 @@
+"""One run, one writer: a run directory is held by the process that trains in it."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dino.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, in which `.running` says who does; given back at the end, by whatever end.
+
+    The lock is the system's and ends with the process, so that a killed run leaves none behind; forked workers do not
+    inherit it.
+
+    Raises:
+        UserError: another process holds the folder, which the message names with its machine; or it cannot be written.
+    """
+    file = folder / ".running"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(file)
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
+    except OSError as error:
+        raise UserError(f"run.dir={folder} cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(file: Path) -> int:
+    """A descriptor of the file, locked."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _lock(descriptor):
+            holder = _holder(file)
+            os.close(descriptor)
+            raise UserError(
+                f"{file.parent} is in use by process {holder.get('process', '?')} on {holder.get('host', '?')}: wait "
+                "for its end, stop it, or name another run.dir",
+                alone=True,
+            )
+        # Whoever held it may just have removed it: then this is no longer the file that others look at.
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            return descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock could be had; also where the file system has none."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _holder(file: Path) -> dict[str, Any]:
+    try:
+        written = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return written if isinstance(written, dict) else {}
