@@ -56,11 +56,15 @@ class ResidentImages:
         """Images on canvases as large as the largest of them."""
         rows = self.row[np.asarray(indices)]
         sizes, device = self.sizes[rows], self.pixels.device
-        background = self.background[torch.from_numpy(rows).to(device)]
+        on_device = torch.from_numpy(rows)
+        if device.type == "cuda":  # pinned, or the host would wait for the step before
+            on_device = on_device.pin_memory()
+        on_device = on_device.to(device, non_blocking=True)
+        background = self.background[on_device]
         height, width = sizes.max(axis=0).tolist()
         if self.is_uniform:
             stack = self.pixels.view(-1, self.channels, height, width)
-            return Canvas(stack[torch.from_numpy(rows).to(device)], background, sizes)
+            return Canvas(stack[on_device], background, sizes)
         pixels = background[:, :, None, None].repeat(1, 1, height, width)
         for canvas, row, (h, w) in zip(pixels, rows, sizes.tolist(), strict=True):
             start = self.starts[row]

@@ -81,7 +81,7 @@ class Batches:
         """Steps whose views are all alike."""
         views = self._from_workers(positions, spec) if self.resident is None else self._from_device(positions, spec)
         micro_batches = []
-        with closing(views) as batches:
+        with closing(ahead(views, self.device)) as batches:
             for batch in batches:
                 micro_batches.append(batch)
                 if len(micro_batches) == self.config.train.accumulation:
@@ -135,6 +135,30 @@ class Batches:
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch."""
         return [self.images.names[index] for _, index in self.stream.batch(step)]
+
+
+def ahead(views: Generator[list[Tensor], None, None], device: torch.device) -> Generator[list[Tensor], None, None]:
+    """The same views; on a GPU made on a stream of their own, a micro-batch ahead of the step that takes them."""
+    with closing(views):
+        if device.type != "cuda":
+            yield from views
+            return
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # resident images may still be on their way
+        batch, ready = _next_on(stream, views)
+        while batch is not None:
+            following = _next_on(stream, views)
+            step = torch.cuda.current_stream(device)
+            step.wait_event(ready)
+            for crops in batch:
+                crops.record_stream(step)  # whose memory is not to be used again before the step is done with it
+            yield batch
+            batch, ready = following
+
+
+def _next_on(stream: torch.cuda.Stream, views: Iterator[list[Tensor]]) -> tuple[list[Tensor] | None, torch.cuda.Event]:
+    with torch.cuda.stream(stream):
+        return next(views, None), stream.record_event()
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dino.views.ops import Augmentation, Draw, Prepared
@@ -38,15 +37,23 @@ class Upload:
         """On a GPU nothing waits for it: the copy is from pinned memory."""
         if device.type == "cpu":
             return
-        packed = [tensor.flatten().view(torch.uint8) for tensors in self.waiting for tensor in tensors.values()]
-        padded = [F.pad(tensor, (0, -len(tensor) % 8)) for tensor in packed]  # aligned for integers of 64 bits
-        moved = torch.empty(sum(map(len, padded)), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        moved = torch.cat(padded, out=moved).to(device, non_blocking=True)
-        start = 0
+        flat = [tensor for tensors in self.waiting for tensor in tensors.values()]
+        size = sum(aligned(tensor.nbytes) for tensor in flat)
+        packed = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        content, start = packed.numpy(), 0
+        for tensor in flat:
+            content[start : start + tensor.nbytes] = tensor.numpy().reshape(-1).view(np.uint8)
+            start += aligned(tensor.nbytes)
+        moved, start = packed.to(device, non_blocking=True), 0
         for tensors in self.waiting:
             for name, tensor in tensors.items():
                 tensors[name] = moved[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                start += tensor.nbytes + -tensor.nbytes % 8
+                start += aligned(tensor.nbytes)
+
+
+def aligned(size: int) -> int:
+    """Bytes up to where numbers of 64 bits may begin."""
+    return -(-size // 8) * 8
 
 
 class Step(NamedTuple):

@@ -1,5 +1,8 @@
 """Batches are the same whichever way views are made, from whatever step on, and as each phase of a run has them."""
 
+from contextlib import nullcontext
+from unittest.mock import MagicMock, Mock
+
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +15,7 @@ from dino.data import open_images
 from dino.errors import UserError
 from dino.methods.dino import build_networks
 from dino.training.backbone_file import write_backbone
-from dino.training.loader import Batches
+from dino.training.loader import Batches, ahead
 from dino.training.phases import spans, views_at
 from dino.training.settings import load
 
@@ -194,3 +197,50 @@ def test_phases_that_cannot_be_are_refused(phases, said):
 def test_local_sizes_of_phases_do_not_matter_without_local_crops():
     config = load(None, ["views.local_crops=0", "train.phases=[{begin: 0.5, global_size: 32, local_size: 1}]"])
     assert config.train.phases == [Phase(0.5, 32, 1)]
+
+
+class TestAhead:
+    """On a GPU views are made on a stream of their own; here by a stand-in for it that keeps a record."""
+
+    def test_views_are_made_a_batch_before_they_are_taken_and_the_step_waits_for_them(self, monkeypatch):
+        record, stream, step = [], Mock(name="stream"), Mock(name="step")
+        stream.record_event.side_effect = lambda: record.append("ready") or f"event {record.count('ready') - 1}"
+        step.wait_event.side_effect = lambda event: record.append(f"wait for {event}")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda of: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step)
+        crops = [[Mock(name=f"crops {number}")] for number in range(3)]
+
+        def views():
+            for number, batch in enumerate(crops):
+                record.append(f"made {number}")
+                yield batch
+
+        for number, batch in enumerate(ahead(views(), torch.device("cuda"))):
+            record.append(f"taken {number}")
+            assert batch is crops[number]
+            batch[0].record_stream.assert_called_once_with(step)
+        stream.wait_stream.assert_called_once_with(step)
+        assert [entry for entry in record if entry != "ready"] == [
+            *("made 0", "made 1", "wait for event 0", "taken 0"),
+            *("made 2", "wait for event 1", "taken 1"),
+            *("wait for event 2", "taken 2"),
+        ]
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_views_are_closed_with_it(self, device, monkeypatch):
+        for name in ("Stream", "stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, MagicMock())
+        closed = []
+
+        def views():
+            try:
+                while True:
+                    yield [Mock()]
+            finally:
+                closed.append(True)
+
+        batches = ahead(views(), torch.device(device))
+        next(batches)
+        batches.close()
+        assert closed

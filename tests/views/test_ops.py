@@ -30,7 +30,7 @@ from dino.training.settings import load
 from dino.views import DeviceViews, MultiCrop, View, ViewsDataset, view_spec
 from dino.views.ops import AUGMENTATIONS, Augmentation
 from dino.views.ops.blur import Blur, by_products, by_sums, reaches, weights_of
-from dino.views.ops.jitter import turn_hue
+from dino.views.ops.jitter import places_of_channels, turn_hue
 from dino.views.ops.stroke import largest_of_nine
 
 ROUNDING = 0.51  # levels
@@ -48,7 +48,11 @@ class TestDefinitions:
         levels = torch.tensor([0.0, 40.0, 127.0, 255.0])
         pixels = torch.cartesian_prod(levels, levels, levels).mT.reshape(1, 3, 8, 8)
         for shift in (-0.5, -0.1, 0.0, 1 / 12, 0.4):
-            turned = turn_hue(pixels, torch.tensor(shift).view(1, 1, 1, 1)).flatten(2)[0].mT.tolist()
+            turned = (
+                turn_hue(pixels, torch.from_numpy(places_of_channels(np.array([shift]))).float())
+                .flatten(2)[0]
+                .mT.tolist()
+            )
             for before, after in zip(pixels.flatten(2)[0].mT.tolist(), turned, strict=True):
                 hue, saturation, value = colorsys.rgb_to_hsv(*before)
                 assert after == pytest.approx(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value), abs=1e-3)

@@ -19,10 +19,12 @@ class Grey(Augmentation):
     name = "grey"
 
     def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
-        return luminance(pixels).expand_as(pixels) if pixels.shape[1] == 3 else pixels
+        return luminance(pixels).expand_as(pixels)
 
 
 def luminance(pixels: Tensor) -> Tensor:
-    """(n, 3, …) to (n, 1, …)."""
+    """(n, 3, …) to (n, 1, …); of other than 3 channels, each is a grey image already."""
+    if pixels.shape[1] != 3:
+        return pixels
     red, green, blue = pixels.split(1, dim=1)
     return (LUMINANCE[0] * red).add_(green, alpha=LUMINANCE[1]).add_(blue, alpha=LUMINANCE[2])

@@ -20,7 +20,8 @@ from dino.views.ops.augmentation import Augmentation, Draw, Prepared
 from dino.views.ops.grey import luminance
 from dino.views.view import View
 
-CHANGES, HUE = ("brightness", "contrast", "saturation", "hue"), 3
+CHANGES = ("brightness", "contrast", "saturation", "hue")
+CONTRAST, SATURATION, HUE = 1, 2, 3
 ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4)
 
 
@@ -42,36 +43,48 @@ class Jitter(Augmentation):
         return draw["applied"] * (1 + draw["order"] @ np.array([64, 16, 4, 1]))
 
     def prepare(self, draw: Draw, view: View) -> Draw:
-        """For each turn, by how much: 1 for crops whose turn it is not; of hue, only those, by row."""
-        prepared = {}
+        """For each turn, what all crops change then, or else the blend of each; of hue, only those whose turn it is."""
+        prepared: Draw = {}
         for turn, which in enumerate(draw["order"].T):
-            for change in {*which.tolist()} - {HUE}:
-                factors = np.where(which == change, draw[CHANGES[change]], 1.0)
-                prepared[f"{CHANGES[change]} {turn}"] = factors[:, None, None, None]
             rows = np.flatnonzero(which == HUE)
             if len(rows):
-                prepared[f"hue {turn}"] = draw["hue"][rows, None, None, None]
-                prepared[f"turned {turn}"] = rows
+                prepared |= {f"turned {turn}": rows, f"hue {turn}": places_of_channels(draw["hue"][rows])}
+            if len(rows) == len(which):
+                continue
+            factor = np.choose(which, [draw["brightness"], draw["contrast"], draw["saturation"], 1.0])
+            if (which == which[0]).all():
+                prepared[f"{CHANGES[which[0]]} {turn}"] = factor[:, None, None, None]
+            else:
+                weights = np.stack([1 - factor, which == CONTRAST, which == SATURATION])
+                prepared[f"blend {turn}"] = weights[..., None, None, None]
         return prepared
 
     def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
         """Images of other than 3 channels are taken as a stack of grey ones."""
         for turn in range(4):
-            if f"brightness {turn}" in draw:
-                pixels = brighten(pixels, draw[f"brightness {turn}"])
-            if f"contrast {turn}" in draw:
-                pixels = change_contrast(pixels, draw[f"contrast {turn}"])
-            if pixels.shape[1] != 3:
-                continue
-            if f"saturation {turn}" in draw:
-                pixels = saturate(pixels, draw[f"saturation {turn}"])
-            if f"hue {turn}" in draw:
-                rows, shift = draw[f"turned {turn}"], draw[f"hue {turn}"]
+            for name, blend in BLENDS.items():
+                if f"{name} {turn}" in draw:
+                    pixels = blend(pixels, draw[f"{name} {turn}"])
+            if f"hue {turn}" in draw and pixels.shape[1] == 3:
+                rows, places = draw[f"turned {turn}"], draw[f"hue {turn}"]
                 if len(rows) == len(pixels):
-                    pixels = turn_hue(pixels, shift)
+                    pixels = turn_hue(pixels, places)
                 else:
-                    pixels.index_copy_(0, rows, turn_hue(pixels.index_select(0, rows), shift))
+                    pixels.index_copy_(0, rows, turn_hue(pixels.index_select(0, rows), places))
         return pixels
+
+
+def blend_each(pixels: Tensor, weights: Tensor) -> Tensor:
+    """A blend of each with an image of its own, (n, C, H, W) fp32, overwritten.
+
+    Args:
+        weights: (3, n, 1, 1, 1), of that image; and in it, if it is not black, of the mean grey value and of the grey
+            image.
+    """
+    weight, of_mean, of_grey = weights
+    grey = luminance(pixels)
+    other = (of_grey * grey).add_(of_mean * grey.mean(dim=(2, 3), keepdim=True))
+    return pixels.lerp_(other, weight).clamp_(0, 255)
 
 
 def brighten(pixels: Tensor, factor: Tensor) -> Tensor:
@@ -81,8 +94,7 @@ def brighten(pixels: Tensor, factor: Tensor) -> Tensor:
 
 def change_contrast(pixels: Tensor, factor: Tensor) -> Tensor:
     """A blend with the mean grey value, overwritten."""
-    mean = pixels.mean(dim=(2, 3), keepdim=True)
-    mean = luminance(mean) if pixels.shape[1] == 3 else mean
+    mean = luminance(pixels.mean(dim=(2, 3), keepdim=True))
     return pixels.mul_(factor).add_((1 - factor) * mean).clamp_(0, 255)
 
 
@@ -91,8 +103,17 @@ def saturate(pixels: Tensor, factor: Tensor) -> Tensor:
     return pixels.lerp_(luminance(pixels), 1 - factor).clamp_(0, 255)
 
 
-def turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Shift the hue (HSV) of (n, 3, H, W) fp32 by `shift` (n, 1, 1, 1), fractions of the circle.
+BLENDS = {"blend": blend_each, "brightness": brighten, "contrast": change_contrast, "saturation": saturate}
+
+
+def places_of_channels(shift: np.ndarray) -> np.ndarray:
+    """Where red, green and blue lie after a shift (n,) of the hue by fractions of the circle: in sixths, within ±3."""
+    places = np.array([0, 2, 4]) - 6 * shift[:, None]
+    return ((places + 3) % 6 - 3)[..., None, None]
+
+
+def turn_hue(pixels: Tensor, places: Tensor) -> Tensor:
+    """Shift the hue (HSV) of (n, 3, H, W) fp32, so that the three channels are at `places` (n, 3, 1, 1).
 
     Without a division: the hue, in sixths of the circle from red, is multiplied by the chroma, and so is how far it is
     from that of a channel, of which the channel's value is a piecewise linear function (Smith 1978's hexcone).
@@ -102,8 +123,6 @@ def turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
     from_red = torch.copysign((green - red).add_(blue).add_(value).sub_(least, alpha=2), green - blue)
-    channels = torch.arange(0, 6, 2, device=pixels.device).view(1, 3, 1, 1)
-    places = (channels - 6 * shift + 3).remainder_(6) - 3  # of red, green and blue, within half a circle
     distance = torch.addcmul(from_red, chroma, places, value=-1)  # of up to a circle: (n, 3, H, W)
     distance = distance.abs_().sub_(chroma, alpha=3).abs_()  # half a circle less the shorter way round
     return distance.add_(value.sub_(chroma, alpha=2)).clamp_(least, value.add_(chroma, alpha=2))
