@@ -20,7 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kind": {"default": "auto", "help": "as data.kind"},
     "precision": {"default": "auto", "choices": PRECISIONS, "help": "of features; auto: bf16 where the device has it"},
     "seed": {"type": int, "default": 0, "help": "of what is drawn at random"},
-    "out": {"type": Path, "help": "file or folder to write to"},
+    "out": {"type": lambda text: Path(text).expanduser(), "help": "file or folder to write to"},
     "wandb": {"metavar": "PROJECT", "help": "log to this W&B project too"},
 }
 

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import logging
+import os
 import re
 import reprlib
 import stat
@@ -149,8 +150,12 @@ def dump(config: Any) -> str:
 
 
 def as_text(value: Any) -> Any:
-    """A value in which `${…}`, which OmegaConf would look up, in the environment too, is text like any other."""
+    """A value in which `${…}`, which OmegaConf would look up, in the environment too, is text like any other.
+
+    A leading `~/` is the home directory: shells leave it alone after a `=`.
+    """
     if isinstance(value, str):
+        value = os.path.expanduser(value) if value.startswith("~/") else value
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
         return {key: as_text(entry) for key, entry in value.items()}

@@ -108,3 +108,13 @@ class TestFiles:
 def test_a_config_is_written_as_omegaconf_would_write_it():
     """Earlier versions did; a run directory's config.yaml is to stay the same to the byte."""
     assert dump(Config()) == OmegaConf.to_yaml(OmegaConf.structured(Config()))
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.root", "model.init", "train.resume"])
+def test_the_home_directory_is_meant_by_its_sign(key, monkeypatch, tmp_path):
+    """Shells leave it alone after a `=`; a folder of that name was made otherwise."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert get(read(Config, None, [f"{key}=~/runs/x"]), key) == "/home/someone/runs/x"
+    assert get(read(Config, None, {key: "~/runs/x"}), key) == "/home/someone/runs/x"
+    assert get(read(Config, None, [f"{key}=a~/x"]), key) == "a~/x"
+    assert get(read(Config, None, [f"{key}=~x"]), key) == "~x"
