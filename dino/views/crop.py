@@ -31,9 +31,8 @@ def draw_boxes(numbers: Numbers, views: Sequence[View], sizes: np.ndarray) -> np
     shape = np.exp(between(numbers["shape"], np.log(SHAPES[0]), np.log(SHAPES[1])))
     heights, widths = np.round(np.sqrt(area / shape)), np.round(np.sqrt(area * shape))
     fits = (heights >= 1) & (heights <= height[:, None]) & (widths >= 1) & (widths <= width[:, None])
-    first = fits.argmax(axis=-1)[..., None]
-    h = np.take_along_axis(heights, first, axis=-1)[..., 0]
-    w = np.take_along_axis(widths, first, axis=-1)[..., 0]
+    first = fits.argmax(axis=-1).ravel() + np.arange(fits[..., 0].size) * fits.shape[-1]
+    h, w = (lengths.ravel()[first].reshape(fits.shape[:-1]) for lengths in (heights, widths))
     top, left = np.floor(numbers["top"] * (height - h + 1)), np.floor(numbers["left"] * (width - w + 1))
 
     limited = np.clip(width / height, *SHAPES)  # shape of the largest centred crop

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dino.views.ops import Augmentation, Draw, Prepared
+from dino.views.ops.augmentation import put
 from dino.views.view import View
 
 CACHED = 2**19  # values that a CPU takes at once: more makes fewer and longer steps, but none in its cache
@@ -130,7 +131,7 @@ def apply(pixels: Tensor, steps: Iterable[Step], view: View) -> Tensor:
     for augmentation, rows, draw in steps:
         if rows is None:
             selected = pixels.index_select(0, draw["rows"])
-            pixels.index_copy_(0, draw["rows"], augmentation.apply(selected, draw, view))
+            put(pixels, draw["rows"], augmentation.apply(selected, draw, view))
         else:
             selected = pixels[rows]
             changed = augmentation.apply(selected, draw, view)
@@ -148,8 +149,8 @@ def apply_parts(pixels: Tensor, parts: Iterable[Part], view: View) -> Tensor:
         if rows is None:
             return to_bytes(apply(pixels.float(), steps, view))
         changed = pixels.clone() if changed is pixels else changed
-        part = apply(torch.from_numpy(pixels.numpy()[rows]).float(), steps, view)
-        changed.numpy()[rows] = to_bytes(part).numpy()
+        indices = torch.from_numpy(rows)
+        put(changed, indices, to_bytes(apply(pixels.index_select(0, indices).float(), steps, view)))
     return changed
 
 

@@ -70,3 +70,11 @@ class Augmentation:
             draw: as prepared for them.
         """
         raise NotImplementedError
+
+
+def put(pixels: Tensor, rows: Tensor, changed: Tensor) -> None:
+    """Rows `changed` (n, …) in place of those of `pixels` at `rows` (n,)."""
+    if pixels.device.type == "cpu":  # by NumPy up to eight times as fast
+        pixels.numpy()[rows.numpy()] = changed.numpy()
+    else:
+        pixels.index_copy_(0, rows, changed)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dino.views.draws import Numbers, between
-from dino.views.ops.augmentation import Augmentation, Draw, Prepared
+from dino.views.ops.augmentation import Augmentation, Draw, Prepared, put
 from dino.views.ops.grey import luminance
 from dino.views.view import View
 
@@ -70,7 +70,7 @@ class Jitter(Augmentation):
                 if len(rows) == len(pixels):
                     pixels = turn_hue(pixels, places)
                 else:
-                    pixels.index_copy_(0, rows, turn_hue(pixels.index_select(0, rows), places))
+                    put(pixels, rows, turn_hue(pixels.index_select(0, rows), places))
         return pixels
 
 
