@@ -18,7 +18,7 @@ class Linear(nn.Linear):
     """`nn.Linear` on packed tokens; parameters are its own."""
 
     # Of weight and bias in another precision, and of which version of them. Not a buffer: no part of the state.
-    copies: tuple[Tensor, Tensor, int] | None = None
+    copies: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(T, D) to (T, D')."""
@@ -26,8 +26,10 @@ class Linear(nn.Linear):
             return F.linear(inputs, self.weight, self.bias)
         return _Chain.apply(None, inputs, None, None, self, self.weight, self.bias)
 
-    def version(self) -> int:
-        return self.weight._version + self.bias._version
+    def version(self) -> tuple[int, ...]:
+        """Another one whenever the parameters have been changed or replaced."""
+        weight, bias = self.weight, self.bias
+        return weight._version, bias._version, weight.data_ptr(), bias.data_ptr()
 
     def in_precision(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias in a precision: the parameters themselves, copies made by `copy_weights`, or new ones."""
@@ -150,7 +152,7 @@ def copy_weights(network: nn.Module, dtype: torch.dtype) -> None:
     layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
     for layer in layers:
         if layer.copies is None or layer.copies[0].dtype != dtype or layer.copies[0].device != layer.weight.device:
-            layer.copies = torch.empty_like(layer.weight, dtype=dtype), torch.empty_like(layer.bias, dtype=dtype), -1
+            layer.copies = torch.empty_like(layer.weight, dtype=dtype), torch.empty_like(layer.bias, dtype=dtype), ()
         layer.copies = (*layer.copies[:2], layer.version())
     targets = [copy for layer in layers for copy in layer.copies[:2]]  # type: ignore[index]
     torch._foreach_copy_(targets, [source for layer in layers for source in (layer.weight, layer.bias)])

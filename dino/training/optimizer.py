@@ -1,7 +1,7 @@
 """The optimizer's parameter groups, gradient clipping, and a step that a broken gradient cannot pass."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +101,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, scope: st
     total = torch.linalg.vector_norm(each)
     if largest > 0:
         factors = (largest / ((each if scope == "parameter" else total) + 1e-6)).clamp(max=1.0)
-        scale_each(local(gradients), factors.expand(len(gradients)))
+        if scope == "parameter":
+            torch._foreach_mul_(local(gradients), list(factors.unbind()))
+        else:
+            torch._foreach_mul_(local(gradients), factors)  # one factor for all: a few launches instead of one a tensor
     return total
-
-
-def scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
-    """Multiply each tensor by its own entry of `factors`, in place and in one fused call."""
-    torch._foreach_mul_(list(tensors), list(factors.unbind()))
 
 
 def step_unless(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
