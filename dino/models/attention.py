@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from dino.models.linear import Linear, chain
 from dino.models.positions import Positions
 from dino.models.tokens import Group, shortened, unpack
+from dino.precision import prefers_bf16
 
 
 class Attention(nn.Module):
@@ -69,21 +70,26 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class _PackedAttention(torch.autograd.Function):
     """`attend` on a CPU, for all groups at once: keeps queries, keys, values and outputs in their own precision.
 
-    torch's own way would keep fp32 copies of them all under bf16, and the outputs twice.
+    torch's own way would keep fp32 copies of them all under bf16, and the outputs twice. A CPU with units for bf16
+    multiplies in it, and takes the softmax in fp32; others compute all of it in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, groups: list[Group], lengths: list[int], heads: int) -> Tensor:
         """(T, 3 D) to (T', D)."""
         outputs, sums = [], []
-        for (query, key, value), length in zip(divide(_widened(qkv), groups, heads), lengths, strict=True):
-            attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, :length], key, value
-            )
-            outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-            sums.append(log_sums)
-        packed = torch.cat(outputs).to(qkv.dtype)
+        ctx.narrow = qkv.dtype == torch.bfloat16 and prefers_bf16(qkv.device)
         ctx.groups, ctx.lengths, ctx.heads = groups, lengths, heads
+        working = qkv if ctx.narrow else _widened(qkv)
+        for (query, key, value), length in zip(divide(working, groups, heads), lengths, strict=True):
+            query = query[:, :, :length]
+            if ctx.narrow:
+                attended = _softmax_of_products(query, key).to(qkv.dtype) @ value
+            else:
+                attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+                sums.append(log_sums)
+            outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        packed = torch.cat(outputs).to(qkv.dtype)
         ctx.save_for_backward(qkv, packed, *sums)
         return packed
 
@@ -91,23 +97,43 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         qkv, packed, *sums = ctx.saved_tensors
+        working = [tensor if ctx.narrow else _widened(tensor) for tensor in (qkv, packed, gradient)]
         asking = shortened(ctx.groups, ctx.lengths)
         outputs, gradients = (
-            [part.unflatten(2, (ctx.heads, -1)).transpose(1, 2) for part in unpack(_widened(tensor), asking)]
-            for tensor in (packed, gradient)
+            [part.unflatten(2, (ctx.heads, -1)).transpose(1, 2) for part in unpack(tensor, asking)]
+            for tensor in working[1:]
         )
         of_groups = []
-        for index, (query, key, value) in enumerate(divide(_widened(qkv), ctx.groups, ctx.heads)):
-            query = query[:, :, : ctx.lengths[index]]
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                gradients[index], query, key, value, outputs[index], sums[index], 0.0, False
-            )
+        for index, (query, key, value) in enumerate(divide(working[0], ctx.groups, ctx.heads)):
+            tensors = gradients[index], query[:, :, : ctx.lengths[index]], key, value, outputs[index]
+            if ctx.narrow:
+                of_query, of_key, of_value = _narrow_gradients(*tensors)
+            else:
+                of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *tensors, sums[index], 0.0, False
+                )
             unasked = ctx.groups[index].length - ctx.lengths[index]
-            of_query = F.pad(parts[0], (0, 0, 0, unasked)) if unasked else parts[0]
-            by_token = [part.transpose(1, 2).flatten(2) for part in (of_query, *parts[1:])]
+            of_query = F.pad(of_query, (0, 0, 0, unasked)) if unasked else of_query
+            by_token = [part.transpose(1, 2).flatten(2) for part in (of_query, of_key, of_value)]
             of_groups.append(torch.cat(by_token, dim=-1).flatten(0, 1))
         return torch.cat(of_groups).to(qkv.dtype), None, None, None
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _softmax_of_products(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d) in fp32."""
+    return ((query @ key.mT).float() * query.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+def _narrow_gradients(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of query, key and value (Dao et al. 2022, appendix B.2), by products in their own precision."""
+    weights = _softmax_of_products(query, key)
+    of_value = weights.to(value.dtype).mT @ gradient
+    own = (gradient.float() * output.float()).sum(dim=-1, keepdim=True)
+    of_products = (weights * ((gradient @ value.mT).float() - own) * query.shape[-1] ** -0.5).to(query.dtype)
+    return of_products @ key, of_products.mT @ query, of_value

@@ -75,22 +75,28 @@ def test_in_double_precision_gradients_are_those_of_differences(before):
     assert torch.autograd.gradcheck(lambda *_: chain(before, linear, inputs), (inputs, *parameters))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_packed_attention_is_that_of_the_definition(dtype):
-    """softmax(q·kᵀ/√d)·v in double precision; outputs of bf16 within its rounding."""
-    attention = Attention(16, 2, VisionTransformer(SPEC).positions).train().to(dtype)
+@pytest.mark.parametrize(("dtype", "units"), [(torch.float32, False), (HALF, False), (HALF, True)])
+def test_packed_attention_is_that_of_the_definition(dtype, units, monkeypatch):
+    """softmax(q·kᵀ/√d)·v in double precision, with its gradient; with bf16, on CPUs with units for it or without."""
+    monkeypatch.setattr("dino.models.attention.prefers_bf16", lambda device: units)
+    module = Attention(16, 2, VisionTransformer(SPEC).positions).train()
     groups, lengths = [Group(3, 5, (2, 2)), Group(2, 4, (1, 3))], [5, 1]
-    tokens = torch.randn(23, 16, dtype=dtype)
+    tokens = torch.randn(23, 16, requires_grad=True)
     with torch.autocast("cpu", HALF, enabled=dtype == HALF):
-        found = attention(tokens, groups, lengths)
-    exact = copy.deepcopy(attention).double()
+        found = module(tokens, groups, lengths)
+    found.double().square().sum().backward()
+    exact, same = copy.deepcopy(module).double(), tokens.detach().double().requires_grad_()
+    exact.zero_grad()
     expected = []
-    for part, (batch, length, _), asked in zip(tokens.double().split([15, 8]), groups, lengths, strict=True):
+    for part, (batch, length, _), asked in zip(same.split([15, 8]), groups, lengths, strict=True):
         query, key, value = exact.qkv(part).view(batch, length, 3, 2, 8).permute(2, 0, 3, 1, 4)
         weights = (query @ key.mT / 8**0.5).softmax(dim=-1)
         expected.append((weights @ value).transpose(1, 2).flatten(2)[:, :asked].flatten(0, 1))
-    expected = exact.proj(torch.cat(expected))
-    torch.testing.assert_close(found.double(), expected, **({"rtol": 0.05, "atol": 0.02} if dtype == HALF else {}))
+    output = exact.proj(torch.cat(expected))
+    output.square().sum().backward()
+    pairs = [(found, output), (tokens.grad, same.grad), (module.qkv.weight.grad, exact.qkv.weight.grad)]
+    for mine, theirs in pairs:
+        assert (mine.double() - theirs).norm() < (0.02 if dtype == HALF else 1e-6) * theirs.norm()
 
 
 class TestCopies:
