@@ -43,8 +43,15 @@ class Backbone(nn.Module):
     preprocess: Preprocess
     description: dict[str, Any]
 
-    def forward(self, images: Tensor | Sequence[Tensor]) -> Any:
-        """(B, C, H, W), or a list of such batches of any sizes, to class tokens (B, D), or a list of them."""
+    def forward(self, images: Tensor | Sequence[Tensor], masks: Any = None, is_training: bool = False) -> Any:
+        """(B, C, H, W), or a list of such batches of any sizes, to class tokens (B, D), or a list of them.
+
+        Args:
+            masks, is_training: as DINOv2's hub models have them: with `is_training` all of `forward_features` is given,
+                and only then are there masks.
+        """
+        if is_training:
+            return self.forward_features(images, masks)
         if isinstance(images, Tensor):
             return self.encode_crops([images])[0][0]
         return self.encode_crops(images)[0]

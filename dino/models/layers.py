@@ -16,6 +16,8 @@ from dino.models.tokens import Group, shorten
 class PatchEmbed(nn.Module):
     """Patches to tokens: the published convolution's weights, applied as one matrix product."""
 
+    num_patches: int  # of an image of the size that the model is for
+
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
         self.patch_size = patch_size

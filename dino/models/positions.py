@@ -129,12 +129,12 @@ def interpolate_positions(table: Tensor, grid: Grid, convention: Interpolation) 
     Returns:
         (1, 1+rows·columns, D), `table` itself if the grid is its own.
     """
-    side = round((table.shape[1] - 1) ** 0.5)
+    side = math.isqrt(int(table.shape[1]) - 1)  # in a trace, shapes are tensors
     if grid == (side, side):
         return table
     positions = rearrange(table[:, 1:].float(), "b (h w) d -> b d h w", h=side)
     if convention == "offset":
-        factors = [(cells + 0.1) / side for cells in grid]
+        factors = [(int(cells) + 0.1) / side for cells in grid]
         positions = F.interpolate(positions, scale_factor=factors, mode="bicubic")
     else:
         positions = F.interpolate(positions, size=grid, mode="bicubic", antialias=True)

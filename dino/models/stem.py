@@ -22,6 +22,8 @@ class ConvStem(nn.Module):
         ValueError: an odd patch size, which no stride of 2 reaches.
     """
 
+    num_patches: int  # of an image of the size that the model is for
+
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
         if patch_size % 2:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dino.models.backbone import Backbone
 from dino.models.drop_path import Subset, draw_factors, draw_subsets
+from dino.models.hub import HubModel
 from dino.models.layers import Block, PatchEmbed
 from dino.models.positions import Grid, Interpolation, LearnedPositions, Positions, RotaryPositions
 from dino.models.stem import ConvStem
@@ -49,7 +49,7 @@ class ViTSpec:
     stem: Literal["patch", "conv"] = field(default="patch", repr=False)
 
 
-class VisionTransformer(Backbone):
+class VisionTransformer(HubModel):
     """A ViT as in Dosovitskiy et al. 2021, with DINOv2's options (Oquab et al. 2023; Darcet et al. 2024).
 
     Args:
@@ -90,6 +90,7 @@ class VisionTransformer(Backbone):
 
         stem = ConvStem if spec.stem == "conv" else PatchEmbed
         self.patch_embed = stem(spec.patch_size, spec.in_chans, width)
+        self.patch_embed.num_patches = (spec.image_size // spec.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = self.positions.table(width)
         self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, width)) if spec.registers else None
@@ -107,6 +108,7 @@ class VisionTransformer(Backbone):
             for _ in range(spec.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Identity()  # as the hub's models have it, for code that puts a classifier there
         self._initialise(initialisation)
 
     def _initialise(self, initialisation: Initialisation) -> None:
@@ -185,19 +187,21 @@ class VisionTransformer(Backbone):
 
         Args:
             images: (B, C, H, W).
-            n: the last n blocks, or the indices of blocks.
+            n: the last n blocks, or the indices of blocks, in any order; negative ones count from the end.
             reshape: give patches as (B, D, h, w) instead of (B, N, D).
             return_class_token: give pairs (patches, class token (B, D)).
             norm: apply the last norm.
         """
-        indices = range(self.depth - n, self.depth) if isinstance(n, int) else n
+        asked = range(self.depth - n, self.depth) if isinstance(n, int) else n
+        indices = [index + self.depth if index < 0 and not isinstance(n, int) else index for index in asked]
+        if any(index not in range(self.depth) for index in indices):
+            raise ValueError(f"asked for blocks {list(asked)} of {self.depth}")
         tokens, groups = self._embed([images])
-        outputs = []
+        by_index = {}
         for index, after_block in enumerate(self._after_blocks(tokens, groups)):
             if index in indices:
-                outputs.append(unpack(self.norm(after_block) if norm else after_block, groups)[0])
-        if len(outputs) != len(indices):
-            raise ValueError(f"asked for blocks {list(indices)} of {self.depth}")
+                by_index[index] = unpack(self.norm(after_block) if norm else after_block, groups)[0]
+        outputs = [by_index[index] for index in indices]
         class_tokens = [output[:, 0] for output in outputs]
         patches = [output[:, 1 + self.spec.registers :] for output in outputs]
         if reshape:
@@ -215,14 +219,17 @@ class VisionTransformer(Backbone):
         Returns:
             (B, heads, h, w); with what the class token and registers get, each head sums to 1.
         """
+        attention = self.last_attention(images, queries=1)[:, :, 0, 1 + self.spec.registers :]
+        return rearrange(attention, "b m (h w) -> b m h w", h=self._grid(images)[0])
+
+    def last_attention(self, images: Tensor, queries: int | None = None) -> Tensor:
+        """(B, heads, queries, 1+R+N): the last block's attention of the first tokens, or of all, over all tokens."""
         tokens, groups = self._embed([images])
         for block in self.blocks[:-1]:
             tokens = block(tokens, groups)
         last = self.transformer_blocks[-1]
         query, key, _ = last.attn.project(last.norm1(tokens), groups)[0]
-        logits = query[:, :, :1] @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # (B, heads, 1, 1+R+N)
-        attention = logits.softmax(dim=-1)[:, :, 0, 1 + self.spec.registers :]
-        return rearrange(attention, "b m (h w) -> b m h w", h=groups[0].grid[0])
+        return (query[:, :, :queries] @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
 
     def _after_blocks(self, tokens: Tensor, groups: list[Group], lengths: list[int] | None = None) -> Iterator[Tensor]:
         """The tokens after each block, (T, D); with `lengths` after the last (T', D): see `Block`."""

@@ -171,15 +171,48 @@ def test_intermediate_layers(randomise):
     torch.testing.assert_close(pairs[-1][0][:, :, 2, 1], last[:, 2 * 3 + 1])
     torch.testing.assert_close(pairs[-1][1], features["x_norm_clstoken"])
 
-    chosen = model.get_intermediate_layers(images, n=[0, 2])
-    everything = model.get_intermediate_layers(images, n=3)
-    torch.testing.assert_close(chosen, (everything[0], everything[2]))
+    first, second, third = model.get_intermediate_layers(images, n=3)
+    for blocks, expected in (([0, 2], (first, third)), ([2, 0], (third, first)), ([-1, 1, -3], (third, second, first))):
+        torch.testing.assert_close(model.get_intermediate_layers(images, n=blocks), expected)
 
 
-@pytest.mark.parametrize("blocks", [4, [0, 3], [-1]], ids=str)
+@pytest.mark.parametrize("blocks", [4, [0, 3], [-4]], ids=str)
 def test_intermediate_layers_that_do_not_exist(blocks):
     with pytest.raises(ValueError, match="of 3"):
         VisionTransformer(SPEC).get_intermediate_layers(torch.randn(1, 3, 16, 16), n=blocks)
+
+
+def test_what_users_of_the_hub_models_ask_for(randomise):
+    """By the names that DINO's and DINOv2's code has."""
+    model = randomise(VisionTransformer(SPEC))
+    images, masks = torch.randn(2, 3, 16, 12), torch.rand(2, 12) < 0.5
+    assert (model.n_blocks, model.num_heads, model.num_register_tokens) == (3, SPEC.num_heads, 2)
+    assert model.patch_embed.num_patches == 16
+    assert isinstance(model.head, nn.Identity)
+    assert not any(name.startswith("head") for name in model.state_dict())
+    features = model(images, masks=masks, is_training=True)
+    torch.testing.assert_close(features["x_norm_clstoken"], model.forward_features(images, masks)["x_norm_clstoken"])
+    tokens = model.prepare_tokens_with_masks(images, masks)
+    assert tokens.shape == (2, 15, 32)
+    attention = model.get_last_selfattention(images)
+    assert attention.shape == (2, SPEC.num_heads, 15, 15)
+    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, SPEC.num_heads, 15))
+    torch.testing.assert_close(attention[:, :, 0, 3:].unflatten(2, (4, 3)), model.class_attention(images))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.trace")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"position_interpolation": "offset"}, {"positions": "rotary"}, {"ffn": "swiglu"}, {"stem": "conv"}],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(16, 16), (24, 12)], ids=str)
+def test_a_trace_gives_the_same(changes, shape, randomise):
+    """At the size it was traced at; batches of other sizes included."""
+    model = randomise(VisionTransformer(replace(SPEC, **changes)))
+    traced = torch.jit.trace(model, torch.randn(2, 3, *shape))
+    images = torch.randn(5, 3, *shape)
+    torch.testing.assert_close(traced(images), model(images))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
