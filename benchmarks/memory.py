@@ -5,18 +5,14 @@
 Each tensor's memory counts once, and parameters not at all. The same on every device, up to the kernels of attention.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import kit
 from torch import Tensor
 from training import Built, Official, build, parse
 
 from dino import cli
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from counting import Kept
+from dino.training.memory import Kept
 
 
 def main() -> None:

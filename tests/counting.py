@@ -1,11 +1,8 @@
-"""What work asks of a device, counted anywhere: operators, copies between devices, waits of the host, bytes kept."""
+"""What work asks of a device, counted anywhere: operators, copies between devices, waits of the host."""
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SYNCS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2"}
@@ -39,24 +36,3 @@ class Counted(TorchDispatchMode):
             source = args[1] if name == "copy_" else args[0]
             self.copies += source.device != result.device
         return result
-
-
-class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that a forward pass keeps for the backward pass: each storage once, parameters not at all."""
-
-    def __init__(self, parameters: Iterable[Tensor]):
-        super().__init__(self._keep, lambda tensor: tensor)
-        self._storages = {parameter.untyped_storage().data_ptr(): 0 for parameter in parameters}
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        return self
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._storages.setdefault(storage.data_ptr(), storage.nbytes())
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())

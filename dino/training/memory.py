@@ -2,8 +2,9 @@
 
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -65,6 +66,27 @@ class Estimate(NamedTuple):
         raise UserError(f"the run does not fit into memory: {self.text()}. Ways on: {', '.join(ways)}")
 
 
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that a forward pass keeps for the backward pass: each storage once, parameters not at all."""
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        super().__init__(self._keep, lambda tensor: tensor)
+        self._storages = {parameter.untyped_storage().data_ptr(): 0 for parameter in parameters}
+
+    def __enter__(self) -> Self:  # type: ignore[override]
+        super().__enter__()
+        return self
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._storages.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._storages.values())
+
+
 class Memory:
     """Estimates of a step's memory, and what was measured."""
 
@@ -94,25 +116,15 @@ class Memory:
         method, device = self.take_step.method, self.device
         first = [crop.unflatten(0, (-1, images))[:, :count].flatten(0, 1).to(device) for crop in crops]
         batch = Batch([self.take_step.normalise(crop) for crop in first], range(count))
-        parameters = {tensor.untyped_storage().data_ptr() for tensor in method.student.parameters()}
-        sizes: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         exchanged, method.forward = method.forward, method.student  # there will be no gradients to exchange
         try:
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-            with hooks, torch.compiler.set_stance("force_eager"):  # nothing is compiled for a few images
+            with Kept(method.student.parameters()) as kept, torch.compiler.set_stance("force_eager"):
                 (target,) = method.targets([batch], step)
                 losses = method.losses(batch, target)
         finally:
             method.forward = exchanged
         del losses  # held until here: an address that is freed would be another tensor's
-        return sum(sizes.values())
+        return kept.bytes
 
     def measured(self) -> str:
         """The most that was in use so far, for the terminal."""

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from counting import Counted, Kept
+from counting import Counted
 from torch import Tensor, nn
 
 from dino.models import VisionTransformer, ViTSpec
 from dino.models.attention import Attention
 from dino.models.linear import Gate, Linear, chain, copy_weights
 from dino.models.tokens import Group
+from dino.training.memory import Kept
 
 SPEC = ViTSpec(32, 3, 4, patch_size=4, image_size=16, layer_scale=1.0)
 HALF = torch.bfloat16

@@ -7,7 +7,9 @@ A ViT-S in all but its width, on which no count depends. The limits lie a little
 import pytest
 from accelerate import Accelerator
 from builders import Built, build, packed, views_of_batch
-from counting import Counted, Kept
+from counting import Counted
+
+from dino.training.memory import Kept
 
 SMALL = {
     "model.arch": "vit_small",
