@@ -16,8 +16,8 @@ from pathlib import Path
 import kit
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
 from torch import Tensor
+from views import photographs
 
 from dino import cli
 from dino.training.loader import Batches
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parse()
     device = kit.begin(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        data = arguments.data or make_photographs(Path(folder), 256)
+        data = arguments.data or photographs(Path(folder))
         settings = {"data.cache": "none"} | dict(setting.split("=", 1) for setting in arguments.settings)
         settings |= {"data.root": str(data), "train.cpu_threads": arguments.threads}
         settings["train.steps"] = 10 * arguments.rounds
@@ -69,18 +69,6 @@ def timed(
         act(step, stored if batches is None else next(batches))
     kit.wait(device)
     return (time.perf_counter() - began) / rounds
-
-
-def make_photographs(folder: Path, count: int) -> Path:
-    """JPEGs of 500×375, as large as photographs are at that size."""
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
-        grain = generator.normal(0, 12, (375, 500, 1))
-        pixels = np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.6)).save(folder / f"{number:04d}.jpg", quality=90)
-    return folder
 
 
 def parse() -> argparse.Namespace:
