@@ -10,11 +10,14 @@ demo: $(SETUP)
 		train/pretrain.py --config configs/demo.yaml
 	$(BIN)/python eval/digits.py --run runs/demo
 
+# Two processes, each with the tests of whole files and one thread: most tests are too small to share theirs.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(SETUP)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(SETUP)
 	$(BIN)/ruff check .

@@ -11,6 +11,9 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
+ACKNOWLEDGEMENT = b"\nfinishing this step, then saving; the same again leaves without\n"
+
 
 class Stop(IntEnum):
     """Reasons to end early; the greatest that any process has counts for all."""
@@ -34,10 +37,10 @@ class Stop(IntEnum):
 
 
 class Interrupt:
-    """Turns SIGTERM and SIGINT, the end of the launcher, and the time limit into a request to stop after this step.
+    """Turns SIGTERM, SIGINT and SIGHUP, the end of the launcher, and the time limit into a request to stop
 
-    The same signal a second time ends the process at once, as without this class. Used as a context: what handled the
-    signals before does so again afterwards.
+    A signal is answered at once; the same one a second time ends the process, as without this class. Used as a context:
+    what handled the signals before does so again afterwards.
     """
 
     def __init__(self, accelerator: Accelerator, time_limit: float | None):
@@ -49,17 +52,22 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         # Python lets only the main thread handle signals; a run in another one is stopped by its program.
-        signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-        self.before = {number: signal.signal(number, self._handle) for number in signals}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        signals = [getattr(signal, name) for name in SIGNALS if in_main_thread and hasattr(signal, name)]
+        # What is ignored stays so: that is how nohup keeps a run alive.
+        heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)
+        if self.accelerator.is_main_process:
+            os.write(2, ACKNOWLEDGEMENT)  # not print: what it interrupts may be a print
 
     def reason(self, too_many_unreadable: bool, synchronise: bool) -> Stop:
         """Why to stop now, if at all.

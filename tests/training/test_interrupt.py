@@ -12,7 +12,7 @@ from dino.training.interrupt import Interrupt, Stop
 class Processes:
     """Stands in for Accelerate: this process and what the others report."""
 
-    device = torch.device("cpu")
+    device, is_main_process = torch.device("cpu"), True
 
     def __init__(self, *others: Stop):
         self.others, self.num_processes, self.gathered = others, 1 + len(others), 0
@@ -27,9 +27,9 @@ def _no_launcher(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("synchronise", [True, False])
-def test_a_signal_asks_and_does_not_kill(number, synchronise):
+def test_a_signal_asks_and_does_not_kill(number, synchronise, capfd):
     """Until the end of the run: then whoever handled it before does so again."""
     before = signal.getsignal(number)
     with Interrupt(Processes(), None) as interrupt:
@@ -38,10 +38,22 @@ def test_a_signal_asks_and_does_not_kill(number, synchronise):
         assert interrupt.reason(False, synchronise) == Stop.SIGNAL
         assert interrupt.reason(False, synchronise) == Stop.SIGNAL
     assert signal.getsignal(number) == before
+    assert capfd.readouterr().err.count("finishing this step, then saving; the same again leaves without") == 1
+
+
+def test_what_is_ignored_stays_so():
+    """That is how nohup keeps a run alive."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt(Processes(), None) as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.reason(False, synchronise=False) == Stop.NO
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_ends_the_process(number):
     child = os.fork()
     if child == 0:
