@@ -238,7 +238,10 @@ class TrainConfig:
         "positions are interpolated, schedules go on",
     )
     precision: str = setting(
-        AUTO, "auto: the launcher's, else bf16 on CUDA and fp32 on CPU", (AUTO, "fp32", "bf16", "fp16")
+        AUTO,
+        "auto: the launcher's, else bf16 on CUDA and fp32 on CPU; fastest: bf16 where the device has units for it, on "
+        "CPUs too, else fp32",
+        (AUTO, "fastest", "fp32", "bf16", "fp16"),
     )
     seed: int = setting(0, "seed of weights, order and views", low=0, below=2**63)
     checkpoint_every: Auto[int] = setting(

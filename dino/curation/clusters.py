@@ -13,9 +13,10 @@ from dino.curation.points import Points, own_rows
 from dino.curation.settings import Clusters as Settings
 from dino.curation.stage import Stage
 from dino.distributed import gathered_rows
+from dino.precision import inference_precision
 
 MOST_CLUSTERS = 10_000  # that `auto` chooses
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Clusters(NamedTuple):
@@ -55,7 +56,7 @@ def cluster(
             sample=settings.sample,
             iterations=settings.iterations,
             seed=seed,
-            precision=PRECISIONS[settings.precision],
+            precision=DTYPES[inference_precision(accelerator.device, settings.precision)],
             progress=stage.folder,
         )
         arrays = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dino.config.read import out_of_bounds, refuse
 from dino.config.schema import AUTO, Auto, setting
+from dino.precision import PRECISIONS
 
 
 @dataclass
@@ -46,7 +47,11 @@ class Clusters:
         10, "how often a level is clustered anew on the central points of its clusters, which evens clusters out", low=0
     )
     sample: int = setting(10, "central points of each cluster on which a level is clustered anew", low=1)
-    precision: str = setting("bf16", "precision in which points are compared with centroids", ("fp32", "bf16"))
+    precision: str = setting(
+        "auto",
+        "precision in which points are compared with centroids; auto: bf16 where the device has units for it",
+        PRECISIONS,
+    )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from dino.distributed import forget_earlier_runs
 from dino.errors import UserError
 from dino.methods import Method
 from dino.methods.network import Network
+from dino.precision import inference_precision
 from dino.training.sharding import is_sharded, shard
 from dino.training.trackers import check_trackers
 
@@ -57,12 +58,15 @@ def choose_precision(asked: str, launcher: str | None, has_accelerator: bool) ->
         UserError: the config names another precision than the launcher.
     """
     launched = LAUNCHER_NAMES.get(launcher or "no", launcher)
-    if launched is not None and asked not in (AUTO, launched):
+    if launched is not None and asked not in (AUTO, "fastest", launched):
         raise UserError(
             f"train.precision={asked}, but the launcher was started with --mixed_precision {launched}: "
             "leave one of them out, or make them agree"
         )
-    own = ("bf16" if has_accelerator else "fp32") if asked == AUTO else asked
+    if asked == "fastest":
+        own = inference_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    else:
+        own = ("bf16" if has_accelerator else "fp32") if asked == AUTO else asked
     precision = launched or own
     if precision == "fp16" and not has_accelerator:
         raise UserError("train.precision=fp16 needs a GPU: use bf16 or fp32 on CPU")

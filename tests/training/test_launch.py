@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dino import precision
 from dino.config.schema import Config, TrainConfig
 from dino.errors import UserError
 from dino.methods.network import Network
@@ -33,6 +34,9 @@ TABLE = [  # asked for, launcher, accelerator, precision
     ("bf16", "bf16", True, "bf16"),
     ("fp16", None, True, "fp16"),
     ("fp16", "fp16", True, "fp16"),
+    ("fastest", None, False, "fp32"),  # of a processor without units for bf16, as conftest has it
+    ("fastest", "bf16", False, "bf16"),
+    ("fastest", "fp16", True, "fp16"),
 ]
 BOTH = r"train\.precision={}.*--mixed_precision {}"
 REFUSED = [
@@ -42,9 +46,14 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "launcher", "has_accelerator", "precision"), TABLE)
-def test_precision(asked, launcher, has_accelerator, precision):
-    assert choose_precision(asked, launcher, has_accelerator) == precision
+@pytest.mark.parametrize(("asked", "launcher", "has_accelerator", "expected"), TABLE)
+def test_precision(asked, launcher, has_accelerator, expected):
+    assert choose_precision(asked, launcher, has_accelerator) == expected
+
+
+def test_the_fastest_precision_is_bf16_where_there_are_units_for_it(monkeypatch):
+    monkeypatch.setattr(precision, "prefers_bf16", lambda device: True)
+    assert choose_precision("fastest", None, False) == "bf16"
 
 
 @pytest.mark.parametrize(("asked", "launcher", "said"), REFUSED)
@@ -67,9 +76,9 @@ class TestStart:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_start_in_the_same_process_may_have_another_precision(self):
-        for precision in ("bf16", "fp32", "bf16"):
-            self.config.train.precision = precision
-            assert precision_of(start(self.config)) == precision
+        for asked in ("bf16", "fp32", "bf16"):
+            self.config.train.precision = asked
+            assert precision_of(start(self.config)) == asked
 
     @pytest.mark.parametrize(("batch", "accumulation", "ways"), [(10, 4, "8 or 12"), (3, 4, "4 or 8")])
     def test_a_batch_that_cannot_be_shared(self, batch, accumulation, ways):
