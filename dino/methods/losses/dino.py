@@ -3,11 +3,17 @@
 Shapes: V student views, of which the first G are the global ones that the teacher sees too, B images, K prototypes.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dino.distributed import is_distributed
+
+CACHED = 2**20  # logits that a CPU takes at once
 
 
 def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature: float = 0.1) -> Tensor:
@@ -15,8 +21,8 @@ def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature
 
     L = mean over g < G, v < V, v ≠ g of −Σ_k q_g[k] · log softmax(z_v / τ)[k]      (Caron et al. 2021, eq. 3)
 
-    A student view meets several teacher views, so the pairs' sum is taken at once: n·logsumexp(z) − ⟨Σ q, z⟩ needs one
-    pass over the student's logits instead of one per pair.
+    A student view meets several teacher views, whose targets are added up first: one pass over the student's logits
+    instead of one per pair. The gradient, softmax less targets, is made on the way.
 
     Args:
         student_logits: (V, B, K), any floating type; global views first.
@@ -33,18 +39,46 @@ def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, temperature
     pairs = globals_ * views - globals_
     if pairs < 1:
         raise ValueError(f"{views} student and {globals_} teacher view(s) leave no pair of different views")
-    targets = teacher_probabilities.float()
-    all_targets = targets.sum(dim=0)  # (B, K)
-    of_other_views = [*(all_targets - targets).unbind(), all_targets]
-    counts = [globals_ - 1] * globals_ + [globals_]
-    # Local views, which all meet the same targets, are taken at once.
-    parts = student_logits.split([1] * globals_ + [views - globals_])
-    total = torch.zeros((), device=student_logits.device)
-    for of_views, others, count in zip(parts, of_other_views, counts, strict=True):
-        if count and len(of_views):
-            logits = of_views.float() / temperature
-            total = total + (count * logits.logsumexp(dim=-1) - (others * logits).sum(dim=-1)).sum()
+    total = _CrossEntropy.apply(student_logits, teacher_probabilities.detach().float(), temperature)
     return total / (pairs * student_logits.shape[1])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The sum over pairs and images."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        globals_, total = len(targets), torch.zeros((), device=logits.device)
+        # Not in fp16, in which so small numbers are 0 before a scaler's factor comes.
+        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
+        all_targets = targets.sum(dim=0)  # (B, K)
+        for start, stop in _portions(logits, globals_):
+            others = all_targets - targets[start] if start < globals_ else all_targets
+            count = globals_ - 1 if start < globals_ else globals_
+            if count == 0:
+                continue
+            log_probabilities = (logits[start:stop].float() / temperature).log_softmax(dim=-1)
+            total = total - (others * log_probabilities).sum()
+            if gradient is not None:
+                gradient[start:stop] = log_probabilities.exp_().mul_(count).sub_(others).div_(temperature)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_total: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * of_total).to(ctx.dtype), None, None
+
+
+def _portions(logits: Tensor, globals_: int) -> Iterator[tuple[int, int]]:
+    """Views (start, stop) that meet the same targets: local ones together, as many as a CPU's cache holds."""
+    views, images, prototypes = logits.shape
+    yield from ((view, view + 1) for view in range(globals_))
+    most = max(1, CACHED // (images * prototypes)) if logits.device.type == "cpu" else views
+    yield from ((start, min(start + most, views)) for start in range(globals_, views, most))
 
 
 class Center(nn.Module):

@@ -64,6 +64,27 @@ class TestLoss:
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.parametrize("cached", [1, 12, 30])
+    def test_portions_of_any_size_give_the_same(self, cached, monkeypatch):
+        """Of the local views a CPU takes as many as its cache holds."""
+        student, teacher = random_case(7, 2, 3, 4)
+        whole, parts = (student.clone().requires_grad_() for _ in range(2))
+        expected = dino_loss(whole, teacher)
+        expected.backward()
+        monkeypatch.setattr("dino.methods.losses.dino.CACHED", cached)
+        loss = dino_loss(parts, teacher)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(parts.grad, whole.grad, rtol=0, atol=0)
+
+    def test_a_scaler_finds_gradients_in_fp16_that_are_too_small_for_it_before(self):
+        student, teacher = random_case(4, 2, 16, 4096)
+        half, whole = student.half().requires_grad_(), student.half().float().requires_grad_()
+        for logits in (half, whole):
+            (dino_loss(logits, teacher) * 2**14).backward()
+        torch.testing.assert_close(half.grad.float(), whole.grad.float(), rtol=2e-3, atol=1e-7)
+        assert whole.grad.abs().median() / 2**14 < torch.finfo(torch.float16).smallest_normal
+
     def test_number_worked_by_hand(self):
         """Softmax of (ln 3, 0) is (3/4, 1/4); the teacher is sure of the first, then of the second prototype."""
         temperature = 0.1
