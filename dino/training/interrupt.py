@@ -52,11 +52,14 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         # Python lets only the main thread handle signals; a run in another one is stopped by its program.
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        signals = [getattr(signal, name) for name in SIGNALS if in_main_thread and hasattr(signal, name)]
-        # What is ignored stays so: that is how nohup keeps a run alive.
-        heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._handle) for number in heeded}
+        signals = []
+        for name in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            number = getattr(signal, name, None)
+            # An ignored SIGHUP stays so: that is how nohup keeps a run alive.
+            is_left_alone = number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN)
+            if not is_left_alone:
+                signals.append(number)
+        self.before = {number: signal.signal(number, self._handle) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:

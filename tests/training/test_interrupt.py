@@ -24,7 +24,12 @@ class Processes:
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
+    """Nor a shell that starts its jobs with signals ignored."""
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
