@@ -52,14 +52,12 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         # Python lets only the main thread handle signals; a run in another one is stopped by its program.
-        signals = []
-        for name in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-            number = getattr(signal, name, None)
-            # An ignored SIGHUP stays so: that is how nohup keeps a run alive.
-            is_left_alone = number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN)
-            if not is_left_alone:
-                signals.append(number)
-        self.before = {number: signal.signal(number, self._handle) for number in signals}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        signals = [getattr(signal, name) for name in SIGNALS if in_main_thread and hasattr(signal, name)]
+        # An ignored SIGHUP stays so: that is how nohup keeps a run alive.
+        ignored = [number for number in signals if signal.getsignal(number) == signal.SIG_IGN]
+        heeded = [number for number in signals if number not in ignored or number.name != "SIGHUP"]
+        self.before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
