@@ -55,8 +55,7 @@ class Interrupt:
         in_main_thread = threading.current_thread() is threading.main_thread()
         signals = [getattr(signal, name) for name in SIGNALS if in_main_thread and hasattr(signal, name)]
         # An ignored SIGHUP stays so: that is how nohup keeps a run alive.
-        ignored = [number for number in signals if signal.getsignal(number) == signal.SIG_IGN]
-        heeded = [number for number in signals if number not in ignored or number.name != "SIGHUP"]
+        heeded = [each for each in signals if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
