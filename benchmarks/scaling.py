@@ -1,7 +1,7 @@
 """What does a step cost, by batch, crops, prototypes, width, depth and processes? Seconds and bytes, as one picture.
 
     python benchmarks/scaling.py --out scaling.png
-    python benchmarks/scaling.py --out scaling.png --processes 1 2 4 8 model.arch=vit_small views.global_size=224
+    python benchmarks/scaling.py model.arch=vit_small views.global_size=224 --out scaling.png --processes 1 2 4 8
 
 One thing is changed at a time, from a small ViT on crops of noise (or what KEY=VALUE settings make of it). Times are
 medians of steps; bytes are those kept for the backward pass, for each image.
