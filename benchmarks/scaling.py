@@ -17,6 +17,7 @@ from typing import Any
 import kit
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullLocator
 
 from dino import cli
 from dino.files import replacing
@@ -108,7 +109,7 @@ def draw(curves: dict[str, list[tuple[int, dict[str, float]]]], out: Path) -> No
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xticks(values, [str(value) for value, _ in curve])
-            axis.minorticks_off()
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(visible=True, alpha=0.3)
             axis.set_xlabel(key)
             if column == 0:
