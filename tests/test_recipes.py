@@ -19,6 +19,7 @@ IMAGENET = PoolFacts(images=IMAGES, channels=3, kind="folder", bytes=700_000_000
 # reference: main_dino.py's defaults and the README's commands (meta-systems.md §2a).
 VIT_100 = {
     **{"model.arch": "vit_small", "model.patch_size": 16, "model.drop_path": 0.1, "train.batch_size": 512},
+    **{"model.position_interpolation": "offset"},
     **{"optim.name": "adamw", "optim.lr": 0.0005 * 512 / 256, "optim.lr_end": 1e-6, "train.steps": 250_228},
     **{"optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "optim.clip_grad": 3.0},
     **{"optim.clip_scope": "parameter", "optim.decay_tokens": True, "optim.betas": [0.9, 0.999]},
@@ -48,7 +49,12 @@ PUBLISHED = {
 VITL16_SHORT = {
     **{"model.arch": "vit_large", "model.patch_size": 16, "model.ffn": "mlp", "model.layer_scale": 1e-5},
     **{"model.drop_path": 0.3, "model.drop_path_kind": "subset", "model.registers": 0},
-    **{"model.position_interpolation": "offset", "train.batch_size": 2048, "train.steps": 100 * 1250},
+    **{
+        "model.position_interpolation": "offset",
+        "model.weight_init": "dinov2",
+        "train.batch_size": 2048,
+        "train.steps": 100 * 1250,
+    },
     **{"optim.name": "adamw", "optim.lr": 4e-3 * 2**0.5, "optim.lr_end": 1e-6, "optim.betas": [0.9, 0.999]},
     **{"optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "optim.decay_tokens": True},
     **{"optim.layer_decay": 0.9, "optim.patch_embed_lr": 0.2, "optim.warmup_steps": 10 * 1250},

@@ -12,8 +12,6 @@ from dino.config.schema import AUTO, CHOICES, Config
 from dino.distributed import allowed_cores, cores, local_processes
 from dino.errors import UserError
 
-SMALL = 100_000  # images; below, what is published for ImageNet (1.28 M) hardly learns (benchmarks/RESULTS.md)
-
 
 @dataclasses.dataclass(frozen=True)
 class PoolFacts:

@@ -154,8 +154,9 @@ class ModelConfig:
     )
     weight_init: str = setting(
         "published",
-        "how random weights are drawn: published (std 0.02), or fan_in, for narrow networks",
-        ("published", "fan_in"),
+        "how random weights are drawn: published (std 0.02: DINO), dinov2 (the same, tokens near 0), or fan_in, for "
+        "narrow networks",
+        ("published", "dinov2", "fan_in"),
         was="model.initialisation",
     )
     positions: str = setting(

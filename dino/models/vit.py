@@ -20,7 +20,7 @@ from dino.models.positions import Grid, Interpolation, LearnedPositions, Positio
 from dino.models.stem import ConvStem
 from dino.models.tokens import Group, shortened, unpack
 
-Initialisation = Literal["published", "fan_in"]
+Initialisation = Literal["published", "dinov2", "fan_in"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class VisionTransformer(HubModel):
             the first; or, with `drop_subset`, of a fixed number of sequences, at every block (see `draw_subsets`).
         initialisation: of random weights. `published`: truncated normal of std 0.02 throughout, as DINO; narrow
             networks then begin with nearly nothing in their residual branches and positions, and short runs do not get
-            over it. `fan_in`: std 1/√inputs in linear layers and 0.2 for positions.
+            over it. `dinov2`: the same, with class and register tokens of std 1e-6. `fan_in`: std 1/√inputs in linear
+            layers and 0.2 for positions.
 
     Raises:
         ValueError: sizes that do not divide (image by patch, width by heads, heads' width by 4 if they are to rotate,
@@ -117,7 +118,7 @@ class VisionTransformer(HubModel):
             nn.init.trunc_normal_(self.pos_embed, std=0.2 if by_fan_in else 0.02)
         for token in (self.cls_token, self.register_tokens):
             if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+                nn.init.trunc_normal_(token, std=1e-6 if initialisation == "dinov2" else 0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 if by_fan_in else 0.02)

@@ -267,3 +267,15 @@ def test_model_converted_to_another_dtype(dtype, randomise):
     outputs = model.to(dtype)(images.to(dtype))
     assert outputs.dtype == dtype
     assert relative_error(outputs, expected) < 0.03
+
+
+def test_random_weights_are_drawn_as_the_named_code_draws_them():
+    """Reference: the standard deviations in facebookresearch/dino's and dinov2's vision_transformer.py."""
+    spec = ViTSpec(256, 2, 2, registers=4, image_size=32, patch_size=8)
+    for initialisation, tokens in (("published", 0.02), ("dinov2", 1e-6)):
+        torch.manual_seed(0)
+        vit = VisionTransformer(spec, initialisation=initialisation)
+        assert vit.register_tokens.std() == pytest.approx(tokens, rel=0.2)
+        assert vit.cls_token.std() == pytest.approx(tokens, rel=0.3)
+        assert vit.pos_embed.std() == pytest.approx(0.02, rel=0.1)
+        assert vit.blocks[0].mlp.fc1.weight.detach().std() == pytest.approx(0.02, rel=0.1)
