@@ -28,6 +28,13 @@ __all__ = ["Curation", "Run", "UserError", "curate", "embed", "load_backbone", "
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("dino-pretrain")
+        except metadata.PackageNotFoundError:  # a copy on the path that was never installed
+            return "unknown"
     if name not in HOMES:
         raise AttributeError(f"module 'dino' has no attribute '{name}'")
     import importlib

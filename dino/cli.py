@@ -21,7 +21,8 @@ COMMANDS = {  # name to what it does; each is a file of dino/commands with a mai
     "visualize": "draw attention, patch features, neighbours and a map",
     "embed": "write features of images to a table",
     "export": "write a backbone for timm, Hugging Face or ONNX",
-    "report": "write a run's page anew",
+    "report": "write a run's page anew, or lay runs side by side",
+    "runs": "list runs with their state and best figures",
 }
 HELP = "usage: dino COMMAND …; dino COMMAND --help says more\n\n" + "\n".join(
     f"  {name:<11}{what}" for name, what in COMMANDS.items()

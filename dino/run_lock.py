@@ -41,6 +41,19 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the folder; to be asked by another process, where the system has locks."""
+    file = folder / ".running"
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _locked(file: Path) -> int:
     """A descriptor of the file, locked."""
     while True:

@@ -23,6 +23,7 @@ from dino.evaluation.neighbours import nearest
 from dino.files import write_bytes
 from dino.models import Backbone, load_backbone
 from dino.report import charts, page, pictures
+from dino.report.looks import size_to_look_at
 from dino.report.page import Picture
 
 NEIGHBOURS, MAPPED = 8, 2000
@@ -33,7 +34,11 @@ def main() -> None:
     options = common.parser(
         __doc__, weights={}, data={}, kind={}, out={"required": True, "help": "folder for the pictures"}
     )
-    options.add_argument("--size", type=int, help="side in pixels for attention and PCA; default: the weights' own")
+    options.add_argument(
+        "--size",
+        type=int,
+        help="side in pixels for attention and PCA; default: such that there are at least 14 patches",
+    )
     options.add_argument("--rows", type=int, default=6, help="images in the pictures")
     arguments = options.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +47,9 @@ def main() -> None:
     samples = readable(images, arguments.rows)
     sections = []
     if backbone.has_patches:
-        sections += of_patches(backbone, samples, arguments.size or backbone.preprocess.image_size)
+        sections += of_patches(
+            backbone, samples, arguments.size or size_to_look_at(backbone.preprocess.image_size, backbone.patch_size)
+        )
     indices = np.linspace(0, len(images.names) - 1, min(MAPPED, len(images.names))).astype(int)
     features = extract(backbone, images, indices, backbone.preprocess, title="embedding")
     if len(features.rows) > NEIGHBOURS:

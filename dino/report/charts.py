@@ -1,50 +1,13 @@
-"""Charts of a run, a curation or an evaluation: curves, bars, maps. Each function gives a PNG."""
+"""Charts of a curation or an evaluation: bars, maps. Each function gives a PNG."""
 
 import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK, ACCENT, HEALTHY = "#1f3a5f", "#c8553d", "#2e8b57"
-
-
-def curves(
-    metrics: Sequence[dict], names: dict[str, str], ranges: dict[str, tuple[float, float]] | None = None
-) -> bytes:
-    """Metrics over steps, a panel each.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-        names: metric to the title of its panel; those that no line has are left out.
-        ranges: metric to where it lies in healthy runs; shaded as far as the curve's panel reaches.
-    """
-    panels = {name: title for name, title in names.items() if any(name in line for line in metrics)}
-    columns = 4 if len(panels) == 4 else 3
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(11, 2.4 * rows), layout="constrained")
-    for position, (name, title) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(rows, columns, position)
-        lines = [line for line in metrics if line.get(name) is not None]
-        steps, values = [line["step"] for line in lines], [line[name] for line in lines]
-        axes.plot(steps, values, color=INK, linewidth=1.4, marker="" if len(lines) > 1 else ".")
-        if ranges is not None and name in ranges:
-            _shade(axes, *ranges[name])
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    return png(figure)
-
-
-def _shade(axes: Axes, low: float, high: float) -> None:
-    """Shade a range, of which at least the near edge is shown, and all of the curve."""
-    bottom, top = axes.get_ylim()
-    bottom = min(bottom, low)
-    top = max(top, min(high, max(top, low) + 0.3 * (max(top, low) - bottom)))
-    axes.axhspan(low, high, color=HEALTHY, alpha=0.12, linewidth=0)
-    axes.set_ylim(bottom, top)
+INK, ACCENT = "#1f3a5f", "#c8553d"
 
 
 def scatter(points: np.ndarray, labels: Sequence[str] | None) -> bytes:

@@ -5,34 +5,28 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dino.config.schema import Config
-from dino.data import Pool, open_images, read_or_reason
-from dino.evaluation.features import extract
-from dino.evaluation.neighbours import nearest
+from dino.data import Pool, open_images
 from dino.methods import METHODS
-from dino.methods.network import as_used
-from dino.models import Backbone, Preprocess, load_backbone
+from dino.models import Backbone, load_backbone
+from dino.models.weights.load import BACKBONE_FILE
 from dino.monitor.indicators import INDICATORS
 from dino.monitor.verdict import healthy_ranges, judge, measured_lines
-from dino.report import charts, page, pictures
-from dino.report.page import Picture, Status, Table
+from dino.report import page
+from dino.report.facts import run_facts, use_it
+from dino.report.looks import Looks, largest_class
+from dino.report.page import Curves, Picture, Section, Status, Table
+from dino.report.plots import panels
 from dino.run import RunDirectory
-from dino.views import DeviceViews, canvas_of, view_spec
-from dino.views.draws import sample_key
 
 SPEED = {
     "time/images_per_second": "images per second",
     "time/data_wait": "fraction of time waiting for data",
 }
 RATES = {"optim/lr": "learning rate", "optim/weight_decay": "weight decay"}
-ROWS, NEIGHBOURS = 6, 8  # images shown, and neighbours of each
-POOL = 384  # images, spread over all, among which neighbours are looked for
 RARELY = 50  # a page that took t to write is renewed after 50 · t at the earliest: at most 2 % of the time
 SOONEST = 20  # seconds
 logger = logging.getLogger(__name__)
@@ -49,6 +43,7 @@ class Reporter:
     def __init__(self, directory: RunDirectory, config: Config, images: Pool, is_main_process: bool = True):
         self.directory, self.config, self.images = directory, config, images
         self.due = 0.0 if is_main_process else math.inf
+        self.looks = Looks(config, images)
 
     def is_due(self) -> bool:
         """Whether the page may be renewed now."""
@@ -66,12 +61,14 @@ class Reporter:
         config, metrics = self.config, self.directory.read_metrics()
         # When a page is written depends on the clock: it must draw nothing from the run's random state.
         with torch.random.fork_rng(devices=[]):
-            looks = feature_pictures(config, self.images, backbone)
-        sections: list[Picture | Table] = []
+            looks = self.looks.sections(backbone)
+        sections: list[Section] = []
         if self.directory.results.exists():
             results = json.loads(self.directory.results.read_text())
             sections.append(Table("Readout", results["caption"], results["columns"], results["rows"]))
-        sections += [*_curves(config, metrics, backbone.embed_dim), *looks.values()]
+        sections += [*_curves(config, self.images, metrics, backbone.embed_dim), *looks.values()]
+        if (self.directory.path / BACKBONE_FILE).is_file():
+            sections.append(use_it(self.directory.path))
         pause = max(SOONEST, RARELY * (time.monotonic() - began))
         self.due = time.monotonic() + pause
         verdict = judge(metrics, config, backbone.embed_dim)
@@ -89,7 +86,7 @@ class Reporter:
             page.write(self.directory.report, title, facts, sections, settings, status)
         except OSError as error:  # a full disk: the run itself goes on, and says so where its own files do not fit
             logger.warning("%s could not be written: %s", self.directory.report, error.strerror or error)
-        return {name: picture.png for name, picture in looks.items()}
+        return {name: section.png for name, section in looks.items() if isinstance(section, Picture)}
 
 
 def write_report(directory: RunDirectory) -> None:
@@ -99,60 +96,29 @@ def write_report(directory: RunDirectory) -> None:
     Reporter(directory, config, images).write(load_backbone(directory.path), "ended", alive=False)
 
 
-def run_facts(config: Config, images: Pool, metrics: list[dict]) -> dict[str, str]:
-    """What ran and how far it is, name to text."""
-    model, views, train = config.model, config.views, config.train
-    last = metrics[-1] if metrics else {"step": 0, "epoch": 0.0}
-    sizes = [f"{model.arch}, patch {model.patch_size}"]
-    sizes += [f"{name} {value}" for name, value in (("width", model.embed_dim), ("depth", model.depth)) if value]
-    local = f" + {views.local_crops} local {views.local_size}²" if views.local_crops else ""
-    progress = f"{last['step']:,} of {train.steps:,} at batch {train.batch_size}, {last['epoch']:.1f} epochs"
-    speeds = sorted(line["time/images_per_second"] for line in metrics if line["step"])
-    speed_text = "none logged yet"
-    if speeds:
-        speed = speeds[len(speeds) // 2]
-        speed_text = f"{speed:.0f} images/s (median)"
-        minutes = (train.steps - last["step"]) * train.batch_size / speed / 60
-        progress += f"; about {minutes:,.0f} min left" if minutes else ""
-    facts = {
-        "images": f"{len(images.names):,} from {config.data.root or config.data.kind}",
-        "backbone": ", ".join(sizes),
-        "views": f"2 global {views.global_size}²{local}, {views.preset}",
-        **METHODS[config.objective.name].facts(config),
-        "steps": progress,
-        "speed": speed_text,
-    }
-    return facts | _loss_facts(config, last)
-
-
-def _loss_facts(config: Config, last: dict) -> dict[str, str]:
-    """The main loss, beside that of a student that predicts nothing."""
-    name, curve = next(iter(METHODS[config.objective.name].watched(config).items()))
-    if name not in last:
-        return {"loss": "none logged yet"}
-    blank = f" ({curve.blank:.2f} where nothing is predicted)" if curve.blank is not None else ""
-    return {"loss": f"{last[name]:.4f}{blank}"}
-
-
-def _curves(config: Config, metrics: list[dict], width: int) -> Iterator[Picture | Table]:
+def _curves(config: Config, images: Pool, metrics: list[dict], width: int) -> Iterator[Section]:
     if not metrics:
         return
     method = METHODS[config.objective.name]
     losses = {name: curve.title for name, curve in method.watched(config).items()}
-    yield Picture(
+    yield Curves(
         "Progress",
         "Means between two log points. A loss need not fall evenly: what it compares with changes as the run goes on.",
-        charts.curves(metrics, losses | SPEED),
+        panels(metrics, losses | SPEED),
     )
     if lines := measured_lines(metrics):
         ranges = healthy_ranges(config, width)
         titles = {indicator.name: indicator.title for indicator in INDICATORS}
         titles["health/gradient_norm"] = "gradient norm before clipping"
+        shown = panels(metrics, titles, ranges)
+        if images.labels is not None:
+            chance = {"always the largest class": largest_class(images.labels.codes)}
+            shown = [of._replace(levels=chance) if of.title == titles["health/knn"] else of for of in shown]
         caption = "The network while it learns. Shaded: where runs lie that learn; outside of it, look closer."
-        yield Picture("Health", caption, charts.curves(metrics, titles, ranges))
+        yield Curves("Health", caption, shown)
         yield Table("", "", ["indicator", "now", "healthy", "what it says"], _health_rows(lines[-1], ranges))
     rates = RATES | {name: name.replace("/", " ") for name in method.make_schedules(config)}
-    yield Picture("Schedules", "As set for this run.", charts.curves(metrics, rates))
+    yield Curves("Schedules", "As set for this run.", panels(metrics, rates))
 
 
 def _health_rows(line: dict, ranges: dict[str, tuple[float, float]]) -> list[list[str]]:
@@ -163,85 +129,3 @@ def _health_rows(line: dict, ranges: dict[str, tuple[float, float]]) -> list[lis
             value = f"{line[indicator.name]:.3g}"
             rows.append([indicator.title, value, f"{low:.2g} – {high:.3g}", indicator.meaning])
     return rows
-
-
-def feature_pictures(config: Config, images: Pool, backbone: Backbone) -> dict[str, Picture]:
-    """Crops, attention, patch features and neighbours of a few images spread over the pool, by name."""
-    samples = _readable(images)
-    if not samples:
-        return {}
-    preprocess = Preprocess(config.views.global_size, config.views.mean or (), config.views.std or ())
-    sections = {
-        "crops": Picture(
-            "Crops as the network sees them",
-            "One image a row: two global crops, which teacher and student see, then the student's local crops.",
-            pictures.crop_sheet(_crops(config, samples)),
-        )
-    }
-    with as_used(backbone):
-        if backbone.has_patches:
-            sections |= _patch_pictures(backbone, preprocess, samples)
-        sections["neighbours"] = Picture(
-            "Nearest neighbours",
-            f"Left, an image; right, the {NEIGHBOURS} most similar of {min(POOL, len(images.names))} others, by the "
-            "cosine of class tokens.",
-            _neighbours_sheet(images, samples, backbone, preprocess),
-        )
-    return sections
-
-
-def _crops(config: Config, samples: dict[int, Tensor]) -> list[list[Tensor]]:
-    """The first epoch's views of each image, by the code that training uses."""
-    views = DeviceViews(view_spec(config.views))
-    rows = []
-    for index, image in samples.items():
-        keys = np.array([sample_key(config.train.seed, 0, index)], dtype=np.uint64)
-        crops = views.photometric(views.crop(canvas_of(image), keys), keys)
-        rows.append([view for of_size in crops for view in of_size])
-    return rows
-
-
-def _patch_pictures(backbone: Backbone, preprocess: Preprocess, samples: dict[int, Tensor]) -> dict[str, Picture]:
-    # Grids of a few patches show little: images twice as large have four times as many.
-    factor = 2 if preprocess.image_size < 160 else 1
-    larger = replace(preprocess, image_size=factor * preprocess.image_size)
-    device = next(backbone.parameters()).device
-    inputs = torch.stack([larger(image) for image in samples.values()]).to(device)
-    pixels = torch.stack([larger.crop(image) for image in samples.values()])
-    return {
-        "attention": Picture(
-            "Where the class token looks",
-            f"Attention of the last block, at {larger.image_size}² pixels: the image, the mean over heads, then single "
-            "heads.",
-            pictures.attention_sheet(backbone, inputs, pixels),
-        ),
-        "pca": Picture(
-            "What patches have in common",
-            "Each image beside its patch features: their first three principal components, taken over all of these "
-            "images, as red, green and blue.",
-            pictures.pca_sheet(backbone, inputs, pixels),
-        ),
-    }
-
-
-def _neighbours_sheet(images: Pool, samples: dict[int, Tensor], backbone: Backbone, preprocess: Preprocess) -> bytes:
-    spread = range(0, len(images.names), -(-len(images.names) // POOL))
-    indices = np.unique([*spread, *samples])
-    features = extract(backbone, images, indices, preprocess, batch_size=64, title=None)
-    readable, tokens = indices[features.rows], features.class_tokens
-    neighbours, _ = nearest(tokens, tokens, min(NEIGHBOURS, len(tokens) - 1), itself=0, title=None)
-    queries, rows = [], []
-    for row in np.searchsorted(readable, list(samples)):
-        queries.append(images.read(int(readable[row])))
-        rows.append([images.read(int(readable[other])) for other in neighbours[row]])
-    return pictures.neighbours_sheet(queries, rows)
-
-
-def _readable(images: Pool) -> dict[int, Tensor]:
-    """Up to six readable images by index, evenly spread over the pool."""
-    samples = []
-    for index in range(0, len(images.names), max(1, len(images.names) // (4 * ROWS))):
-        image, _ = read_or_reason(images, index)
-        if image is not None:
-            samples.append((index, image))
-    return dict(samples[:: max(1, len(samples) // ROWS)][:ROWS])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dino.data import read_or_reason
 from dino.errors import UserError
+from dino.report.facts import duration
 from dino.training.faults import raise_if_broken
 from dino.training.loader import Batches
 from dino.training.memory import Memory
@@ -89,11 +90,3 @@ def check_images(batches: Batches) -> None:
             f"{len(unreadable)} of {len(sample):,} images cannot be read, more than data.max_unreadable={limit:g} "
             "allows: mend or remove them, or raise it"
         )
-
-
-def duration(seconds: float) -> str:
-    """In the unit that people would use."""
-    for length, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -274,25 +274,6 @@ class TestPictures:
 
 
 class TestCharts:
-    @pytest.mark.parametrize("values", [[0.1, 0.2], [0.5, 0.6], [5.0, 7.0], [0.5]])
-    def test_healthy_ranges_are_shaded_where_they_are_known(self, values):
-        """Wherever the curve lies: below, inside and above the range."""
-        metrics = [{"step": step, "health/rank_me": value} for step, value in enumerate(values)]
-
-        def green(ranges: dict[str, tuple[float, float]]) -> float:
-            pixels = opened(charts.curves(metrics, {"health/rank_me": "rank"}, ranges)).astype(int)
-            return float(((pixels[..., 1] - pixels[..., 0] > 8) & (pixels[..., 1] - pixels[..., 2] > 4)).mean())
-
-        assert green({"other": (0.4, 1.0)}) == 0
-        assert green({"health/rank_me": (0.4, 1.0)}) > 0.001
-
-    @pytest.mark.parametrize("lines", [1, 50])
-    def test_curves_of_metrics_that_some_lines_lack(self, lines):
-        metrics = [{"step": step, "loss/dino": 1.0 / (step + 1), "never": None} for step in range(lines)]
-        metrics[0]["optim/lr"] = 0.1
-        names = {"loss/dino": "loss", "optim/lr": "learning rate", "absent": "absent"}
-        assert opened(charts.curves(metrics, names)).std() > 0
-
     @pytest.mark.parametrize("levels", [{"chance": 10.0}, {}])
     def test_bars(self, levels):
         rows = [("raw pixels", 52.5, 1.2), ("pre-trained", 84.0, 0.0)]

@@ -6,16 +6,19 @@ import io
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from dino.config.auto import PoolFacts, resolve
 from dino.data import Pool, UnreadableImage, open_images
 from dino.models.registry import build_backbone
+from dino.report import looks
 from dino.report import run as reporting
 from dino.report.run import Reporter, write_report
 from dino.run import RunDirectory
@@ -89,8 +92,7 @@ def make(tmp_path):
 @pytest.fixture
 def text_only(monkeypatch):
     """Pages without pictures, which take most of the time."""
-    monkeypatch.setattr(reporting, "feature_pictures", lambda *_: {})
-    monkeypatch.setattr(reporting.charts, "curves", lambda *_: b"")
+    monkeypatch.setattr(reporting.Looks, "sections", lambda *_: {})
 
 
 def line(step: int, **changes: object) -> dict:
@@ -134,7 +136,7 @@ class TestPage:
         """1 image a step and 2 images a second: 6,000 steps are left, 50 minutes."""
         lines = (line(1000, **{"time/images_per_second": 0.5}), line(3000), line(4000, **{"health/rank_me": 17.0}))
         page = make().page_after(*lines)
-        figures = ("12 from folder", "4,000 of 10,000 at batch 1", "about 50 min left", "2 images/s (median)")
+        figures = ("12 from folder", "4,000 of 10,000 at batch 1", "about 50.0 minutes left", "2 images/s (median)")
         figures += ("3.1000", "4.16 where nothing is predicted")  # ln 64
         assert [figure for figure in figures if figure not in page] == []
         row = page.split("effective rank (RankMe)</td>")[1].split("</tr>")[0]
@@ -142,16 +144,34 @@ class TestPage:
         assert ">4 – 32<" in row
 
     def test_a_run_with_health_shows_its_curves_and_one_without_has_no_such_section(self, make, monkeypatch):
-        monkeypatch.setattr(reporting, "feature_pictures", lambda *_: {})
+        monkeypatch.setattr(reporting.Looks, "sections", lambda *_: {})
         made = make(None, "monitor.health_every=0")
         plain = [{name: line(step)[name] for name in line(0) if "health/" not in name} for step in (2000, 3000)]
         page = made.page_after(*plain)
         assert "<h2>Progress</h2>" in page
         assert "<h2>Health</h2>" not in page
-        assert page.count("data:image/png;base64,") == 2  # progress, schedules
+        plain = page.count("<svg")
         page = made.page_after(line(4000))
         assert "<h2>Health</h2>" in page
-        assert page.count("data:image/png;base64,") == 3
+        assert page.count("<svg") == plain + 5  # the indicators of a line
+
+    def test_how_often_neighbours_name_the_class_stands_beside_chance_and_an_untrained_network(self, make):
+        """Dark and bright images, twice as many dark ones: even random weights tell them apart."""
+        images = Blocks(12)
+        images.pixels = [pixels // 4 + 190 * (index >= 8) for index, pixels in enumerate(images.pixels)]
+        images.labels = SimpleNamespace(codes=np.array([0] * 8 + [1] * 4), classes=["dark", "bright"])
+        made = make(images)
+        assert made.write().keys() == LOOKS  # a table is no picture
+        table = made.page.split("Do neighbours name the class?")[1].split("</table>")[0]
+        assert [word in table for word in ("this backbone", "random weights", "66.7%")] == [True] * 3
+
+    def test_the_page_says_how_the_backbone_is_loaded_once_there_is_one(self, make, text_only):
+        made = make()
+        made.write()
+        assert "Use it" not in made.page
+        write_backbone(made.directory.path, made.config, made.backbone, 10, "abc")
+        made.write()
+        assert f"dino.load_backbone(&#x27;{made.directory.path}&#x27;)" in made.page
 
     def test_settings_and_readouts_are_shown_as_text(self, make, text_only):
         made = make(None, "run.dir=<b>bold</b>")
@@ -257,7 +277,7 @@ class TestLeftAlone:
     def test_also_where_it_fails(self, make, monkeypatch):
         made = make()
         made.backbone.train()
-        monkeypatch.setattr(reporting, "_neighbours_sheet", lambda *_: 1 / 0)
+        monkeypatch.setattr(looks, "_neighbours_sheet", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             made.write()
         assert made.backbone.training
@@ -301,7 +321,7 @@ def test_it_takes_at_most_a_fiftieth_of_the_time_and_comes_not_within_twenty_sec
         return {}
 
     monkeypatch.setattr(reporting, "time", clock)
-    monkeypatch.setattr(reporting, "feature_pictures", slow)
+    monkeypatch.setattr(reporting.Looks, "sections", slow)
     assert made.reporter.is_due(), "the first page comes at once"
     began = clock.now
     while len(written) < 6:
@@ -316,3 +336,25 @@ def test_it_takes_at_most_a_fiftieth_of_the_time_and_comes_not_within_twenty_sec
     assert gaps.max() <= max(20, 51 * takes) + 1, "renewed later than need be"
     refresh = int(made.page.split('http-equiv="refresh" content="')[1].split('"')[0])
     assert gaps.max() - takes - 1 <= refresh <= gaps.max() + 1
+
+
+def test_neighbours_vote_as_a_classifier_of_scikit_learn_does():
+    """Of overlapping clusters, each left out in turn; weights e^(cosine / 0.07)."""
+    generator = np.random.default_rng(0)
+    codes = np.arange(60) % 3
+    tokens = generator.normal(size=(3, 5))[codes] + generator.normal(size=(60, 5))
+    unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+    right = 0
+    for index in range(60):
+        others = np.arange(60) != index
+        model = KNeighborsClassifier(20, weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07))
+        right += model.fit(unit[others], codes[others]).predict(unit[[index]])[0] == codes[index]
+    assert 0.4 < right / 60 < 0.95
+    assert looks.name_the_class(tokens, codes) == pytest.approx(right / 60)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "shown"), [(16, 4, 56), (224, 16, 224), (224, 14, 224), (96, 16, 224), (518, 14, 518)]
+)
+def test_patches_are_shown_at_a_size_that_has_at_least_fourteen_a_side(image_size, patch_size, shown):
+    assert looks.size_to_look_at(image_size, patch_size) == shown
