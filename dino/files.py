@@ -1,9 +1,17 @@
 """Files that are whole or not there, and where this project keeps what it fetched or computed once."""
 
+import errno
+import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from dino.errors import UserError
+
+LARGEST_TEXT = 2**30  # bytes; no text of a run is as large
 
 
 @contextmanager
@@ -35,6 +43,38 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text as a whole; file names that are not UTF-8 keep their bytes. See `replacing`."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def read_text(path: Path, fix: str = "restore it") -> str:
+    """UTF-8 text of an ordinary file; file names that are not UTF-8 come back as they were written.
+
+    Args:
+        fix: what to do where it cannot be read, for the message.
+
+    Raises:
+        UserError: it cannot be read, is no ordinary file or no text.
+    """
+    try:
+        require_regular(path)
+        if path.stat().st_size > LARGEST_TEXT:
+            raise OSError(errno.EFBIG, f"it has more than {LARGEST_TEXT:,} bytes")
+        return path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {fix}") from error
+
+
+def read_json(path: Path, fix: str = "restore it") -> Any:
+    """The JSON value in a file; see `read_text`, and raises the same for what is no JSON."""
+    try:
+        return json.loads(read_text(path, fix))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {fix}") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError for what is not there or no ordinary file: a pipe or a device could be read for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dino.config.read import read
 from dino.config.schema import Config
 from dino.files import write_text
+from dino.seal import verified
 
 OLD_METRICS = {"health/kl_to_centre": "health/kl_to_center", "health/centre_norm": "health/center_norm"}
 
@@ -48,10 +49,11 @@ class RunDirectory:
         return lines
 
     def newest_tensors(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of one file of the newest checkpoint; None where there is none."""
+        """The tensors of one file of the newest checkpoint; None where there is none; raises `Damaged`."""
         checkpoints = whole_checkpoints(self.checkpoints)
         if not checkpoints or not (checkpoints[-1] / f"{name}.safetensors").is_file():
             return None
+        verified(checkpoints[-1])
         return load_file(checkpoints[-1] / f"{name}.safetensors")
 
     def read_skipped(self) -> dict[str, str]:

@@ -19,8 +19,9 @@ ROOMS = (  # from the top; those of a line are of one level and know nothing of 
     ("views",),
     ("data",),
     ("run", "run_lock"),  # the files of a run directory; a distillation reads the heads of one
-    ("config",),
-    ("distributed", "precision", "files", "errors"),
+    ("config", "seal"),
+    ("distributed", "precision", "files"),
+    ("errors",),
 )
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 ENTRANCES = {"__init__", "objectives"}  # they only hand on what others have

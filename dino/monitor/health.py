@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from dino.config.schema import Config
 from dino.data.pool import Labels
@@ -20,19 +21,31 @@ class Health:
     Args:
         method: `seen` is read from it.
         labels: class name of each image of the pool, or None; with labels, neighbours are asked for the class.
-        start: step from which this process goes on.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, method: Method, labels: Labels | None, start: int):
-        self.accelerator, self.config, self.method, self.measured = accelerator, config, method, start
+    def __init__(self, accelerator: Accelerator, config: Config, method: Method, labels: Labels | None):
+        self.accelerator, self.config, self.method = accelerator, config, method
+        self.measured = 0  # step of the newest measurement
+        self.views = 0  # of all processes since then
         device = accelerator.device
         self.labels, self.classes = None, 0
         if labels is not None:
             self.labels, self.classes = torch.from_numpy(labels.codes).long().to(device), len(labels.classes)
         self.used = torch.zeros(method.outputs(config) or 0, dtype=torch.bool, device=device)
-        self.views = 0
         self.tokens = torch.empty(0, device=device)
         self.indices = torch.empty(0, dtype=torch.long, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of this process, so that a run that goes on measures what an uninterrupted one does.
+
+        `measured` and `views`, which are the same in all processes, are kept apart.
+        """
+        return {"tokens": self.tokens, "indices": self.indices, "used": self.used}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        device = self.tokens.device
+        self.tokens, self.indices, self.used = (state[name].to(device) for name in ("tokens", "indices", "used"))
 
     def is_due(self, steps: int) -> bool:
         """Whether to measure after this many steps."""

@@ -5,16 +5,17 @@ checkpoints/step-00000500/student.safetensors      parameters and buffers; a fil
                           targets.safetensors      the center
                           optimizer.safetensors    moments, by parameter name
                           random-0.safetensors     random state, one file a process
-                          state.json               step, scaler, data fingerprint
+                          health-0.safetensors     what the monitor has seen, one file a process
+                          state.json               step, scaler, data fingerprint; digests of all files
 
 Tensors are whole, whether the run is sharded or not: a checkpoint opens with any number of processes.
 """
 
-import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -26,9 +27,18 @@ from dino.errors import UserError
 from dino.files import sync_folder
 from dino.models.weights import load_strictly
 from dino.run import whole_checkpoints
+from dino.seal import FILES, STATE, Damaged, digest, file_digest, sealed, verified
 from dino.training.sharding import gathered, scattered
 
 SAMPLING_WEIGHTS = "draws"  # the file of rebalancing's state, by the name it has always had
+
+
+class Stateful(Protocol):
+    """Something of which each process has its own."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 class Checkpoints:
@@ -39,6 +49,7 @@ class Checkpoints:
         modules: what is saved by its state dict, by the name of its file; one of them is the student.
         optimizer: its state is saved under the names of the student's parameters.
         keep: how many of the newest are kept.
+        own: what each process has of its own besides its random state, by the name of its files.
     """
 
     def __init__(
@@ -48,9 +59,11 @@ class Checkpoints:
         modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         keep: int,
+        own: Mapping[str, Stateful] | None = None,
     ):
         self.folder, self.accelerator, self.modules, self.keep = folder, accelerator, modules, keep
         self.optimizer = optimizer
+        self.own: dict[str, Stateful] = {"random": RandomState(accelerator.device), **(own or {})}
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in modules["student"].named_parameters()}
 
     def save(self, step: int, facts: dict[str, Any]) -> Path:
@@ -75,9 +88,16 @@ class Checkpoints:
         # Every process must take part in gathering, even where the folder could not be made.
         contents = {name: self._gathered(module.state_dict()) for name, module in self.modules.items()}
         contents["optimizer"] = self._gathered(self._optimizer_state())
+        digests: dict[str, str] = {}
         try:
             if not failure:
-                self._write_own_part(partial, contents, {"step": step, **facts})
+                digests = self._write_tensors(partial, contents)
+        except OSError as error:
+            failure = error.strerror or str(error)
+        self.accelerator.wait_for_everyone()
+        try:
+            if not failure and self.accelerator.is_main_process:
+                self._seal(partial, digests, {"step": step, **facts})
         except OSError as error:
             failure = error.strerror or str(error)
         self._agree_on_success(partial, step, failure)
@@ -92,15 +112,26 @@ class Checkpoints:
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return gathered(tensors, self.accelerator.is_main_process)
 
-    def _write_own_part(self, partial: Path, contents: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """This process's files: its random state, and on the first process everything that all have in common."""
-        _write(partial / f"random-{self.accelerator.process_index}.safetensors", _tensor_bytes(self._random_state()))
-        if not self.accelerator.is_main_process:
-            return
-        for name, tensors in contents.items():
-            _write(partial / f"{name}.safetensors", _tensor_bytes(tensors))
+    def _write_tensors(self, partial: Path, contents: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+        """What this process has of its own, and on the first process what all have in common; digests by file."""
+        process = self.accelerator.process_index
+        files = {f"{name}-{process}": own.state() for name, own in self.own.items()}
+        if self.accelerator.is_main_process:
+            files |= contents
+        digests = {}
+        for name, tensors in files.items():
+            content = _tensor_bytes(tensors)
+            digests[f"{name}.safetensors"] = digest(content)
+            _write(partial / f"{name}.safetensors", content)
+        return digests
+
+    def _seal(self, partial: Path, digests: dict[str, str], state: dict[str, Any]) -> None:
+        """state.json, the last file, with digests of this process's files and of the others' small ones."""
+        for process in range(1, self.accelerator.num_processes):
+            for name in self.own:
+                digests[f"{name}-{process}.safetensors"] = file_digest(partial / f"{name}-{process}.safetensors")
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        _write(partial / "state.json", json.dumps({"scaler": scaler, **state}, indent=1, sort_keys=True).encode())
+        _write(partial / STATE, sealed({"scaler": scaler, **state}, digests))
 
     def _agree_on_success(self, partial: Path, step: int, failure: str) -> None:
         """Raise a `UserError` in every process if one of them could not write."""
@@ -126,27 +157,38 @@ class Checkpoints:
         """Put the state of a checkpoint back; returns the facts given to `save`, with `step`.
 
         Raises:
-            UserError: damaged, or of a run with other networks.
+            Damaged: not as it was written.
+            UserError: of a run with other networks.
         """
-        weights_file = path / f"{SAMPLING_WEIGHTS}.safetensors"
-        if SAMPLING_WEIGHTS in self.modules and path.is_dir() and not weights_file.exists():
+        state = verified(path)
+        if SAMPLING_WEIGHTS in self.modules and not (path / f"{SAMPLING_WEIGHTS}.safetensors").exists():
             raise UserError(f"{path} is of a run that does not rebalance: set data.rebalance_every=0, as it did")
         try:
-            state = json.loads((path / "state.json").read_text())
             for name, module in self.modules.items():
-                tensors = scattered(load_file(path / f"{name}.safetensors"), module.state_dict())
+                tensors = scattered(_read(path, name, state), module.state_dict())
                 load_strictly(module, tensors, f"{path}/{name}.safetensors")
-            self._load_optimizer(load_file(path / "optimizer.safetensors"))
+            self._load_optimizer(path, _read(path, "optimizer", state), state)
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            random = path / f"random-{self.accelerator.process_index}.safetensors"
-            if random.exists():  # absent for processes that the saved run did not have
-                self._set_random_state(load_file(random))
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the checkpoint {path} is damaged ({error}): remove it to go on from the one before"
-            ) from error
+            self._load_own(path, state)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise Damaged(path, str(error)) from error
         return state
+
+    def _load_own(self, path: Path, state: dict[str, Any]) -> None:
+        """This process's own state, and for a process that the saved run did not have that of the first.
+
+        But no two shall draw the same random numbers: such a process keeps those that it was seeded with.
+        """
+        process = self.accelerator.process_index
+        for name, own in self.own.items():
+            file = f"{name}-{process}"
+            if not _is_part(path, file, state) and name != "random":
+                file = f"{name}-0"
+            if _is_part(path, file, state):
+                own.load_state(_read(path, file, state))
+            elif file == "random-0":
+                raise Damaged(path, f"{file}.safetensors is missing")
 
     def newest(self) -> Path | None:
         """The last whole checkpoint."""
@@ -160,28 +202,57 @@ class Checkpoints:
                 state[f"{self.names[parameter]}/{key}"] = value
         return state
 
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+    def _load_optimizer(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         by_name: dict[str, dict[str, Tensor]] = {}
         parameters = {name: parameter for parameter, name in self.names.items()}
+        for name, tensor in tensors.items():
+            parameter = parameters.get(name.rsplit("/", 1)[0])
+            if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
+                raise Damaged(path, f"optimizer.safetensors is of another network: it has {name} {list(tensor.shape)}")
+        if not tensors and state["step"] and FILES not in state:
+            raise Damaged(path, "optimizer.safetensors is empty")
         like = {name: parameters[name.rsplit("/", 1)[0]] for name, tensor in tensors.items() if tensor.ndim}
         for name, tensor in scattered(tensors, like).items():
-            parameter, key = name.rsplit("/", 1)
-            by_name.setdefault(parameter, {})[key] = tensor
+            of_parameter, key = name.rsplit("/", 1)
+            by_name.setdefault(of_parameter, {})[key] = tensor
         ordered = [self.names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
-        state = self.optimizer.state_dict()
-        state["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
-        self.optimizer.load_state_dict(state)
+        optimizer_state = self.optimizer.state_dict()
+        optimizer_state["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+        self.optimizer.load_state_dict(optimizer_state)
 
-    def _random_state(self) -> dict[str, Tensor]:
+
+class RandomState:
+    """torch's random state of this process."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
-        if self.accelerator.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def _set_random_state(self, state: dict[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state and self.accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.accelerator.device)
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        try:
+            torch.set_rng_state(state["cpu"])
+            if "cuda" in state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda"], self.device)
+        except RuntimeError as error:
+            raise ValueError(f"no random state: {error}") from error
+
+
+def _is_part(path: Path, name: str, state: dict[str, Any]) -> bool:
+    """Whether a file belongs to the checkpoint; others may lie there, and are not read."""
+    file = f"{name}.safetensors"
+    return file in state[FILES] if FILES in state else (path / file).exists()
+
+
+def _read(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one of the checkpoint's files; raises `Damaged` where it has none of that name."""
+    if not _is_part(path, name, state):
+        raise Damaged(path, f"{name}.safetensors is missing")
+    return load_file(path / f"{name}.safetensors")
 
 
 def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:

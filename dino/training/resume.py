@@ -1,6 +1,7 @@
 """Going on where a run stopped, and the refusal to mix two runs in one place."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from dino.config.schema import Config
 from dino.errors import UserError
 from dino.files import write_text
 from dino.run import RunDirectory, whole_checkpoints
+from dino.seal import STATE, Damaged, verified
 
+NEWEST_WHOLE = "newest_whole"  # of train.resume
 MAY_DIFFER = (  # on resume
     "train.steps",
     "train.epochs",
@@ -26,6 +29,7 @@ MAY_DIFFER = (  # on resume
     "run.dir",
 )
 MAY_DIFFER_GROUPS = ("tracking.", "monitor.")
+logger = logging.getLogger(__name__)
 
 
 def earlier_config(directory: RunDirectory, resume: str) -> Config | None:
@@ -79,17 +83,40 @@ def _must_agree(key: str) -> bool:
 
 
 def starting_point(directory: RunDirectory, resume: str) -> Path | None:
-    """The checkpoint to go on from: the newest of the run, the one named by `resume`, or None."""
+    """The checkpoint to go on from: the newest of the run, the one named by `resume`, or None.
+
+    Raises:
+        UserError: `resume` names none, or asks for a whole one and all are damaged.
+    """
     checkpoints = whole_checkpoints(directory.checkpoints)
+    if resume == NEWEST_WHOLE:
+        return _newest_whole(checkpoints)
     newest = checkpoints[-1] if checkpoints else None
     if resume in ("auto", "never"):
         return newest
     path = Path(resume)
     if newest is not None and path.resolve().parent != directory.checkpoints.resolve():
         return newest  # an earlier start of this command went on from `path`
-    if not (path / "state.json").exists():
+    if not (path / STATE).exists():
         raise UserError(f"train.resume={resume} is no checkpoint: name a folder like RUN/checkpoints/step-00000500")
     return path
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path | None:
+    """The newest checkpoint that is as it was written; says which are passed over."""
+    for checkpoint in reversed(checkpoints):
+        try:
+            verified(checkpoint)
+        except Damaged as damage:
+            logger.warning("passed over: %s", damage.what)
+        else:
+            return checkpoint
+    if checkpoints:
+        raise UserError(
+            f"train.resume={NEWEST_WHOLE}, but all checkpoints in {checkpoints[0].parent} are damaged: restore one "
+            "from a copy, or start anew in another run.dir"
+        )
+    return None
 
 
 def prepare(directory: RunDirectory, config: Config, step: int) -> None:

@@ -57,8 +57,9 @@ class Trainer:
         modules = self.method.state()
         if config.data.rebalance_every:
             modules[SAMPLING_WEIGHTS] = self.rebalancer
-        keep = config.train.keep_checkpoints
-        self.checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, self.optimizer, keep)
+        self.health = Health(accelerator, config, self.method, images.labels)
+        keep, own = config.train.keep_checkpoints, {"health": self.health}
+        self.checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, self.optimizer, keep, own)
         self.facts = {"images": fingerprint(images), **self.method.checkpoint_facts()}
         self.schedules = optimizer_schedules(config)
         normalise = Normalise(config.views.mean or (), config.views.std or ()).to(accelerator.device)
@@ -77,6 +78,8 @@ class Trainer:
         state = self.checkpoints.load(checkpoint)
         resume.refuse_other_images(state["images"], self.facts["images"], checkpoint)
         self.method.check_state(state, checkpoint)
+        self.health.measured = state.get("measured", state["step"])  # earlier versions wrote neither
+        self.health.views = state.get("views", 0)
         return state["step"]
 
     def rehearse(self, start: int) -> None:
@@ -94,7 +97,6 @@ class Trainer:
         self._prepare_directory(start)
         batches = Batches(config, self.images, accelerator, start, config.train.steps, directory)
         self.rebalancer.steer(batches.stream, start)
-        health = Health(accelerator, config, self.method, self.images.labels, start)
         reporter = Reporter(directory, config, self.images, accelerator.is_main_process)
         backbone = whole_backbone(self.method.result, accelerator)
         width, best = self.method.student.backbone.embed_dim, Best(directory, config.train.keep_best)
@@ -105,10 +107,10 @@ class Trainer:
             closing(metrics.timing(batches)) as micro_batches_by_step,
         ):
             if is_continued and start == 0:
-                metrics.begin(self._first_look(batches, health))
+                metrics.begin(self._first_look(batches))
             for step, micro_batches in enumerate(micro_batches_by_step, start):
                 metrics.add(self.take_step(step, micro_batches))
-                health.observe(batches.indices(step))
+                self.health.observe(batches.indices(step))
                 steps = step + 1
                 logs = steps % config.monitor.log_every == 0 or steps == config.train.steps
                 saves = steps % config.train.checkpoint_every == 0 or steps == config.train.steps
@@ -120,8 +122,8 @@ class Trainer:
                     metrics.note(self.rebalancer.update(self.method.result, steps))
                     self.rebalancer.steer(batches.stream, steps)
                 if logs:
-                    line = metrics.log(steps, self._epoch(steps), self._rates(step), health)
-                    if best.is_beaten_by(line, health.names()):
+                    line = metrics.log(steps, self._epoch(steps), self._rates(step), self.health)
+                    if best.is_beaten_by(line, self.health.names()):
                         self._keep(best, line)
                     if reporter.is_due():
                         metrics.show(steps, reporter.write(backbone, "running", alive=True))
@@ -142,19 +144,20 @@ class Trainer:
                 write_backbone(self.directory.path, self.config, result, start, self.facts["images"])
         self.accelerator.wait_for_everyone()
 
-    def _first_look(self, batches: Batches, health: Health) -> dict[str, float]:
+    def _first_look(self, batches: Batches) -> dict[str, float]:
         """Indicators of weights that are trained already, before the first step; nothing is learned."""
         count = -(-QUEUE // max(1, len(batches.indices(batches.start))))
         first = batches.start
         for step, micro_batches in enumerate(batches.between(first, min(batches.stop, first + count)), first):
             self.take_step.look(step, micro_batches)
-            health.observe(batches.indices(step))
-        return health.measure(0)
+            self.health.observe(batches.indices(step))
+        return self.health.measure(0)
 
     def _save(self, steps: int) -> Backbone:
         """A checkpoint and the result's backbone after so many steps."""
         synchronise_buffers(self.method.result)
-        self.checkpoints.save(steps, self.facts)
+        watched = {"measured": self.health.measured, "views": self.health.views}
+        self.checkpoints.save(steps, self.facts | watched)
         backbone = whole_backbone(self.method.result, self.accelerator)
         if self.accelerator.is_main_process:
             write_backbone(self.directory.path, self.config, backbone, steps, self.facts["images"])

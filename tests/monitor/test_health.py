@@ -30,7 +30,8 @@ class Watch(Health):
         if labels is not None:
             classes, codes = np.unique(labels, return_inverse=True)
             of_pool = SimpleNamespace(classes=classes.tolist(), codes=codes)
-        super().__init__(accelerator, config, self.fake, of_pool, start)
+        super().__init__(accelerator, config, self.fake, of_pool)
+        self.measured = start
 
     def show(self, seen: Seen, indices=range(B)) -> "Watch":
         self.fake.seen = seen
@@ -86,6 +87,22 @@ class TestWhen:
         watch = health()
         watch.observe(range(B))
         assert watch.measure(10) == {}
+
+
+def test_one_that_goes_on_measures_what_one_without_a_break_does(health):
+    """Rank and neighbours are of many steps: without those before the break they would be of a few images."""
+    whole, first = health(), health()
+    for step in range(20):
+        for watch in (whole, first):
+            watch.show(seen(seed=step), range(step * B, step * B + B))
+    second = health()
+    second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
+    second.views = first.views
+    for watch in (whole, second):
+        watch.show(seen(seed=20), range(B))
+    values = whole.measure(21)
+    assert values["health/rank_me"] > 1
+    assert second.measure(21) == values
 
 
 class TestTargets:

@@ -1,5 +1,6 @@
 """A checkpoint gives the whole state back bit by bit, and a failure to write one costs nothing that was there."""
 
+import contextlib
 import copy
 import errno
 import json
@@ -9,13 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from builders import differing
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dino.config.schema import OptimConfig
 from dino.errors import UserError
 from dino.methods.losses import Center
 from dino.run import whole_checkpoints
+from dino.seal import Damaged, verified
 from dino.training import checkpoint
 from dino.training.checkpoint import Checkpoints
 from dino.training.optimizer import build_optimizer, set_rates
@@ -179,6 +181,12 @@ def failing_after(files: int):
 FILES = [*(f"{part}.safetensors" for part in ("student", "teacher", "targets", "optimizer", "random-0")), "state.json"]
 
 
+def one_bit_flipped(content: bytes) -> bytes:
+    """In the middle, where a file's tensors are."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
 class TestDamage:
     @pytest.fixture
     def saved(self, accelerator, tmp_path) -> tuple[Run, Path]:
@@ -186,25 +194,79 @@ class TestDamage:
         run.train(1)
         return run, run.checkpoints.save(1, {})
 
-    @pytest.mark.parametrize("name", FILES)
-    @pytest.mark.parametrize(
-        "content", [None, 0, 20, bytes(range(256)) * 2], ids=["missing", "empty", "short", "garbage"]
-    )
-    def test_is_told_with_the_path_and_the_way_on(self, saved, name, content):
-        """But for a random state: one that is missing is of a process that the saved run did not have."""
+    @pytest.mark.parametrize("kind", ["missing", "empty", "short", "longer", "garbage", "one bit", "of another step"])
+    def test_is_told_with_the_file_and_both_ways_on_before_anything_is_changed(self, saved, kind):
         run, path = saved
-        whole = (path / name).read_bytes()
-        (path / name).unlink()
-        if content is not None:
-            (path / name).write_bytes(whole[:content] if isinstance(content, int) else content)
-        random = torch.get_rng_state()
-        if content is None and name == "random-0.safetensors":
+        run.train(1)
+        other, before = run.checkpoints.save(2, {}), run.state()
+        for name in FILES:
+            content = (path / name).read_bytes()
+            changed = {
+                "missing": None,
+                "empty": b"",
+                "short": content[:-2],
+                "longer": content + b"}",
+                "garbage": bytes(range(256)) * 2,
+                "one bit": one_bit_flipped(content),
+                "of another step": (other / name).read_bytes(),
+            }[kind]
+            (path / name).unlink()
+            if changed is not None:
+                (path / name).write_bytes(changed)
+            with pytest.raises(UserError, match=r"damaged.*Restore it from a copy.*newest_whole") as caught:
+                run.checkpoints.load(path)
+            assert f"{path} is damaged: " in str(caught.value)
+            assert name in str(caught.value)
+            (path / name).write_bytes(content)
+        assert differing(run.state(), before) == set()
+        assert run.checkpoints.load(path)["step"] == 1
+
+    def test_every_byte_of_the_state_counts(self, saved):
+        """The step, names, digests, the keys that say that there are any."""
+        _, path = saved
+        content, facts = (path / "state.json").read_bytes(), verified(path)
+        for index in range(len(content)):
+            changed = bytearray(content)
+            changed[index] ^= 1 << index % 8
+            (path / "state.json").write_bytes(changed)
+            with contextlib.suppress(Damaged):
+                assert verified(path) == facts, "only what JSON does not read may differ"
+
+    def test_whole_files_in_a_wrong_place(self, saved):
+        run, path = saved
+        (path / "random-1.safetensors").write_bytes(b"of another run")  # not the checkpoint's: not read
+        run.checkpoints.load(path)
+        student, teacher = path / "student.safetensors", path / "teacher.safetensors"
+        teacher.write_bytes(student.read_bytes())
+        with pytest.raises(UserError, match=r"teacher\.safetensors has changed"):
             run.checkpoints.load(path)
-            assert torch.equal(torch.get_rng_state(), random)
-            return
-        with pytest.raises(UserError, match="damaged") as caught:
+        later = path.rename(path.with_name("step-00000009"))
+        with pytest.raises(UserError, match=r"state\.json is of step 1"):
+            run.checkpoints.load(later)
+
+    def test_an_earlier_versions_opens_and_what_can_be_told_is(self, saved, caplog):
+        run, path = saved
+        state, facts = run.state(), json.loads((path / "state.json").read_text())
+        (path / "health-0.safetensors").unlink(missing_ok=True)
+        (path / "state.json").write_text(json.dumps({key: facts[key] for key in ("step", "scaler")}))
+        run.train(1)
+        run.checkpoints.load(path)
+        assert caplog.text.count("wrote no digests") == 1
+        assert differing(run.state(), state) == set()
+        optimizer = path / "optimizer.safetensors"
+        tensors = load_file(optimizer)
+        for wrong, said in (
+            ({}, "is empty"),
+            ({name: tensor[:1] if tensor.ndim else tensor for name, tensor in tensors.items()}, "another network"),
+            ({f"other.{name}": tensor for name, tensor in tensors.items()}, "another network"),
+        ):
+            save_file(wrong, optimizer)
+            with pytest.raises(UserError, match=rf"optimizer\.safetensors .*{said}"):
+                run.checkpoints.load(path)
+        save_file(tensors, optimizer)
+        (path / "random-0.safetensors").unlink()
+        with pytest.raises(UserError, match=r"random-0\.safetensors is missing"):
             run.checkpoints.load(path)
-        assert str(path) in str(caught.value)
 
     def test_of_a_run_that_did_not_rebalance(self, saved, accelerator, tmp_path):
         """It is whole, so nobody is told to remove it."""

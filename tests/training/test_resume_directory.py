@@ -14,6 +14,7 @@ from dino.config.read import assign, get, leaves
 from dino.config.schema import AUTO, Config
 from dino.errors import UserError
 from dino.run import RunDirectory
+from dino.seal import sealed
 from dino.training import resume
 from dino.training.settings import load
 from dino.training.train import Run
@@ -105,7 +106,7 @@ class TestStartingPoint:
     def checkpoint(self, folder: Path, step: int) -> Path:
         path = folder / f"step-{step:08d}"
         path.mkdir(parents=True)
-        (path / "state.json").write_text("{}")
+        (path / "state.json").write_bytes(sealed({"step": step}, {}))
         return path
 
     def test_newest_whole_checkpoint(self, directory):
@@ -127,6 +128,17 @@ class TestStartingPoint:
         assert resume.starting_point(directory, str(earlier)) == earlier
         resume.prepare(directory, resolved(), 5)  # and what came after it is of another course of the run
         assert list(directory.checkpoints.iterdir()) == [earlier]
+
+    def test_the_newest_whole_one_only_where_it_is_asked_for(self, directory, caplog):
+        assert resume.starting_point(directory, "newest_whole") is None
+        whole, damaged = (self.checkpoint(directory.checkpoints, step) for step in (5, 9))
+        (damaged / "state.json").write_text('{"step": 8}')
+        assert resume.starting_point(directory, "auto") == damaged
+        assert resume.starting_point(directory, "newest_whole") == whole
+        assert f"passed over: the checkpoint {damaged} is damaged" in caplog.text
+        (whole / "state.json").unlink()
+        with pytest.raises(UserError, match=r"all checkpoints in .* are damaged: restore one"):
+            resume.starting_point(directory, "newest_whole")
 
     @pytest.mark.parametrize("wrong", ["missing", "."])
     def test_a_path_that_is_no_checkpoint(self, directory, tmp_path, wrong):
