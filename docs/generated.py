@@ -1,0 +1,104 @@
+"""Pages of the documentation that are made of the program itself: settings, recipes, launch files, measured figures."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dino.config.read import Leaf, bounds_text, get, leaves
+from dino.config.schema import Config, Phase, method_settings
+from dino.curation.settings import CurateConfig
+from dino.methods import METHODS
+
+REPOSITORY = Path(__file__).parents[1]
+ABOUT_SETTINGS = """# Settings
+
+Written as `group.key=value` on the command line, or in a YAML file as groups and keys; the command line takes precedence.
+`auto` is worked out from the images, the batch size and the length of the run; the run prints what it chose and why.
+`dino train --help` prints this list, `dino train --help-json` a JSON schema of it for editors.
+"""
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def settings() -> str:
+    """Every setting: type, unit, bounds, default, meaning; of a run, of each method, of a curation."""
+    return "\n".join(_settings())
+
+
+def _settings() -> Iterator[str]:
+    yield ABOUT_SETTINGS
+    yield "## Training: `dino train`\n"
+    for name in METHODS:
+        config = Config(objective=method_settings(name))
+        groups = [field.name for field in dataclasses.fields(config)]
+        if name != "dino":
+            groups = ["objective"]
+        for group in groups:
+            title = f"`objective` with `objective.name={name}`" if group == "objective" else f"`{group}`"
+            yield from _group(config, group, title)
+    yield "An entry of `train.phases`:\n"
+    yield from _table(
+        [(Leaf(field.name, (field.type,), field.metadata), field.default) for field in dataclasses.fields(Phase)]
+    )
+    yield "## Curating: `dino curate`\n"
+    config = CurateConfig()
+    for group in dataclasses.fields(config):
+        yield from _group(config, group.name, f"`{group.name}` of a curation")
+
+
+def _group(config: Any, group: str, title: str) -> Iterator[str]:
+    rows = [(leaf, get(config, key)) for key, leaf in leaves(config).items() if key.split(".")[0] == group]
+    yield f"### {title}\n"
+    yield from _table(rows)
+
+
+def _table(rows: list[tuple[Leaf, Any]]) -> Iterator[str]:
+    yield "| setting | what may stand there | default | meaning |"
+    yield "|---|---|---|---|"
+    for leaf, default in rows:
+        kind = ", ".join(filter(None, [leaf.type_name, leaf.metadata["unit"], bounds_text(leaf)]))
+        value = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
+        default_text = f"`{value}`" if value != "" else ""
+        yield f"| `{leaf.key}` | {_cell(kind)} | {default_text} | {_cell(leaf.metadata['meaning'])} |"
+    yield ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def recipes() -> str:
+    """configs/README.md, then the header of each recipe."""
+    parts = [(REPOSITORY / "configs" / "README.md").read_text(), "# The recipes one by one"]
+    for path in RECIPES:
+        parts.append(f"## {path.stem}\n\n{_header(path)}")
+    text = "\n\n".join(parts)
+    first, rest = text.split("\n", 1)
+    return first + "\n" + re.sub(r"^(#+ )", r"#\1", rest, flags=re.MULTILINE)
+
+
+def _header(path: Path) -> str:
+    """The comment that a recipe begins with: its indented lines are commands, the others text; then its settings."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines)
+
+
+def launch_files() -> str:
+    return (REPOSITORY / "configs" / "accelerate" / "README.md").read_text()
+
+
+def ledger() -> str:
+    return (REPOSITORY / "benchmarks" / "RESULTS.md").read_text()
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "settings.md": settings,
+    "recipes.md": recipes,
+    "launch_files.md": launch_files,
+    "ledger.md": ledger,
+}
