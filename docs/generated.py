@@ -14,7 +14,7 @@ from dino.methods import METHODS
 REPOSITORY = Path(__file__).parents[1]
 ABOUT_SETTINGS = """# Settings
 
-Written as `group.key=value` on the command line, or in a YAML file as groups and keys; the command line takes precedence.
+Written as `group.key=value` on the command line, or in a YAML file as groups and keys; the command line wins.
 `auto` is worked out from the images, the batch size and the length of the run; the run prints what it chose and why.
 `dino train --help` prints this list, `dino train --help-json` a JSON schema of it for editors.
 """
