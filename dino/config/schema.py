@@ -5,66 +5,11 @@ A leaf is addressed as `group.key`, e.g. `train.batch_size`. The group `objectiv
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Any
 
-AUTO = "auto"
-T = TypeVar("T")
-
-# A setting that may be `auto` until `dino.config.auto` has resolved it. Everything after that sees a number, so that is
-# what the type says; only the reader, which asks at run time, is told that text is possible.
-if TYPE_CHECKING:
-    Auto = Annotated[T, AUTO]
-else:
-
-    class Auto:
-        """`Auto[int]` is `int | str` at run time."""
-
-        def __class_getitem__(cls, kind: type) -> Any:
-            return kind | str
-
-
-# Names that a setting may have where these are those of a table: the room that owns the table puts it here. What is in
-# the table of `objective.name` has its settings as `Settings`.
-CHOICES: dict[str, Any] = {}
-
-
-def setting(
-    default: Any,
-    meaning: str,
-    choices: tuple[str, ...] = (),
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    unit: str = "",
-    was: str = "",
-    new_names: Mapping[str, str] | None = None,
-) -> Any:
-    """A dataclass field that says what may stand in it.
-
-    Args:
-        meaning: for `--help`; to be understood by itself.
-        choices: the names it may have.
-        low, high: least and greatest value, each allowed; of every entry of a list.
-        above, below: the same, not allowed themselves.
-        unit: of the value, for `--help`.
-        was: the key by which it was called in earlier versions, which is still read.
-        new_names: earlier names of values, each with what it is called now.
-    """
-    metadata = {
-        "meaning": meaning,
-        "choices": choices,
-        "bounds": {"low": low, "high": high, "above": above, "below": below},
-        "unit": unit,
-        "was": was,
-        "new_names": new_names or {},
-    }
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+from dino.config.setting import AUTO, CHOICES, Auto, setting
+from dino.config.views import ViewsConfig
 
 
 @dataclass
@@ -92,43 +37,6 @@ class DataConfig:
     )
     max_unreadable: float = setting(
         0.01, "fraction of the images that may be unreadable before the run fails", low=0, high=1
-    )
-
-
-@dataclass
-class ViewsConfig:
-    preset: str = setting("dino", "augmentation as published for DINO or DINOv2, or for handwriting (line_art)")
-    global_size: int = setting(224, "side of a global crop", unit="pixels")
-    global_scale: list[float] = setting(
-        [0.4, 1.0], "least and greatest fraction of the image's area in a global crop", above=0, high=1
-    )
-    local_size: int = setting(96, "side of a local crop", unit="pixels")
-    local_scale: list[float] = setting(
-        [0.05, 0.4], "least and greatest fraction of the image's area in a local crop", above=0, high=1
-    )
-    local_crops: int = setting(8, "local crops per image; 0: global crops only", low=0)
-    inverted_blur: bool = setting(
-        False, "blur with the probabilities DINOv2's released weights were in effect trained with (0, 0.9, 0.5)"
-    )
-    affine: float | None = setting(
-        None,
-        "strength of small rotations, shears, shifts and changes of size; none: 1 for line_art, else 0",
-        low=0,
-        high=4,
-    )
-    stroke: float | None = setting(
-        None,
-        "greatest change of stroke width at each side; none: 0.5 for line_art, else 0",
-        low=0,
-        high=4,
-        unit="pixels",
-    )
-    augment: dict[str, float] = setting(
-        {}, "amounts (probability or strength) of augmentations by name, instead of the preset's: {blur: 0.3}"
-    )
-    mean: list[float] | None = setting(None, "channel means to subtract; none: ImageNet's for 3 channels, else 0.5")
-    std: list[float] | None = setting(
-        None, "channel standard deviations to divide by; none: ImageNet's for 3 channels, else 0.5", above=0
     )
 
 

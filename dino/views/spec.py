@@ -54,12 +54,8 @@ def view_spec(views: ViewsConfig) -> MultiCrop:
 
 def _changes(views: ViewsConfig) -> dict[str, float]:
     """Amounts that settings give instead of the preset's; `views.augment` has the last word."""
-    changes = {}
-    if views.affine is not None:
-        changes["affine"] = views.affine
-    if views.stroke is not None:
-        changes["stroke"] = views.stroke
-    return changes | views.augment
+    own = {name: getattr(views, name, None) for name in AUGMENTATIONS}  # those that have a setting of their own
+    return {name: amount for name, amount in own.items() if amount is not None} | views.augment
 
 
 def problems_of_views(views: ViewsConfig) -> Iterator[str]:

@@ -19,6 +19,7 @@ from dino.views.view import Group
 PRESETS = ("dino", "dinov2", "line_art")
 STILL = {"angle": 0.0, "shear": 0.0, "shift": (0.0, 0.0), "zoom": 1.0}  # nothing moves
 EVERYTHING = {"flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur": 0.5, "solarize": 0.2, "affine": 1.0, "stroke": 0.5}
+EVERYTHING |= {"vertical_flip": 0.5, "rotate": 0.75}
 
 
 def preset(name: str, **settings) -> MultiCrop:

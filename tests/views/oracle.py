@@ -28,7 +28,10 @@ def oracle_crops(spec: MultiCrop, image: Tensor, key: int) -> list[Tensor]:
         pixels = moved(image, border_colour(image), draws["affine"]).round().byte() if "affine" in draws else image
         size = [view.size, view.size]
         crop = functional.resized_crop(pixels, *box.tolist(), size, InterpolationMode.BICUBIC, antialias=True)
-        crops.append(crop.flip(-1) if "flip" in draws and draws["flip"]["applied"][0] else crop)
+        happens = {name for name, draw in draws.items() if draw.get("applied", [False])[0]}
+        crop = functional.horizontal_flip(crop) if "flip" in happens else crop
+        crop = functional.vertical_flip(crop) if "vertical_flip" in happens else crop
+        crops.append(functional.rotate(crop, 90 * int(draws["rotate"]["turns"][0])) if "rotate" in happens else crop)
     return crops
 
 

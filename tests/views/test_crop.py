@@ -99,6 +99,11 @@ class TestAgainstTorchvision:
                 assert not self.difference(preset(name, **settings), list(noise(4, *shape))).any()
             assert not self.difference(preset(name, **settings), RAGGED).any()
 
+    @pytest.mark.parametrize("settings", [{"rotate": 0.75}, {"rotate": 1.0, "vertical_flip": 0.5, "flip": 1.0}])
+    def test_crops_are_turned_as_by_torchvision(self, settings):
+        for images in (list(noise(8, 3, 30, 40)), RAGGED):
+            assert not self.difference(preset("dino", **settings), images).any()
+
     @pytest.mark.parametrize("name", ["dino", "line_art"])
     @pytest.mark.parametrize("channels", [1, 3, 5])
     def test_crops_of_moved_images_are_those_of_torchvision(self, name, channels):

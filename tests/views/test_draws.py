@@ -177,10 +177,15 @@ class TestDistributions:
         assert len(kinds) == 24
         assert stats.chisquare(counts).pvalue > UNLIKELY
 
+    def test_the_three_turns_are_as_likely(self):
+        turns, counts = np.unique(drawn([plain(8, rotate=1.0)], KEYS)["rotate"]["turns"], return_counts=True)
+        assert turns.tolist() == [1, 2, 3]
+        assert stats.chisquare(counts).pvalue > UNLIKELY
+
     @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9, 1.0])
     def test_augmentations_are_as_frequent_as_asked_for(self, probability):
         """Within four standard deviations, and exactly never and always."""
-        names = ("flip", "jitter", "grey", "blur", "solarize")
+        names = ("flip", "jitter", "grey", "blur", "solarize", "vertical_flip", "rotate")
         always, sometimes = plain(8, **dict.fromkeys(names, 1.0)), plain(8, **dict.fromkeys(names, probability))
         draws = drawn([always, sometimes], KEYS)  # the first, so that they are drawn even at 0
         for name in names:

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 from material import PRESETS, preset
 
+from dino.config.read import get, leaves
 from dino.config.schema import Config
 from dino.errors import UserError
 from dino.training.settings import load
+from dino.views.ops import AUGMENTATIONS
 from dino.views.spec import PRESETS as TABLE
 from dino.views.spec import Preset
 
@@ -61,6 +63,10 @@ class TestPresets:
         ("settings", "amounts"),
         [
             ({"affine": 0.3}, {"affine": 0.3}),
+            ({"flip": 0.0, "vertical_flip": 0.5, "rotate": 0.75}, {"flip": 0.0, "vertical_flip": 0.5, "rotate": 0.75}),
+            ({"jitter": 0.1, "grey": 0.0, "blur": 0.3}, {"jitter": 0.1, "grey": 0.0, "blur": 0.3}),
+            ({"solarize": 0.4, "augment": {"solarize": 0.1}}, {"solarize": 0.1}),
+            ({"blur": 0.3, "inverted_blur": True}, {"blur": 0.3}),
             ({"stroke": 0.0, "affine": 0.0}, {"affine": 0.0, "stroke": 0.0}),
             ({"augment": {"blur": 0.7, "jitter": 0.0}}, {"blur": 0.7, "jitter": 0.0}),
             ({"augment": {"blur": 0.7}, "inverted_blur": True}, {"blur": 0.7}),
@@ -70,6 +76,14 @@ class TestPresets:
     def test_amounts_can_be_set_and_change_nothing_else(self, name, settings, amounts):
         expected = tuple(replace(view, amounts={**view.amounts, **amounts}) for view in preset(name).views)
         assert preset(name, **settings).views == expected
+
+    def test_every_augmentation_has_a_setting_whose_meaning_tells_the_presets_values(self):
+        settings = leaves(Config())
+        for name in AUGMENTATIONS:
+            setting, meaning = settings[f"views.{name}"], settings[f"views.{name}"].metadata["meaning"]
+            assert get(Config(), setting.key) is None
+            amounts = [of.get(name, 0.0) for of in (TABLE["dino"].first, TABLE["dino"].second, TABLE["dino"].local)]
+            assert all(f"{amount:g}" in meaning for amount in amounts), (name, meaning)
 
     @pytest.mark.parametrize(
         ("setting", "message"),

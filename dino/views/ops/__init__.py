@@ -3,15 +3,18 @@
 from dino.views.ops.affine import Affine
 from dino.views.ops.augmentation import Augmentation, Draw, Prepared, Stage
 from dino.views.ops.blur import Blur
-from dino.views.ops.flip import Flip
+from dino.views.ops.flip import Flip, VerticalFlip
 from dino.views.ops.grey import Grey
 from dino.views.ops.jitter import Jitter
+from dino.views.ops.rotate import Rotate
 from dino.views.ops.solarize import Solarize
 from dino.views.ops.stroke import Stroke
 
 IN_ORDER: tuple[Augmentation, ...] = (
     Affine(),
     Flip(),
+    VerticalFlip(),
+    Rotate(),
     Stroke(),
     Jitter(),
     Grey(),

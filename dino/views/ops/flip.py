@@ -1,8 +1,8 @@
-"""Left-right flip of crops.
+"""Left-right and upside-down flips of crops.
 
 | number | decides |
 |---|---|
-| flip | whether |
+| flip, vertical_flip | whether |
 """
 
 from torch import Tensor
@@ -19,3 +19,13 @@ class Flip(Augmentation):
 
     def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
         return pixels.flip(-1)
+
+
+class VerticalFlip(Augmentation):
+    """Amount: probability."""
+
+    name = "vertical_flip"
+    stage = Stage.CROP
+
+    def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
+        return pixels.flip(-2)
