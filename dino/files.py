@@ -77,6 +77,30 @@ def require_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add whole lines to a file, which several processes may do; where they do not fit, none of them is added.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                content = text.encode("utf-8", "surrogateescape")
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): make room on the disk and start the same command "
+            "again; what was saved before is whole",
+            alone=True,
+        ) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make sure that what was renamed in a folder stays so when the power fails."""
     _to_disk(folder)

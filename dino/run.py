@@ -2,16 +2,20 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dino.config.read import read
 from dino.config.schema import Config
-from dino.files import write_text
+from dino.errors import UserError
+from dino.files import append_text, read_json, read_text, write_text
 from dino.seal import verified
 
+VERDICT = "health/verdict"  # the one metric that is text
 OLD_METRICS = {"health/kl_to_centre": "health/kl_to_center", "health/centre_norm": "health/center_norm"}
 
 
@@ -36,17 +40,28 @@ class RunDirectory:
         return read(Config, self.config)
 
     def read_metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl; one that a kill cut short is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = []
-        for text in self.metrics.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            lines.append({OLD_METRICS.get(name, name): value for name, value in line.items()})
-        return lines
+        """The lines of metrics.jsonl; the last is left out where a kill cut it short.
+
+        Raises:
+            UserError: another is none.
+        """
+        fix = "restore it, remove that line, or move the file away, and curves begin anew"
+        lines = _json_lines(self.metrics, _is_metrics, fix)
+        return [{OLD_METRICS.get(name, name): value for name, value in line.items()} for line in lines]
+
+    def read_results(self) -> dict[str, Any] | None:
+        """What a probe has measured, with a `caption` and a table of `columns` and `rows`; None: nothing yet.
+
+        Raises:
+            UserError: results.json is damaged.
+        """
+        if not self.results.exists():
+            return None
+        fix = "remove it, and measure again"
+        results = read_json(self.results, fix)
+        if not (isinstance(results, dict) and isinstance(results.get("caption"), str) and _is_table(results)):
+            raise UserError(f"{self.results} holds no table of results: {fix}")
+        return results
 
     def newest_tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of one file of the newest checkpoint; None where there is none; raises `Damaged`."""
@@ -58,9 +73,7 @@ class RunDirectory:
 
     def read_skipped(self) -> dict[str, str]:
         """Unreadable images so far: name to reason."""
-        if not self.skipped.exists():
-            return {}
-        entries = map(json.loads, self.skipped.read_text().splitlines())
+        entries = _json_lines(self.skipped, _is_skipped, "remove it, and it is written anew")
         return {entry["name"]: entry["reason"] for entry in entries}
 
     def write_skipped(self, entries: dict[str, str]) -> None:
@@ -72,8 +85,53 @@ class RunDirectory:
 
     def add_skipped(self, entries: dict[str, str]) -> None:
         """Append unreadable images, name to reason, to skipped.jsonl; any process may."""
-        with self.skipped.open("a") as file:
-            file.write(_skipped_lines(entries))
+        append_text(self.skipped, _skipped_lines(entries))
+
+
+def _json_lines(path: Path, is_right: Callable[[Any], bool], fix: str) -> list[dict[str, Any]]:
+    """The objects of a file's lines; the last is left out where it was cut short.
+
+    Args:
+        is_right: whether what a line says is what belongs there.
+    """
+    if not path.exists():
+        return []
+    texts = read_text(path, fix).removesuffix("\n").split("\n")
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            if number == len(texts):
+                break
+            line = None
+        if not is_right(line):
+            raise UserError(f"{path}, line {number} is damaged: {fix}")
+        lines.append(line)
+    return lines
+
+
+def _is_metrics(line: Any) -> bool:
+    """Numbers by name, and the verdict in words."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
+        return False
+    return all(isinstance(value, str) if name == VERDICT else _is_number(value) for name, value in line.items())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _is_skipped(line: Any) -> bool:
+    return isinstance(line, dict) and all(isinstance(line.get(name), str) for name in ("name", "reason"))
+
+
+def _is_table(results: dict[str, Any]) -> bool:
+    columns, rows = results.get("columns"), results.get("rows")
+    if not isinstance(columns, list) or not isinstance(rows, list):
+        return False
+    lines = [columns, *rows]
+    return all(isinstance(line, list) and all(isinstance(cell, str) for cell in line) for line in lines)
 
 
 def _skipped_lines(entries: dict[str, str]) -> str:

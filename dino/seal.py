@@ -53,6 +53,17 @@ def sealed(state: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
     return json.dumps({**content, OWN: _own_digest(content)}, indent=1, sort_keys=True).encode()
 
 
+def problem_of(folder: Path, digests: Mapping[str, str]) -> str:
+    """What is wrong with the files of a folder, the first in order; nothing if all are as they were written.
+
+    Args:
+        digests: by name.
+    """
+    with ThreadPoolExecutor() as threads:  # hashing leaves Python to the others
+        problems = list(threads.map(lambda entry: _problem(folder, *entry), sorted(digests.items())))
+    return next(filter(None, problems), "")
+
+
 def verified(checkpoint: Path) -> dict[str, Any]:
     """What state.json holds, once all files are known to be as they were written; without `FILES` in older versions'.
 
@@ -74,10 +85,7 @@ def verified(checkpoint: Path) -> dict[str, Any]:
     own = state.pop(OWN, None)
     if own != _own_digest(state):
         raise Damaged(checkpoint, f"{STATE} has changed since it was written")
-    with ThreadPoolExecutor() as threads:
-        problems = threads.map(lambda entry: _problem(checkpoint, *entry), state[FILES].items())
-        problem = next(filter(None, problems), "")
-    if problem:
+    if problem := problem_of(checkpoint, state[FILES]):
         raise Damaged(checkpoint, problem)
     return state
 
@@ -86,10 +94,10 @@ def _own_digest(content: Mapping[str, Any]) -> str:
     return digest(json.dumps(content, sort_keys=True).encode())
 
 
-def _problem(checkpoint: Path, name: str, expected: str) -> str:
+def _problem(folder: Path, name: str, expected: str) -> str:
     """What is wrong with a file; nothing if it is whole."""
     try:
-        is_whole = file_digest(checkpoint / Path(name).name) == expected
+        is_whole = file_digest(folder / name) == expected
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:

@@ -23,7 +23,7 @@ from dino.data import fingerprint, open_images
 from dino.data.sources.omniglot import download
 from dino.errors import UserError
 from dino.evaluation import omniglot
-from dino.files import write_bytes, write_text
+from dino.files import read_json, write_bytes, write_text
 from dino.models import Backbone, load_backbone, random_like
 from dino.report.charts import bars, confusion_matrix
 from dino.report.run import write_report
@@ -110,7 +110,9 @@ def earlier_results(out: Path, data: str) -> Results:
     file = out / "results.json"
     if not file.exists():
         return fresh
-    earlier = json.loads(file.read_text())
+    earlier = read_json(file, fix := "move it away, and measure again")
+    if not isinstance(earlier, dict) or (earlier.get("data") == data and not fresh.keys() <= earlier.keys()):
+        raise UserError(f"{file} holds no results of this command: {fix}")
     return {key: earlier[key] for key in fresh} if earlier.get("data") == data else fresh
 
 

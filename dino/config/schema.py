@@ -162,11 +162,7 @@ class TrainConfig:
         "metric of metrics.jsonl (loss/… or health/…) at whose best value, the least of a loss, else the greatest, the "
         "backbone is kept in RUN/best; none: only the newest is kept",
     )
-    resume: str = setting(
-        AUTO,
-        "auto: go on from the newest checkpoint; newest_whole: from the newest that is not damaged; never; or the path "
-        "of a checkpoint",
-    )
+    resume: str = setting(AUTO, "auto: go on from the newest checkpoint; newest_whole: undamaged one; never; or a path")
     time_limit: float | None = setting(
         None, "after which the run saves a checkpoint and ends; none: no limit", unit="minutes"
     )

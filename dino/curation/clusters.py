@@ -13,6 +13,7 @@ from dino.curation.points import Points, own_rows
 from dino.curation.settings import Clusters as Settings
 from dino.curation.stage import Stage
 from dino.distributed import gathered_rows
+from dino.files import replacing
 from dino.precision import inference_precision
 
 MOST_CLUSTERS = 10_000  # that `auto` chooses
@@ -67,9 +68,10 @@ def cluster(
         for number, level in enumerate(levels[1:], 2):
             arrays[f"level{number}"] = level.labels.cpu().numpy()
         if accelerator.is_main_process:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            with replacing(file) as partial, partial.open("wb") as opened:
+                np.savez(opened, **arrays)  # type: ignore[arg-type]
         stage.finish()
-    saved = np.load(file, allow_pickle=False)
+    saved = stage.arrays(file.name)
     labels, distances = np.full(len(tokens), -1), np.full(len(tokens), np.nan, np.float32)
     labels[indices], distances[indices] = saved["labels"], saved["distances"]
     parents = [saved[f"level{number}"] for number in range(2, len(counts) + 1)]

@@ -70,6 +70,8 @@ def curate_by(config: CurateConfig) -> Curation:
     torch.set_num_threads(cores() if threads == "auto" else int(threads))
     if accelerator.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
+        for remains in directory.glob(".*.partial"):  # of a call that was killed
+            remains.unlink()
         write_text(directory / "config.yaml", configuration.dump(config))
     accelerator.wait_for_everyone()
 

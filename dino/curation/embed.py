@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from dino.curation.thumbnails import SIDE, thumbnail
 from dino.data import Pool
 from dino.errors import UserError
 from dino.evaluation.features import Batch, read_batches
-from dino.files import write_text
+from dino.files import read_json, replacing, write_text
 from dino.models import Backbone, Preprocess
 from dino.precision import inference
 
@@ -87,12 +89,12 @@ def embed(
         reading = read_batches(images, [batch for part in missing for batch in batches[part]], describe, workers)
         bar = tqdm(missing, desc="embedding", unit=f" × {PART} images", disable=not accelerator.is_main_process)
         for part in bar:
-            _embed_part(backbone, batches[part], reading, _facts_file(folder, part), accelerator)
+            _embed_part(stage, backbone, batches[part], reading, _facts_file(folder, part))
         stage.finish()
-    facts = [row for part in range(-(-count // PART)) for row in json.loads(_facts_file(folder, part).read_text())]
+    facts = [row for part in range(-(-count // PART)) for row in _facts(_facts_file(folder, part), stage)]
     return Embedded(
-        tokens=np.load(folder / "tokens.npy", mmap_mode="r"),
-        thumbnails=np.load(folder / "thumbnails.npy", mmap_mode="r"),
+        tokens=_memory_map(folder / "tokens.npy", "r", stage),
+        thumbnails=_memory_map(folder / "thumbnails.npy", "r", stage),
         hashes=np.array([digest for digest, _, _, _ in facts]),
         sizes=np.array([[height, width] for _, height, width, _ in facts]),
         reasons=np.array([reason for _, _, _, reason in facts]),
@@ -106,9 +108,47 @@ def _create_files(folder: Path, count: int, width: int) -> None:
         (folder / "tokens.npy", (count, width), np.float16),
         (folder / "thumbnails.npy", (count, SIDE, SIDE), np.uint8),
     ):
-        if not file.exists():
-            open_memmap(file, "w+", dtype, shape).flush()
+        _reserve(file, dtype, shape)
     (folder / "parts").mkdir(exist_ok=True)
+
+
+def _reserve(file: Path, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Make a .npy file of zeros, if there is none, and take its room on the disk.
+
+    A memory map that cannot be written where it has a hole kills the process.
+
+    Raises:
+        UserError: there is not enough room.
+    """
+    try:
+        if not file.exists():
+            with replacing(file) as partial:
+                open_memmap(partial, "w+", dtype, shape).flush()
+        with file.open("r+b") as opened:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written ({error.strerror or error}), which takes "
+            f"{math.prod(shape) * np.dtype(dtype).itemsize:,} bytes: make room on the disk, or name a run.dir on "
+            "another, and start the same command again"
+        ) from error
+
+
+def _memory_map(file: Path, mode: Any, stage: Stage) -> np.memmap:
+    """A .npy file's array; raises `UserError` where it is damaged."""
+    try:
+        return np.load(file, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} is damaged ({error}): {stage.fix}") from error
+
+
+def _facts(file: Path, stage: Stage) -> list[Any]:
+    """A part's hashes, heights, widths and reasons, a row an image; raises `UserError` where they are damaged."""
+    rows = read_json(file, stage.fix)
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 4 for row in rows):
+        raise UserError(f"{file} is damaged: {stage.fix}")
+    return rows
 
 
 def _batches(part: int, count: int, batch_size: int) -> list[list[int]]:
@@ -123,12 +163,11 @@ def _facts_file(folder: Path, part: int) -> Path:
 
 
 def _embed_part(
-    backbone: Backbone, batches: list[list[int]], reading: Iterator[Batch], facts_file: Path, accelerator: Accelerator
+    stage: Stage, backbone: Backbone, batches: list[list[int]], reading: Iterator[Batch], facts_file: Path
 ) -> None:
     """Embed a part's batches, which are the next of `reading`, and write down that it is done."""
-    folder = facts_file.parent.parent
-    all_tokens = np.load(folder / "tokens.npy", mmap_mode="r+")
-    all_thumbnails = np.load(folder / "thumbnails.npy", mmap_mode="r+")
+    all_tokens = _memory_map(stage.folder / "tokens.npy", "r+", stage)
+    all_thumbnails = _memory_map(stage.folder / "thumbnails.npy", "r+", stage)
     facts = []
     for indices in batches:
         batch = next(reading)
@@ -136,7 +175,7 @@ def _embed_part(
         if batch.inputs:
             readable = [indices[position] for position in batch.positions]
             inputs = torch.stack([description.model_input for description in batch.inputs])
-            all_tokens[readable] = _class_tokens(backbone, inputs, accelerator)
+            all_tokens[readable] = _class_tokens(backbone, inputs, stage.accelerator)
             all_thumbnails[readable] = torch.stack([description.thumbnail for description in batch.inputs]).numpy()
             for index, description in zip(readable, batch.inputs, strict=True):
                 of_image[index] = (description.digest, description.height, description.width, "")

@@ -3,6 +3,7 @@
 The result depends on the points, the number of clusters and the seed, not on how many processes hold the points.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from dino.distributed import gathered_rows, rank_and_size, reduced
 from dino.errors import UserError
 from dino.files import replacing
 
+logger = logging.getLogger(__name__)
 SAMPLE = 16  # points a cluster, among which k-means++ looks for the first centroids
 
 
@@ -81,7 +83,7 @@ def kmeans(
     if not 1 <= clusters <= points.total:
         raise UserError(f"{clusters:,} clusters of {points.total:,} points: there must be at least as many points")
     assignment = Assignment(points, clusters, precision)
-    state = _load(progress, points.device)
+    state = _load(progress, (clusters, points.values.shape[1]), points.device)
     if state is None:
         first = seeds(points, clusters, seed) if initial is None else initial.to(points.device) - points.mean.float()
         state = _Progress(0, first, first)
@@ -179,14 +181,19 @@ def _distances(points: Points, centroids: Tensor, labels: Tensor) -> Tensor:
     return distances
 
 
-def _load(file: Path | None, device: torch.device) -> _Progress | None:
-    """Where an earlier call stood, if there was one."""
+def _load(file: Path | None, shape: tuple[int, int], device: torch.device) -> _Progress | None:
+    """Where an earlier call stood, if there was one; it wrote (k, D) centroids of this `shape`."""
     if file is None or not file.exists():
         return None
-    with safe_open(file, framework="pt") as opened:
-        facts = opened.metadata()
-        before, centroids = opened.get_tensor("before").to(device), opened.get_tensor("centroids").to(device)
-    return _Progress(int(facts["iteration"]), before, centroids, facts["converged"] == "True")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            facts = opened.metadata()
+            before, centroids = opened.get_tensor("before").to(device), opened.get_tensor("centroids").to(device)
+        progress = _Progress(int(facts["iteration"]), before, centroids, facts["converged"] == "True")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s): the clusters are sought anew", file, error)
+        return None
+    return progress if before.shape == centroids.shape == shape else None
 
 
 def _save(file: Path, state: _Progress) -> None:

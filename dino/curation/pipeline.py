@@ -21,6 +21,7 @@ from dino.data.manifest import printable
 from dino.distributed import cores
 from dino.errors import UserError
 from dino.evaluation.neighbours import as_floats, nearest
+from dino.files import replacing
 from dino.models import Backbone
 from dino.models.weights import weights_digest
 
@@ -115,10 +116,11 @@ def _copies(stage: Stage, images: Pool, embedded: Embedded, test_sets: list[Embe
     if stage.begin():
         copies = find_copies(embedded, images.names, test_sets, settings, stage.accelerator.device)
         if stage.accelerator.is_main_process:
-            np.savez(file, **copies._asdict())
+            with replacing(file) as partial, partial.open("wb") as opened:
+                np.savez(opened, **copies._asdict())
         stage.finish()
-    arrays = np.load(file, allow_pickle=False)
-    copies = Copies(**{name: arrays[name] for name in Copies._fields})
+    arrays = stage.arrays(file.name)
+    copies = Copies(*(arrays[name] for name in Copies._fields))  # type: ignore[arg-type]
     return copies._replace(candidates=int(copies.candidates))
 
 

@@ -1,6 +1,5 @@
 """Runs side by side: how they stand, what they were told, their curves over one another."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,7 +81,7 @@ def row(run: Standing) -> list[str]:
 def standing(path: Path, name: str) -> Standing:
     """How the run in a directory stands."""
     directory = RunDirectory(path)
-    results = json.loads(directory.results.read_text(encoding="utf-8")) if directory.results.is_file() else None
+    results = directory.read_results()
     return Standing(name, path, directory.read_config(), directory.read_metrics(), results)
 
 

@@ -1,6 +1,5 @@
 """RUN/report.html: what ran, whether it is healthy, and what it learned; renewed while the run is alive."""
 
-import json
 import logging
 import math
 import time
@@ -8,8 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
+from dino.config.read import dump
 from dino.config.schema import Config
 from dino.data import Pool, open_images
+from dino.errors import UserError
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
 from dino.models.weights.load import BACKBONE_FILE
@@ -50,21 +51,28 @@ class Reporter:
         return time.monotonic() >= self.due
 
     def write(self, backbone: Backbone, state: str, alive: bool) -> dict[str, bytes]:
-        """Write the page; the backbone is left as it was.
+        """Write the page of a run, which goes on where that fails, and says so; the backbone is left as it was.
 
         Returns:
             The pictures (PNG) of crops and features, by name.
         """
         if self.due == math.inf:
             return {}
+        try:
+            return self.write_now(backbone, state, alive)
+        except UserError as error:
+            logger.warning("no report: %s", error)
+            return {}
+
+    def write_now(self, backbone: Backbone, state: str, alive: bool) -> dict[str, bytes]:
+        """The same; raises `UserError` where the page cannot be written, or what it shows cannot be read."""
         began = time.monotonic()
         config, metrics = self.config, self.directory.read_metrics()
         # When a page is written depends on the clock: it must draw nothing from the run's random state.
         with torch.random.fork_rng(devices=[]):
             looks = self.looks.sections(backbone)
         sections: list[Section] = []
-        if self.directory.results.exists():
-            results = json.loads(self.directory.results.read_text())
+        if results := self.directory.read_results():
             sections.append(Table("Readout", results["caption"], results["columns"], results["rows"]))
         sections += [*_curves(config, self.images, metrics, backbone.embed_dim), *looks.values()]
         if (self.directory.path / BACKBONE_FILE).is_file():
@@ -81,11 +89,12 @@ class Reporter:
             written=int(time.time()),
         )
         title = f"{self.directory.path.name}: pre-training"
-        facts, settings = run_facts(config, self.images, metrics), self.directory.config.read_text()
+        facts, settings = run_facts(config, self.images, metrics), dump(config)
         try:
             page.write(self.directory.report, title, facts, sections, settings, status)
-        except OSError as error:  # a full disk: the run itself goes on, and says so where its own files do not fit
-            logger.warning("%s could not be written: %s", self.directory.report, error.strerror or error)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{self.directory.report} cannot be written ({reason}): make room there") from error
         return {name: section.png for name, section in looks.items() if isinstance(section, Picture)}
 
 
@@ -93,7 +102,7 @@ def write_report(directory: RunDirectory) -> None:
     """The report of a run that has ended, from what lies in its directory."""
     config = directory.read_config()
     images = open_images(config.data.root, config.data.kind, config.data.channels)
-    Reporter(directory, config, images).write(load_backbone(directory.path), "ended", alive=False)
+    Reporter(directory, config, images).write_now(load_backbone(directory.path), "ended", alive=False)
 
 
 def _curves(config: Config, images: Pool, metrics: list[dict], width: int) -> Iterator[Section]:

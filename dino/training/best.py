@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dino.errors import UserError
-from dino.files import write_text
+from dino.files import read_json, write_text
 from dino.run import RunDirectory
 
 
@@ -22,8 +22,8 @@ class Best:
         self.file = self.folder / "best.json"
         self.sign = -1 if (metric or "").startswith("loss/") else 1
         self.value = -math.inf * self.sign
-        if self.file.exists() and (earlier := json.loads(self.file.read_text()))["metric"] == metric:
-            self.value = earlier["value"]
+        if metric is not None and self.file.exists():
+            self.value = self._earlier_value()
 
     def is_beaten_by(self, line: Mapping[str, Any], indicators: Iterable[str]) -> bool:
         """Whether a line of metrics.jsonl has a better value; not where the metric was not due.
@@ -43,6 +43,14 @@ class Best:
             names = sorted(name for name in numbers.union(indicators) if name.startswith(("loss/", "health/")))
             raise UserError(f"train.keep_best={self.metric}: this run measures no such thing, but {', '.join(names)}")
         return False
+
+    def _earlier_value(self) -> float:
+        """Of an earlier start; raises `UserError` where it cannot be read."""
+        fix = "remove it, and the best is looked for from here on"
+        earlier = read_json(self.file, fix)
+        if not isinstance(earlier, dict) or not isinstance(earlier.get("value"), int | float):
+            raise UserError(f"{self.file} holds no best value: {fix}")
+        return earlier["value"] if earlier.get("metric") == self.metric else self.value
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Remember a line's value as the best; its backbone has been written."""

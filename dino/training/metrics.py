@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino.config.schema import Config
+from dino.files import append_text
 from dino.methods import METHODS
 from dino.monitor.health import Health
 from dino.monitor.verdict import Verdict, judge, measured_lines
@@ -125,8 +126,7 @@ class Metrics:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self.directory.metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_text(self.directory.metrics, json.dumps(line) + "\n")
 
     def _judge(self, line: dict[str, Any]) -> None:
         """Put the verdict into the line, and say so where it has changed."""
