@@ -15,7 +15,7 @@ import torch
 
 from dino.config.auto import PoolFacts, resolve
 from dino.config.schema import Config
-from dino.data import estimated_bytes, open_images, samples_per_epoch
+from dino.data import decoded, open_images, samples_per_epoch
 from dino.distributed import rank_and_size
 from dino.errors import UserError
 from dino.run import RunDirectory
@@ -155,7 +155,7 @@ def build_trainer(settings: Mapping[str, object], images: object = None, recipe:
     accelerator = launch.start(config)
     config.train.precision = launch.precision_of(accelerator)
     pool = open_images(images or config.data.root, config.data.kind, config.data.channels)
-    facts = PoolFacts(samples_per_epoch(pool), pool.channels, pool.kind, estimated_bytes(pool))
+    facts = PoolFacts(samples_per_epoch(pool), pool.channels, pool.kind, *decoded(pool))
     config, _ = resolve(config, facts)
     launch.set_process_state(config.train)
     return Trainer(config, accelerator, RunDirectory(config.run.dir), pool)

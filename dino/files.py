@@ -106,6 +106,11 @@ def sync_folder(folder: Path) -> None:
     _to_disk(folder)
 
 
+def shown(name: str) -> str:
+    """A name for the terminal and for messages: what steers a terminal, ends a line or hides letters is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
 def cache_directory() -> Path:
     """Where downloads are kept: DINO_CACHE, else ~/.cache/dino-pretrain (XDG_CACHE_HOME is honoured)."""
     if given := os.environ.get("DINO_CACHE"):

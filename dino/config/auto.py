@@ -15,12 +15,13 @@ from dino.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PoolFacts:
-    """What the rules ask of the data: images an epoch, of how many channels, how read, and all their bytes decoded."""
+    """What the rules ask of the data."""
 
-    images: int
+    images: int  # an epoch
     channels: int
     kind: str
-    bytes: int = 0
+    bytes: int = 0  # of all of them, decoded
+    canvas: int = 0  # bytes of a canvas on which any of them fits
 
 
 Rule = Callable[[Config, PoolFacts], tuple[object, str]]
@@ -81,9 +82,17 @@ def _channels(config: Config, pool: PoolFacts) -> tuple[int, str]:
     return pool.channels, f"{pool.kind} images"
 
 
+def cache_room() -> int:
+    """Bytes that decoded images may take on the device where nothing is said of it."""
+    return torch.cuda.get_device_properties(0).total_memory // 10 if torch.cuda.is_available() else 2**30
+
+
 def _cache(config: Config, pool: PoolFacts) -> tuple[str, str]:
-    room = torch.cuda.get_device_properties(0).total_memory // 10 if torch.cuda.is_available() else 2**30
+    room = cache_room()
     size = f"{pool.bytes / 2**20:,.0f} MiB decoded"
+    batch = config.train.batch_size * pool.canvas
+    if batch > room:
+        return "none", f"canvases for a batch, as large as its largest image, would take {batch / 2**20:,.0f} MiB"
     if pool.bytes <= room:
         return "device", f"{size}, at most {room / 2**30:.0f} GiB"
     return "none", f"{size}, more than {room / 2**30:.0f} GiB"

@@ -38,6 +38,8 @@ class DataConfig:
     max_unreadable: float = setting(
         0.01, "fraction of the images that may be unreadable before the run fails", low=0, high=1
     )
+    max_pixels: int = setting(64_000_000, "images of more pixels are not decoded", low=1)
+    max_bytes: int = setting(256 * 2**20, "image files of more bytes are not read, packed or not", low=1)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from dino.config import read as configuration
 from dino.curation.pipeline import Surroundings, curate_pool
 from dino.curation.settings import CurateConfig, check
-from dino.data import open_images
+from dino.data import Limits, open_images
 from dino.data.manifest import read_manifest, write_manifest
 from dino.distributed import cores, forget_earlier_runs
 from dino.errors import UserError
@@ -63,7 +63,8 @@ def curate_by(config: CurateConfig) -> Curation:
     forget_earlier_runs()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     backbone = load_backbone(config.weights).to(accelerator.device)
-    images = open_images(config.data.root, config.data.kind, backbone.spec.in_chans)
+    limits = Limits(config.data.max_pixels, config.data.max_bytes)
+    images = open_images(config.data.root, config.data.kind, backbone.spec.in_chans, limits=limits)
     directory = Path(config.run.dir)
     refuse_other_directories(directory, config)
     threads = config.run.cpu_threads

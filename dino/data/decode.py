@@ -1,33 +1,37 @@
 """One image file to pixels: every format Pillow reads, brought to 8 bits and the channels asked for."""
 
 import io
+import math
 import warnings
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".npy")
+from dino.data.formats import Limits, UnreadableImage, open_picture, reason_of, require_pixels, without_metadata
+from dino.data.picture import orientation_of, picture_array, to_8_bits
+
 SMALLEST_SIDE = 4
+LIMITS = Limits()
 
 
-class UnreadableImage(Exception):
-    """A file that gives no usable image; the message is the reason."""
-
-
-def decode(content: bytes, channels: int, name: str = "", enough: float | None = None) -> Tensor:
+def decode(
+    content: bytes, channels: int, name: str = "", enough: float | None = None, limits: Limits = LIMITS
+) -> Tensor:
     """Decode an image file.
 
-    Upright by its EXIF orientation; transparency is laid on white; CMYK, palettes and greyscale are converted; 16 bits
-    are scaled to 8. An `.npy` file holds an (H, W, C) array of uint8 or uint16, for images of any number of channels.
+    Upright by its EXIF orientation; transparency is laid on white, or on what leaves more contrast; CMYK, palettes and
+    greyscale are converted; 16 bits are scaled to 8. An `.npy` file holds an (H, W, C) array of uint8 or uint16, for
+    images of any number of channels. Broken metadata make no difference.
 
     Args:
         channels: 1 (luminance), 3 (RGB), or the number an `.npy` file has.
         name: of the file; only its ending matters.
         enough: pixels; a JPEG that has more is reduced to 1/2, 1/4 or 1/8 of its sides, in a fraction of the time, as
             long as it keeps as many.
+        limits: on the size that its header tells.
 
     Returns:
         (channels, H, W) uint8, in memory pixel by pixel; raises `UnreadableImage` with the reason.
@@ -38,17 +42,44 @@ def decode(content: bytes, channels: int, name: str = "", enough: float | None =
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and the like: the pixels are what counts
             if name.lower().endswith(".npy"):
-                return to_tensor(_file_array(content), channels)
-            with Image.open(io.BytesIO(content)) as image:
-                if image.format in ("JPEG", "MPO"):  # MPO: a camera's JPEG with a preview after it
-                    reduced = enough is not None and reduce_jpeg(image, enough)
-                    if not reduced and (pixels := plain_jpeg(image, content, channels)) is not None:
-                        return pixels
-                return to_tensor(picture_array(image, channels), channels)
+                return to_tensor(_file_array(content, limits), channels)
+            try:
+                return _picture(content, channels, enough, limits)
+            except UnreadableImage:
+                raise
+            except Exception:
+                bare = without_metadata(content)
+                if bare is None:
+                    raise
+                return _picture(bare, channels, enough, limits)
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's plugins raise whatever comes up: OSError, SyntaxError, struct.error …
         raise UnreadableImage(reason_of(error)) from error
+
+
+def size_of(content: bytes, channels: int, name: str = "", limits: Limits = LIMITS) -> tuple[int, int, int] | None:
+    """The shape (C, H, W) that `decode` would give, by the file's header; None where that is broken or too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if name.lower().endswith(".npy"):
+                height, width, depth = _header(content, limits)[0]
+                return depth, height, width
+            with open_picture(content, limits) as image:
+                is_turned = image.format in ("JPEG", "MPO") and orientation_of(image) >= 5  # others would be decoded
+                return channels, *((image.width, image.height) if is_turned else (image.height, image.width))
+    except Exception:  # as above
+        return None
+
+
+def _picture(content: bytes, channels: int, enough: float | None, limits: Limits) -> Tensor:
+    with open_picture(content, limits) as image:
+        if image.format in ("JPEG", "MPO"):  # MPO: a camera's JPEG with a preview after it
+            reduced = enough is not None and reduce_jpeg(image, enough)
+            if not reduced and (pixels := plain_jpeg(image, content, channels)) is not None:
+                return pixels
+        return to_tensor(picture_array(image, channels), channels)
 
 
 def reduce_jpeg(image: Image.Image, enough: float) -> bool:
@@ -62,8 +93,7 @@ def reduce_jpeg(image: Image.Image, enough: float) -> bool:
 
 def plain_jpeg(image: Image.Image, content: bytes, channels: int) -> Tensor | None:
     """An opened JPEG by torchvision, which is twice as fast as Pillow; None where it takes more than that."""
-    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    if not upright or image.mode != {1: "L", 3: "RGB"}.get(channels):
+    if orientation_of(image) != 1 or image.mode != {1: "L", 3: "RGB"}.get(channels):
         return None
     require_shape((channels, image.height, image.width), channels)
     try:
@@ -72,17 +102,10 @@ def plain_jpeg(image: Image.Image, content: bytes, channels: int) -> Tensor | No
         return None
 
 
-def reason_of(error: Exception) -> str:
-    """Why an image cannot be read, in one line, from what a library raised."""
-    if isinstance(error, UnidentifiedImageError):  # whose own message holds an address in memory
-        return "it is no image of a format that Pillow reads"
-    return str(error).replace("\n", " ") or type(error).__name__
-
-
 def to_tensor(array: np.ndarray, channels: int) -> Tensor:
-    """(H, W, C) to (C, H, W), a view of memory of its own; raises `UnreadableImage` for too few pixels or channels."""
+    """(H, W, C) to (C, H, W), a view; raises `UnreadableImage` for too few pixels or channels."""
     require_shape(array.transpose(2, 0, 1).shape, channels)
-    return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def require_shape(shape: tuple[int, ...], channels: int) -> None:
@@ -94,35 +117,24 @@ def require_shape(shape: tuple[int, ...], channels: int) -> None:
         raise UnreadableImage(f"{width}×{height} pixels are too few: at least {SMALLEST_SIDE} a side are needed")
 
 
-def picture_array(image: Image.Image, channels: int) -> np.ndarray:
-    """A picture, upright and opaque, as (H, W, 1 or 3) uint8."""
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or gain map after it
-        raise UnreadableImage(f"it is animated or has several pages ({frames} frames)")
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode == "F":
-        raise UnreadableImage("its pixels are 32-bit fractions of unknown range: save it with 8 or 16 bits")
-    if upright.mode.startswith("I"):
-        upright = Image.fromarray(_to_8_bits(np.asarray(upright)))
-    if upright.has_transparency_data:
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    mode = "L" if channels == 1 else "RGB"
-    array = np.asarray(upright if upright.mode == mode else upright.convert(mode))
-    return array[:, :, None] if channels == 1 else array
+def _header(content: bytes, limits: Limits) -> tuple[tuple[int, int, int], bool, np.dtype, int]:
+    """Of an `.npy` file: (H, W, C), whether columns come first (Fortran's order), type, and where its pixels begin."""
+    file = io.BytesIO(content)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    reader = readers.get(np.lib.format.read_magic(file))
+    if reader is None:
+        raise UnreadableImage("it is an .npy file of a version that is not read")
+    shape, by_columns, kind = reader(file)
+    if len(shape) not in (2, 3) or kind.newbyteorder("=") not in (np.uint8, np.uint16):
+        raise UnreadableImage(f"an .npy image is (H, W, C) of uint8 or uint16, this is {shape} of {kind}")
+    require_pixels(shape[1], shape[0], limits)
+    height, width, depth = (*shape, 1)[:3]
+    return (height, width, depth), by_columns, kind, file.tell()
 
 
-def _file_array(content: bytes) -> np.ndarray:
+def _file_array(content: bytes, limits: Limits) -> np.ndarray:
     """What an `.npy` file holds, as (H, W, C) uint8."""
-    array = np.load(io.BytesIO(content), allow_pickle=False)
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.dtype not in (np.uint8, np.uint16):
-        raise UnreadableImage(f"an .npy image is (H, W, C) of uint8 or uint16, this is {array.shape} of {array.dtype}")
-    return array if array.dtype == np.uint8 else _to_8_bits(array)
-
-
-def _to_8_bits(array: np.ndarray) -> np.ndarray:
-    """0 … 65,535 to 0 … 255, rounded."""
-    return ((array.astype(np.float64).clip(0, 65535)) / 257).round().astype(np.uint8)
+    shape, by_columns, kind, start = _header(content, limits)
+    pixels = np.frombuffer(content, kind, count=math.prod(shape), offset=start)
+    array = pixels.reshape(shape, order="F" if by_columns else "C")
+    return array if kind == np.uint8 else to_8_bits(array)

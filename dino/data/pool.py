@@ -2,21 +2,27 @@
 
 import difflib
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from torch import Tensor, uint8
 
-from dino.data.decode import UnreadableImage, decode, require_shape
+from dino.data.decode import LIMITS, decode, require_shape, size_of
+from dino.data.formats import Limits, UnreadableImage
 from dino.data.manifest import read_manifest, rows_of
 from dino.data.sources import SOURCES, DatasetSource, MapStyle, Source
-from dino.data.sources.source import Names
+from dino.data.sources.source import FileSource, Names, components, first_difference, split_roles, text_of
+from dino.distributed import rank_and_size
 from dino.errors import UserError
+from dino.files import shown
 
+logger = logging.getLogger(__name__)
 Transform = Callable[[Tensor], Tensor]
 
 
@@ -39,6 +45,18 @@ class Labels(Sequence[str]):
         return self.classes[self.codes[index]]
 
 
+class Roles(NamedTuple):
+    """Which images of a pool are to learn from and which to test on, as the folders that hold them are called.
+
+    Attributes:
+        is_learn: (N,) bool.
+        described: both sides in words, by folders.
+    """
+
+    is_learn: np.ndarray
+    described: tuple[str, str]
+
+
 @dataclass(eq=False)
 class Pool:
     """Images of a source, decoded; `names` (N,) and `labels` (N,), None where there are none.
@@ -52,15 +70,32 @@ class Pool:
     indices: np.ndarray | None = None  # (N,) of the source's images that belong to the pool; None: all, in order
     weights: np.ndarray | None = None  # (N,) how often each is visited in an epoch, on average; None: once
     transform: Transform | None = None  # what is done to each image once it is decoded; see `open_images`
+    limits: Limits = LIMITS
 
     def __post_init__(self) -> None:
         self.names = Names(self.source.names, self.indices)
         self.labels = None if self.source.labels is None else Labels(self.source.labels, self.indices)
 
+    @property
+    def roles(self) -> Roles | None:
+        """By folders such as train/ and val/; None where it has no such."""
+        names = self.names.packed()
+        level = first_difference(names)
+        if level is None:
+            return None
+        folders = components(names, level)
+        roles = split_roles(folders.dictionary)
+        if not roles:
+            return None
+        of_folder = [roles[folder] for folder in folders.dictionary.to_pylist()]
+        is_learn = np.array([role == "learn" for role in of_folder])[folders.indices.to_numpy()]
+        learn, test = ([text_of(name) for name in sorted(roles) if roles[name] == role] for role in ("learn", "test"))
+        return Roles(is_learn, (" and ".join(learn), " and ".join(test)))
+
     def subset(self, indices: np.ndarray, kind: str, weights: np.ndarray | None = None) -> "Pool":
         """Some of the images, in the order of their indices in this pool."""
         of_source = indices if self.indices is None else self.indices[indices]
-        return Pool(self.source, kind, self.channels, of_source, weights, self.transform)
+        return Pool(self.source, kind, self.channels, of_source, weights, self.transform, self.limits)
 
     def read(self, index: int, enough: float | None = None) -> Tensor:
         """(channels, H, W) uint8; a large JPEG with as many pixels as are `enough`, see `decode`.
@@ -72,8 +107,21 @@ class Pool:
             require_shape(tuple(image.shape), self.channels)
         else:
             whole = self.transform is not None  # what it does may depend on the size
-            image = decode(image, self.channels, self.names[index], None if whole else enough)
+            image = decode(image, self.channels, self.names[index], None if whole else enough, self.limits)
         return image if self.transform is None else self._transformed(self.transform(image))
+
+    def size(self, index: int) -> tuple[int, int, int] | None:
+        """The shape (C, H, W) of what `read` would give, from the file's header where it has one; None if it has not,
+        and cannot be read."""
+        try:
+            image = self.source.read(int(index if self.indices is None else self.indices[index]))
+            if self.transform is None and not isinstance(image, Tensor):
+                return size_of(image, self.channels, self.names[index], self.limits)
+            pixels = image if isinstance(image, Tensor) and self.transform is None else self.read(index)
+            channels, height, width = pixels.shape
+            return channels, height, width
+        except UnreadableImage:
+            return None
 
     def _transformed(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.dtype == uint8 and image.ndim == 3 and len(image) == self.channels:
@@ -90,6 +138,7 @@ def open_images(
     kind: str = "auto",
     channels: int | str = "auto",
     transform: Transform | None = None,
+    limits: Limits = LIMITS,
 ) -> Pool:
     """Open a pool of images.
 
@@ -99,6 +148,7 @@ def open_images(
         channels: of the images given back; `auto`: 1 for Omniglot and digits, else 3.
         transform: uint8 (C, H, W) to uint8 (C, H, W), done to every image that is read: cropping, resizing. What it
             gives must not differ from time to time, or no run can be repeated; augmentation is what views are for.
+        limits: on an image's pixels, and on a file's bytes.
 
     Raises:
         UserError: nothing there, or no image in it.
@@ -110,14 +160,19 @@ def open_images(
     if kind == "manifest" or (kind == "auto" and root.endswith(".parquet")):
         _require_root(root)
         manifest = read_manifest(root)
-        pool = open_images(manifest.root, manifest.kind, channels, transform)
+        pool = open_images(manifest.root, manifest.kind, channels, transform, limits)
         return pool.subset(rows_of(manifest, pool.names.packed(), root), "manifest", manifest.weights)
     kind = _kind_of(root, kind)
     opener = SOURCES[kind]
     if opener.fixed and channels not in ("auto", opener.channels):
         raise UserError(f"data.channels={channels}: data.kind={kind} has {opener.channels} channel(s)")
     source = opener.open(root)
-    pool = Pool(source, kind, opener.channels if channels == "auto" else int(channels), transform=transform)
+    if isinstance(source, FileSource):
+        source.max_bytes = limits.bytes
+        if source.left_out.counts:
+            _say_once(f"left out of {shown(root)}: {source.left_out}")
+    channels = opener.channels if channels == "auto" else int(channels)
+    pool = Pool(source, kind, channels, transform=transform, limits=limits)
     return pool if opener.subset is None else pool.subset(opener.subset(source), kind)
 
 
@@ -147,6 +202,12 @@ def fingerprint(images: Pool) -> str:
 def stamp(images: Pool) -> str:
     """A digest of the content of all images that a pool's source has, as it can tell without reading them all."""
     return images.source.stamp()
+
+
+@cache
+def _say_once(text: str) -> None:
+    if rank_and_size()[0] == 0:
+        logger.warning(text)
 
 
 def _require_root(root: str) -> None:

@@ -1,9 +1,10 @@
 """A small pool decoded once and kept on the device as uint8."""
 
+import math
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -34,22 +35,29 @@ class ResidentImages:
     """
 
     def __init__(self, images: Pool, device: torch.device, show_progress: bool = True):
-        decoded, self.unreadable = _decode_all(images, show_progress)
-        pixels = [image for image in decoded if image is not None]
-        if not pixels:
-            raise UserError(f"no image of {len(decoded)} can be read; the first: {self.unreadable[0][1]}")
-        readable = [index for index, image in enumerate(decoded) if image is not None]
-        self.row = np.searchsorted(readable, np.arange(len(decoded))) % len(readable)  # of image i among the readable
-        self.sizes = np.array([image.shape[1:] for image in pixels])
-        self.channels = pixels[0].shape[0]
-        self.starts = np.cumsum([0, *(image.numel() for image in pixels[:-1])])
+        count, pixels = len(images.names), Growing()
+        sizes, background, readable = [], [], []
+        self.unreadable: list[tuple[int, str]] = []
+        for index, (image, reason) in enumerate(_read_all(images, show_progress)):
+            if image is None:
+                self.unreadable.append((index, reason))
+            else:
+                pixels.append(image.numpy().ravel())
+                sizes.append(image.shape[1:])
+                background.append(border_colour(image))
+                readable.append(index)
+        if not readable:
+            raise UserError(f"no image of {count} can be read; the first: {self.unreadable[0][1]}")
+        self.row = np.searchsorted(readable, np.arange(count)) % len(readable)  # of image i among the readable
+        self.sizes, self.channels = np.array(sizes), images.channels
+        self.starts = np.cumsum([0, *(self.channels * self.sizes[:-1].prod(axis=1))])
         try:
-            self.pixels = torch.cat([image.flatten() for image in pixels]).to(device)
+            self.pixels = torch.from_numpy(pixels.whole()).to(device)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the images do not fit on {device}: set data.cache=none, which decodes them as they are needed"
             ) from error
-        self.background = torch.stack([border_colour(image) for image in pixels]).to(device)
+        self.background = torch.stack(background).to(device)
         self.is_uniform = bool((self.sizes == self.sizes[0]).all())
 
     def gather(self, indices: Sequence[int]) -> Canvas:
@@ -80,22 +88,67 @@ def border_colour(image: Tensor) -> Tensor:
     return torch.from_numpy(np.partition(border, middle, axis=1)[:, middle].copy())
 
 
-def estimated_bytes(images: Pool) -> int:
-    """What the decoded pool takes, judged by a few of its images."""
+class Growing:
+    """Bytes that become more, one behind the other; never twice in memory, as where pieces are put together."""
+
+    def __init__(self) -> None:
+        self._buffer, self._used = np.empty(1 << 20, np.uint8), 0
+
+    def append(self, piece: np.ndarray) -> None:
+        """(N,) uint8."""
+        end = self._used + len(piece)
+        if end > len(self._buffer):  # the system moves its pages; what is not used yet takes none
+            self._buffer.resize(max(end, 2 * len(self._buffer)), refcheck=False)
+        self._buffer[self._used : end] = piece
+        self._used = end
+
+    def whole(self) -> np.ndarray:
+        """All of them."""
+        self._buffer.resize(self._used, refcheck=False)
+        return self._buffer
+
+
+class Decoded(NamedTuple):
+    """How large a pool is, decoded.
+
+    Attributes:
+        bytes: of all images.
+        canvas: bytes of a canvas on which any of them fits.
+    """
+
+    bytes: int
+    canvas: int
+
+
+def decoded(images: Pool, room: float = math.inf) -> Decoded:
+    """By the headers of all images, unless a few of them tell that they take more than twice the room there is."""
     count = len(images.names)
-    sample = [read_or_reason(images, index)[0] for index in range(0, count, -(-count // SAMPLE))]
-    sizes = [image.numel() for image in sample if image is not None]
-    return sum(sizes) * count // max(1, len(sizes))
+    few = _decoded(images, range(0, count, -(-count // SAMPLE)))
+    return few if few.bytes > 2 * room else _decoded(images, range(count))
 
 
-def _decode_all(images: Pool, show_progress: bool) -> tuple[list[Tensor | None], list[tuple[int, str]]]:
-    """Each image, and (index, reason) of those that cannot be read."""
+def _decoded(images: Pool, indices: range) -> Decoded:
+    """By some of its images; those that cannot be read are as large as the others."""
+    with ThreadPoolExecutor(cores()) as threads:
+        shapes = [shape for shape in threads.map(images.size, indices) if shape is not None]
+    if not shapes:
+        return Decoded(0, 0)
+    sizes = np.array(shapes)
+    of_all = int(sizes.prod(axis=1).sum()) * len(images.names) // len(shapes)
+    return Decoded(of_all, int(sizes.max(axis=0).prod()))
+
+
+def _read_all(images: Pool, show_progress: bool) -> Iterator[tuple[Tensor | None, str]]:
+    """Each image, or the reason why it cannot be read."""
     count = len(images.names)
     # Filters of warnings are the process's, not the thread's: set here, those that `decode` sets cannot get mixed up.
     with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as threads:
         warnings.simplefilter("ignore")
-        reads = threads.map(partial(read_or_reason, images), range(count))
-        bar = tqdm(reads, total=count, desc="decoding", unit="image", leave=False, disable=not show_progress)
-        results = list(bar)
-    unreadable = [(index, reason) for index, (image, reason) in enumerate(results) if image is None]
-    return [image for image, _ in results], unreadable
+        ahead: deque[Future] = deque()
+        bar = tqdm(range(count), desc="decoding", unit="image", leave=False, disable=not show_progress)
+        for index in bar:
+            ahead.append(threads.submit(read_or_reason, images, index))
+            if len(ahead) >= 2 * cores():
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

@@ -1,6 +1,8 @@
 """A labelled pool as frozen features with a training and a test part: what k-NN and linear probes start from."""
 
+import logging
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -8,10 +10,12 @@ from accelerate import Accelerator
 from sklearn.model_selection import train_test_split
 
 from dino.data import Pool, open_images
-from dino.data.pool import Labels
 from dino.errors import UserError
 from dino.evaluation.features import Features, cached, content_digest
+from dino.files import shown
 from dino.models import Backbone
+
+logger = logging.getLogger(__name__)
 
 
 class Labelled(NamedTuple):
@@ -41,37 +45,65 @@ def labelled_features(
     """Embed a pool whose folders are its classes.
 
     Args:
-        data: to learn from; and, without `test_data`, the test's 30 % too, drawn with `seed` from every class alike.
+        data: to learn from; and, without `test_data`, to test on too: what lies in its folders train/ and val/ (or
+            test/), as it has them, or else 30 % drawn with `seed` from every class alike.
         blocks, precision: see `extract`.
 
     Raises:
         UserError: no classes, or too few images to split.
     """
-    images, known = _open(data, kind, backbone)
-    classes = known.classes
+    images = open_images(data, kind, backbone.spec.in_chans)
+    if images.labels is None:
+        raise UserError(f"{shown(data)} has no classes: put each class's images into a folder of its own")
+    classes, roles = images.labels.classes, images.roles
     features = _features(backbone, images, accelerator, blocks, precision)
-    labels = known.codes[features.rows]
+    labels = images.labels.codes[features.rows]
     if test_data is not None:
-        test_images, test_known = _open(test_data, kind, backbone)
-        if unknown := sorted(set(test_known.classes) - set(classes)):
-            raise UserError(f"{test_data} has classes that {data} has not: {', '.join(unknown[:5])}")
+        test_images = open_images(test_data, kind, backbone.spec.in_chans)
         test_features = _features(backbone, test_images, accelerator, blocks, precision)
-        test_labels = np.searchsorted(classes, test_known.classes)[test_known.codes[test_features.rows]]
+        test_labels = _codes_among(classes, test_images, test_data)[test_features.rows]
         return Labelled(features, labels, test_features, test_labels, classes)
-    counts = np.bincount(labels, minlength=len(classes))
-    if counts.min() < 2:
-        raise UserError(f"{data}: class '{classes[counts.argmin()]}' has {counts.min()} image(s), too few to split")
-    if math.ceil(0.3 * len(labels)) < len(classes):
-        raise UserError(f"{data}: {len(labels)} images of {len(classes)} classes are too few to split: name a --test")
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.3, random_state=seed, stratify=labels)
+    if roles is not None:
+        train, test = (np.flatnonzero(roles.is_learn[features.rows] == learn) for learn in (True, False))
+        if not len(train) or not len(test):
+            raise UserError(f"{shown(data)}: no image to {'test on' if len(train) else 'learn from'} can be read")
+        if accelerator.is_main_process:
+            logger.info("%s: learns from %s, tests on %s, as its folders are named", shown(data), *roles.described)
+    else:
+        train, test = _drawn(labels, classes, shown(data), seed)
     return Labelled(features.at(train), labels[train], features.at(test), labels[test], classes)
 
 
-def _open(data: str, kind: str, backbone: Backbone) -> tuple[Pool, Labels]:
-    images = open_images(data, kind, backbone.spec.in_chans)
+def _drawn(labels: np.ndarray, classes: list[str], data: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn from and to test on; raises `UserError` where there are too few."""
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < 2:
+        name = shown(classes[counts.argmin()])
+        raise UserError(f"{data}: class '{name}' has {counts.min()} image(s), too few to split")
+    if math.ceil(0.3 * len(labels)) < len(classes):
+        raise UserError(f"{data}: {len(labels)} images of {len(classes)} classes are too few to split: name a --test")
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.3, random_state=seed, stratify=labels)
+    return train, test
+
+
+def _codes_among(classes: list[str], images: Pool, data: str) -> np.ndarray:
+    """(N,) numbers of the classes of test images: the first folder level at which all are known, be it only one.
+
+    Raises:
+        UserError: there are others.
+    """
+    known = set(classes)
+    if images.labels is not None and known.issuperset(images.labels.classes):
+        return np.searchsorted(classes, images.labels.classes)[images.labels.codes]
+    root = os.path.basename(os.path.abspath(os.path.expanduser(data)))
+    paths = [[root, *name.split("/")[:-1]] for name in images.names]
+    for level in range(min(map(len, paths)) - 1, -1, -1):
+        if known.issuperset(path[level] for path in paths):
+            return np.searchsorted(classes, [path[level] for path in paths])
     if images.labels is None:
-        raise UserError(f"{data} has no classes: put each class's images into a folder of its own")
-    return images, images.labels
+        raise UserError(f"{shown(data)} has none of the classes learnt: {', '.join(map(shown, classes[:5]))}")
+    unknown = sorted(set(images.labels.classes) - known)
+    raise UserError(f"{shown(data)} has classes that were not learnt: {', '.join(map(shown, unknown[:5]))}")
 
 
 def _features(backbone: Backbone, images: Pool, accelerator: Accelerator, blocks: int, precision: str) -> Features:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+LONGEST = 4  # times the shorter side
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -31,6 +33,14 @@ class Preprocess:
         )
 
     def crop(self, images: Tensor) -> Tensor:
-        """The shorter side resized by antialiased bicubic resampling, then the centre."""
+        """The shorter side resized by antialiased bicubic resampling, then the centre.
+
+        Of a long strip only the middle is resized, four times as long as it is wide: a side of 60,000 pixels would
+        become millions.
+        """
+        height, width = images.shape[-2:]
+        longest = LONGEST * min(height, width)
+        if max(height, width) > longest:
+            images = functional.center_crop(images, [min(height, longest), min(width, longest)])
         resized = functional.resize(images, [self.resize or self.image_size], InterpolationMode.BICUBIC, antialias=True)
         return functional.center_crop(resized, [self.image_size])

@@ -9,7 +9,7 @@ import torch
 
 from dino.config.read import dump
 from dino.config.schema import Config
-from dino.data import Pool, open_images
+from dino.data import Limits, Pool, open_images
 from dino.errors import UserError
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
@@ -101,7 +101,8 @@ class Reporter:
 def write_report(directory: RunDirectory) -> None:
     """The report of a run that has ended, from what lies in its directory."""
     config = directory.read_config()
-    images = open_images(config.data.root, config.data.kind, config.data.channels)
+    limits = Limits(config.data.max_pixels, config.data.max_bytes)
+    images = open_images(config.data.root, config.data.kind, config.data.channels, limits=limits)
     Reporter(directory, config, images).write_now(load_backbone(directory.path), "ended", alive=False)
 
 

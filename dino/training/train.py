@@ -4,10 +4,10 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from dino.config.auto import PoolFacts, keep_resolved, resolve
+from dino.config.auto import PoolFacts, cache_room, keep_resolved, resolve
 from dino.config.read import follow
 from dino.config.schema import Config
-from dino.data import estimated_bytes, open_images, samples_per_epoch
+from dino.data import Limits, decoded, open_images, samples_per_epoch
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
 from dino.run import RunDirectory
@@ -114,8 +114,9 @@ def run_training(config: Config, data_set: Any = None, transform: Any = None, dr
         config, outside_reasons = follow(config, outside.settings, outside.source)
         reasons |= outside_reasons
     source = config.data.root if data_set is None else data_set
-    images = open_images(source, config.data.kind, config.data.channels, transform)
-    pool = PoolFacts(samples_per_epoch(images), images.channels, images.kind, estimated_bytes(images))
+    limits = Limits(config.data.max_pixels, config.data.max_bytes)
+    images = open_images(source, config.data.kind, config.data.channels, transform, limits)
+    pool = PoolFacts(samples_per_epoch(images), images.channels, images.kind, *decoded(images, cache_room()))
     config, auto_reasons = resolve(keep_resolved(config, earlier) if earlier else config, pool)
     if earlier:
         resume.refuse_other_config(directory, config, earlier)

@@ -2,13 +2,17 @@
 
 import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dino.data.decode import UnreadableImage, decode
+from dino.data import picture
+from dino.data.decode import decode
+from dino.data.formats import EXTENSIONS, Limits, UnreadableImage
 
 
 def encode(image: Image.Image | np.ndarray, format: str, **options) -> bytes:
@@ -230,11 +234,133 @@ def test_truncated_files_are_unreadable(format):
             decode(content[: int(fraction * len(content))], 3)
 
 
-def test_smallest_and_largest_that_are_read(monkeypatch):
+def test_smallest_and_largest_that_are_read():
     assert decode(encode(noise(4, 4, 3), "PNG"), 3).shape == (3, 4, 4)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UnreadableImage, match="decompression bomb"):
-        decode(WHOLE, 3)
+    for content, name in ((WHOLE, ""), (encode(noise(64, 64, 3), "JPEG"), ""), (npy(noise(64, 64, 3)), "x.npy")):
+        assert decode(content, 3, name, limits=Limits(pixels=64 * 64)).shape == (3, 64, 64)
+        with pytest.raises(UnreadableImage, match=r"64×64 pixels are more than data\.max_pixels=4,095"):
+            decode(content, 3, name, limits=Limits(pixels=64 * 64 - 1))
+
+
+def with_chunk(kind: bytes, data: bytes, crc: int | None = None, last: bool = False) -> bytes:
+    """A PNG of RGB with a chunk before or after its pixels."""
+    png, body = encode(RGB, "PNG"), kind + data
+    at = len(png) - 12 if last else 33
+    return png[:at] + struct.pack(">I", len(data)) + body + struct.pack(">I", crc or zlib.crc32(body)) + png[at:]
+
+
+TEXT = zlib.compress(b"a" * 3_000_000)
+
+
+class TestMetadata:
+    @pytest.mark.parametrize("last", [False, True], ids=["before", "after"])
+    @pytest.mark.parametrize(
+        ("kind", "data", "crc"),
+        [
+            (b"zTXt", b"note\0\0" + TEXT, None),
+            (b"iTXt", b"note\0\1\0\0\0" + TEXT, None),
+            (b"iCCP", b"profile\0\0" + TEXT, None),
+            (b"iCCP", b"profile\0\0nonsense", None),
+            (b"iCCP", b"profile\0\7" + TEXT, None),
+            (b"zTXt", b"note\0\7" + TEXT, None),
+            (b"eXIf", b"nonsense", None),
+            (b"eXIf", b"MM\0*\0\0\0\x08\xff\xff", None),
+            (b"tEXt", b"a\0bc", 1),
+            (b"gAMA", b"", None),
+            (b"cHRM", b"12", None),
+            (b"pHYs", b"", None),
+            (b"sRGB", b"", None),
+            (b"tIME", b"1", 1),
+            (b"abCd", b"what only one program knows", 1),
+        ],
+    )
+    def test_of_a_png_may_be_broken_in_any_way(self, kind, data, crc, last):
+        assert np.array_equal(pixels(with_chunk(kind, data, crc, last)), RGB)
+
+    def test_of_other_files_may_be_broken_too(self):
+        jpeg, webp = encode(SMOOTH, "JPEG"), encode(SMOOTH, "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1")
+        for marker in (0xE1, 0xE2, 0xED, 0xEE, 0xFE):
+            for start in (b"Exif\0\0", b"MPF\0", b"ICC_PROFILE\0", b"Photoshop 3.0\0", b"Adobe", b""):
+                segment = start + b"nonsense" * 20
+                head = bytes([0xFF, marker]) + struct.pack(">H", 2 + len(segment)) + segment
+                image = pixels(jpeg[:2] + head + jpeg[2:])
+                if start != b"Adobe":  # which tells how colours are kept
+                    assert np.array_equal(image, pixels(jpeg))
+        assert np.array_equal(pixels(webp), pillow(encode(SMOOTH, "WEBP")))
+
+    def test_which_side_is_up_is_known_though_a_text_is_broken(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        png = encode(RGB, "PNG", exif=exif)
+        broken = struct.pack(">I", 4) + b"tEXta\0bc" + bytes(4)
+        assert np.array_equal(pixels(png[:33] + broken + png[33:]), RGB.transpose(1, 0, 2)[:, ::-1])
+
+
+def glyph(level: int, alpha: int = 255, mode: str = "RGBA") -> Image.Image:
+    """A bar on nothing."""
+    image = Image.new("RGBA", (16, 16), (255 - level,) * 3 + (0,))
+    image.paste((level, level, level, alpha), (4, 2, 12, 5))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("level", [0, 60, 128, 180, 230, 250, 255])
+@pytest.mark.parametrize("alpha", [255, 160])
+def test_what_lies_on_nothing_can_be_seen(channels, mode, level, alpha):
+    image = pixels(encode(glyph(level, alpha, mode), "PNG"), channels).astype(int)
+    assert abs(image[3, 8] - image[10, 10]).min() >= 32
+    if level <= 200:
+        assert (image[10, 10] == 255).all()  # white, wherever that does
+
+
+def test_white_and_black_ink_are_seen_together():
+    both = glyph(255)
+    both.paste((0, 0, 0, 255), (4, 10, 12, 12))
+    image = pixels(encode(both, "PNG")).astype(int)
+    assert len({*image[3, 8], *image[11, 8], *image[7, 7]}) == 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "L", "P", "I;16"])
+def test_in_strips_pictures_are_the_same(mode, monkeypatch):
+    image = Image.fromarray(RGBA).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 250)
+    content = encode(image, "PNG")
+    whole = pixels(content)
+    monkeypatch.setattr(picture, "STRIP", 50)
+    assert np.array_equal(pixels(content), whole)
+
+
+FORMATS_BY_ENDING = {
+    "ppm": "PPM",
+    "gif": "GIF",
+    "jfif": "JPEG",
+    "jp2": "JPEG2000",
+    "avif": "AVIF",
+    "tga": "TGA",
+    "pcx": "PCX",
+    "dib": "DIB",
+    "sgi": "SGI",
+    "qoi": "QOI",
+    "dds": "DDS",
+}
+
+
+@pytest.mark.parametrize("ending", FORMATS_BY_ENDING)
+def test_what_pillow_reads_is_read(ending):
+    content = encode(SMOOTH, FORMATS_BY_ENDING[ending])
+    assert f".{ending}" in EXTENSIONS
+    assert np.array_equal(pixels(content, name=f"x.{ending}"), pillow(content))
+
+
+def test_files_that_start_programs_or_take_minutes_are_no_images():
+    with pytest.raises(UnreadableImage, match="no image of a format"):
+        decode(encode(RGB, "EPS"), 3, "x.png")
+    jpeg = encode(SMOOTH, "JPEG", progressive=True)
+    start, end = jpeg.rindex(b"\xff\xda"), len(jpeg) - 2
+    with pytest.raises(UnreadableImage, match="100 scans"):
+        decode(jpeg[:end] + 200 * jpeg[start:end] + jpeg[end:], 3)
 
 
 class TestLargeJpegs:

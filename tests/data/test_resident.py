@@ -8,10 +8,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pools import NoiseSource, archive, fill, noise_pool
 from torch import Tensor
 
-from dino.data import Pool, ResidentImages, estimated_bytes, open_images
+from dino.data import Pool, ResidentImages, decoded, open_images
+from dino.data.resident import _read_all
+from dino.distributed import cores
 from dino.errors import UserError
 
 UNIFORM = [(12, 9)] * 7
@@ -95,22 +98,36 @@ def test_a_pool_without_a_readable_image_or_too_large_for_the_device_is_told(mon
         resident(noise_pool(UNIFORM))
 
 
-class TestEstimate:
+class TestSize:
     @pytest.mark.parametrize("count", [1, 7, 16, 17, 100])
-    def test_it_is_exact_for_images_of_one_size_of_which_some_may_be_broken(self, count):
-        assert estimated_bytes(noise_pool([(12, 9)] * count)) == count * 3 * 12 * 9
-        assert estimated_bytes(noise_pool([(12, 9)] * count, unreadable=range(1, count, 5))) == count * 3 * 12 * 9
-        assert estimated_bytes(noise_pool([(12, 9)] * count, unreadable=range(count))) == 0
+    def test_broken_images_count_as_the_others_do(self, count):
+        for unreadable in ((), range(1, count, 5)):
+            assert decoded(noise_pool([(12, 9)] * count, unreadable=unreadable)) == (count * 3 * 12 * 9, 3 * 12 * 9)
+        assert decoded(noise_pool([(12, 9)] * count, unreadable=range(count))) == (0, 0)
 
-    @pytest.mark.parametrize(
-        "sizes",
-        [np.random.default_rng(0).integers(20, 40, (1000, 2)).tolist(), [(10, 10)] * 300 + [(40, 40)] * 100],
-        ids=["mixed", "classes one after the other"],
-    )
-    def test_it_is_near_the_truth_for_many_sizes_and_reads_few(self, sizes):
-        pool = noise_pool(sizes)
-        assert estimated_bytes(pool) == pytest.approx(sum(image.numel() for image in pool.source.pixels), rel=0.15)
+    def test_a_few_large_images_are_counted_by_their_headers(self, tmp_path):
+        """As viewers show them: of one the long side lies in EXIF data only."""
+        small, exif = fill(tmp_path, [f"a/{number:03d}.png" for number in range(200)]), Image.Exif()
+        exif[0x0112] = 6
+        (small / "b").mkdir()
+        Image.new("L", (500, 300)).save(small / "b" / "turned.jpg", exif=exif)
+        np.save(small / "b" / "x.npy", np.zeros((400, 100, 3), np.uint8))
+        pool = open_images(small)
+        pixels = [pool.read(index) for index in range(len(pool.names))]
+        assert decoded(pool) == (sum(image.numel() for image in pixels), 3 * 500 * 300)
+
+    def test_a_pool_far_too_large_is_told_by_a_few(self):
+        pool = noise_pool([(12, 9)] * 1000)
+        assert decoded(pool, room=100) == (1000 * 3 * 12 * 9, 3 * 12 * 9)
         assert len(pool.source.reads) <= 16
+
+    def test_images_are_not_twice_in_memory(self, monkeypatch):
+        """Beside the buffer there are at most a few images that wait for being put into it."""
+        pool, waiting = noise_pool([(64, 64)] * 500), []
+        count = len(pool.source.reads)
+        for index, _ in enumerate(_read_all(pool, False)):
+            waiting.append(len(pool.source.reads) - count - index)
+        assert max(waiting) <= 2 * cores() + 1
 
 
 class TestWarnings:

@@ -1,7 +1,13 @@
 """Sources: what is found in folders, archives and data sets, under which names and labels, read by which process."""
 
+import contextlib
+import errno
+import io
 import os
 import pickle
+import socket
+import struct
+import tracemalloc
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -16,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 from torchvision.datasets import ImageFolder
 
-from dino.data import Pool, UnreadableImage, fingerprint, open_images, stamp
+from dino.data import Limits, Pool, UnreadableImage, fingerprint, open_images, read_or_reason, stamp
 from dino.data.sources.omniglot import article_subset, held_out, parse
 from dino.data.sources.source import Names, folder_labels, packed
 from dino.errors import UserError
@@ -53,6 +59,75 @@ class TestFolder:
                 images.read(index)
         images.read(1)
 
+    def test_what_is_no_regular_file_is_left_out_and_never_opened(self, tmp_path, caplog):
+        fill(tmp_path, ["real.png", "later.png"])
+        os.mkfifo(tmp_path / "pipe.png")
+        (tmp_path / "zero.png").symlink_to("/dev/zero")
+        (tmp_path / "folder.png").mkdir()
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(tmp_path / "s.png"))
+        images = open_images(tmp_path)
+        assert list(images.names) == ["later.png", "real.png"]
+        assert "3 not a regular file (pipe.png, s.png, zero.png)" in caplog.text
+        (tmp_path / "later.png").unlink()
+        os.mkfifo(tmp_path / "later.png")
+        with pytest.raises(UnreadableImage, match="not a regular file"):
+            images.read(0)
+        images.read(1)
+
+    def test_what_is_left_out_is_counted_by_kind_and_told_once(self, tmp_path, caplog):
+        films = [f"clip{number}.MP4" for number in range(5)]
+        fill(tmp_path, ["a.png", "b.GIF", "notes", "we\x1b[31mird.txt", *films, "x/c.txt"])
+        for _ in range(2):
+            assert list(open_images(tmp_path).names) == ["a.png", "b.GIF"]
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert "5 .mp4 (clip0.MP4, clip1.MP4, clip2.MP4, …); 2 .txt (" in line
+        assert "1 without an ending (notes)" in line
+        assert "we\\x1b[31mird.txt" in line
+        caplog.clear()
+        open_images(archive(tmp_path / "pool.zip", {"a.png": png(1), "b.mov": b"", ".hidden": b"", "x/": b""}))
+        assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == ["1 .mov (b.mov)"]
+
+    def test_a_folder_that_may_not_be_listed_is_told(self, tmp_path, caplog, monkeypatch):
+        """Root may list all."""
+        fill(tmp_path, ["a/1.png", "b/2.png"])
+        listed = os.scandir
+
+        def scandir(path):
+            if str(path).endswith("b"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return listed(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        assert list(open_images(tmp_path).names) == ["a/1.png"]
+        assert "1 folders that cannot be listed: Permission denied (b)" in caplog.text
+
+    def test_a_runs_own_directory_is_passed_over(self, tmp_path, caplog):
+        fill(tmp_path, ["a.png", "runs/mine/report.png", "runs/other/b.png"])
+        (tmp_path / "runs/mine/config.yaml").touch()
+        (tmp_path / "runs/other/config.yaml").touch()
+        (tmp_path / "runs/mine/metrics.jsonl").touch()
+        assert list(open_images(tmp_path).names) == ["a.png", "runs/other/b.png"]
+        assert "1 directories of runs (runs/mine)" in caplog.text
+
+    @pytest.mark.parametrize("root", ["/proc", "/proc/self", "/sys", "link"])
+    def test_the_kernels_files_are_no_images(self, tmp_path, root):
+        (tmp_path / "link").symlink_to("/proc")
+        with pytest.raises(UserError, match="belongs to the kernel"):
+            open_images(tmp_path / root)
+        fill(tmp_path, ["a.png"])
+        assert list(open_images(tmp_path).names) == ["a.png"]
+
+    def test_files_larger_than_allowed_are_not_read(self, tmp_path):
+        with fill(tmp_path, ["a.png", "b.png"]).joinpath("a.png").open("r+b") as file:
+            file.truncate(10**12)  # sparse
+        images = open_images(tmp_path)
+        with pytest.raises(UnreadableImage, match=r"1,000,000,000,000 bytes are more than data\.max_bytes=268,435,456"):
+            images.read(0)
+        images.read(1)
+        small = open_images(tmp_path, limits=Limits(bytes=50))
+        assert [bool(read_or_reason(small, index)[1]) for index in range(2)] == [True, True]
+
     def test_names_that_are_no_utf_8(self, tmp_path):
         names = ["a.png", os.fsdecode(b"caf\xe9.png"), "\ue000.png", "日本.png"]
         try:
@@ -77,7 +152,13 @@ class TestFolder:
     [
         (["cats/1.png", "dogs/1.png", "cats/2.png"], ["cats", "dogs", "cats"]),
         (["photos/cats/1.png", "photos/dogs/x/1.png"], ["cats", "dogs"]),  # a common folder is no class
-        (["train/cats/1.png", "test/cats/1.png"], ["train", "test"]),
+        (["train/cats/1.png", "test/cats/1.png", "test/dogs/1.png"], ["cats", "cats", "dogs"]),  # a split is no class
+        (["x/train2017/a/1.png", "x/val2017/b/1.png"], ["a", "b"]),
+        (["seg_train/a/1.png", "seg_test/b/c/1.png"], ["a", "b"]),
+        (["Train/1.png", "Test/2.png"], None),
+        (["train/cats/1.png", "test/cats/1.png"], None),
+        (["train/cats/1.png", "bus/cats/1.png"], ["train", "bus"]),  # vehicles
+        (["train/1.png", "training/2.png"], ["train", "training"]),  # not two sides of anything
         (["pool/a/1.png", "pool/ab/1.png"], ["a", "ab"]),
         (["1.png", "2.png"], None),
         (["all/1.png", "all/2.png"], None),
@@ -158,6 +239,42 @@ class TestZip:
         path = archive(tmp_path / "p.zip", {"a.png_x": png(0)})
         path.write_bytes(path.read_bytes().replace(b"a.png_x", b"a.png\0x"))
         assert open_images(path).read(0).shape == (3, 8, 8)
+
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_what_a_member_becomes_is_bounded(self, tmp_path, compression):
+        """20 MB of zeros in a few kilobytes, which the directory gives their own size, or one of 1,000 bytes."""
+        path = archive(tmp_path / "p.zip", {"a.png": bytes(20 * 10**6)}, compression)
+        with pytest.raises(UnreadableImage, match=r"20,000,000 bytes are more than data\.max_bytes=1,000,000"):
+            open_images(path, limits=Limits(bytes=10**6)).read(0)
+        content = bytearray(path.read_bytes())
+        at = content.index(b"PK\x01\x02") + 24
+        content[at : at + 4] = struct.pack("<I", 1000)
+        path.write_bytes(content)
+        images = open_images(path)
+        tracemalloc.start()
+        with pytest.raises(UnreadableImage):
+            images.read(0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert compression != zipfile.ZIP_DEFLATED or peak < 5 * 10**6  # the others' smallest step is larger
+
+    def test_large_members_are_whole_however_they_are_packed(self, tmp_path):
+        noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        np.save(buffer, noise)
+        for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+            path = archive(tmp_path / f"{compression}.zip", {"a.npy": buffer.getvalue()}, compression)
+            assert np.array_equal(open_images(path).read(0).permute(1, 2, 0).numpy(), noise)
+
+    @pytest.mark.parametrize("damage", [(4, b"\xff\xff"), (6, b"\xff\xff"), (46, b"\xff\xfe")])
+    def test_an_archive_of_another_time_or_with_broken_names_is_told(self, tmp_path, damage):
+        path = archive(tmp_path / "p.zip", {"é.png": png(0)})
+        content = bytearray(path.read_bytes())
+        at = content.index(b"PK\x01\x02") + damage[0]
+        content[at : at + len(damage[1])] = damage[1]
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):  # or the image is unreadable
+            read_or_reason(open_images(path), 0)
 
     def test_an_encrypted_member_is_unreadable(self, tmp_path):
         path = archive(tmp_path / "p.zip", {"a.png": png(0)})

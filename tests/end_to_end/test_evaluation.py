@@ -339,7 +339,7 @@ BAD = {  # a command and what its error says; the names in braces are those of `
     "knn, class of one image": ("knn --weights {vit} --data {lone}", "class 'bee' has 1 image(s), too few to split"),
     "linear, class of one image": ("linear --weights {vit} --data {lone}", "class 'bee' has 1 image(s), too few"),
     "knn, class of broken images": ("knn --weights {vit} --data {torn}", "class 'cow' has 0 image(s), too few"),
-    "knn, test of other classes": ("knn --weights {vit} --data {lone} --test {images}", "has classes that"),
+    "knn, test of other classes": ("knn --weights {vit} --data {lone} --test {images}", "were not learnt"),
     "knn, unknown weights": ("knn --weights dinov2_vits15 --data {images}", "did you mean dinov2_vits14"),
     "linear, unknown weights": ("linear --weights {out}/none --data {images}", "no weights at '"),
     "embed, unknown weights": ("embed --weights none --data {images} --out {out}/a.npy", "no weights at 'none'"),

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino.data.decode import UnreadableImage, picture_array, reason_of, to_tensor
+from dino.data.decode import to_tensor
+from dino.data.formats import UnreadableImage, reason_of
+from dino.data.picture import picture_array
 from dino.data.sources.source import packed
 from dino.errors import UserError
 
@@ -57,7 +59,7 @@ class DatasetSource:
                 return to_tensor(picture_array(image, self.channels), self.channels)
             if not _is_pixels(image):
                 raise UnreadableImage(f"it is neither a PIL image nor uint8 pixels, but {_described(image)}")
-            return to_tensor(_channels_last(image, self.channels), self.channels)
+            return to_tensor(np.array(_channels_last(image, self.channels), order="C"), self.channels)
         except UnreadableImage:
             raise
         except Exception as error:  # what a data set raises where a file of its own is broken, only it knows

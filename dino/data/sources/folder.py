@@ -4,41 +4,90 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dino.data.decode import EXTENSIONS, UnreadableImage
-from dino.data.sources.source import Kind, Names, folder_labels, sorted_files, stamp_of
+from dino.data.formats import EXTENSIONS
+from dino.data.sources.source import FileSource, Kind, LeftOut, Names, folder_labels, read_file, sorted_files, stamp_of
+from dino.errors import UserError
+
+KERNEL = ("/proc", "/sys")  # whose files are made when they are read, and lead everywhere
+OF_A_RUN = {"metrics.jsonl", "checkpoints", "manifest.parquet", "report.html"}
 
 
-class FolderSource:
+class FolderSource(FileSource):
     """Image files at every depth, sorted by path; the first folder level is the label, if there are several."""
 
     def __init__(self, root: str):
+        super().__init__()
         self.root = Path(root)
-        self.names = sorted_files(_image_paths(self.root), root)
+        if _is_of_the_kernel(os.path.realpath(root)):
+            raise UserError(f"{root} is no folder of images: it belongs to the kernel")
+        self.names = sorted_files(_image_paths(self.root, self.left_out), root, self.left_out)
         self.labels = folder_labels(self.names)
 
     def read(self, index: int) -> bytes:
-        try:
-            return (self.root / Names(self.names)[index]).read_bytes()
-        except OSError as error:
-            raise UnreadableImage(error.strerror or str(error)) from error
+        return read_file(self.root / Names(self.names)[index], self.max_bytes)
 
     def stamp(self) -> str:
         return stamp_of(self.root / name for name in Names(self.names))
 
 
-def _image_paths(root: Path) -> Iterator[str]:
-    """Relative POSIX paths; links are followed, a loop of links only once, and what is hidden is passed over."""
-    seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
+def _image_paths(root: Path, left_out: LeftOut) -> Iterator[str]:
+    """Relative POSIX paths of regular files; links are followed, a loop of links only once, and what is hidden, or of a
+    run's own directory, is passed over."""
+    seen, folders = set(), [""]
+    while folders:
+        folder = folders.pop()
+        real = os.path.realpath(root / folder)
+        if real in seen or _is_of_the_kernel(real):
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for file in files:
-            if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
-                yield (Path(folder).relative_to(root) / file).as_posix()
+        try:
+            with os.scandir(root / folder) as listing:
+                entries = sorted((entry for entry in listing if not entry.name.startswith(".")), key=_name)
+        except OSError as error:
+            left_out.note(f"folders that cannot be listed: {error.strerror}", folder or str(root))
+            continue
+        if folder and _is_a_run({entry.name for entry in entries}):
+            left_out.note("directories of runs", folder)
+            continue
+        subfolders = []
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if _is_folder(entry):
+                subfolders.append(path)
+            elif not entry.name.lower().endswith(EXTENSIONS):
+                left_out.note_file(path)
+            elif _is_special(entry):
+                left_out.note("not a regular file", path)
+            else:
+                yield path
+        folders.extend(reversed(subfolders))
+
+
+def _name(entry: os.DirEntry) -> str:
+    return entry.name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle, or where nothing may be looked at
+        return False
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """A pipe, device or socket. A link to nothing is taken for a file that is gone, which reading tells."""
+    try:
+        return not entry.is_file() and (not entry.is_symlink() or os.path.exists(entry.path))
+    except OSError:
+        return False
+
+
+def _is_a_run(names: set[str]) -> bool:
+    return "config.yaml" in names and bool(names & OF_A_RUN)
+
+
+def _is_of_the_kernel(path: str) -> bool:
+    return path.startswith(tuple(f"{folder}/" for folder in KERNEL)) or path in KERNEL
 
 
 KIND = Kind(open=FolderSource, accepts=os.path.isdir, noun="a folder")

@@ -1,6 +1,10 @@
 """What a source of images is, and what those that hold image files have in common."""
 
 import hashlib
+import os
+import re
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor
 
-from dino.data.decode import EXTENSIONS
+from dino.data.formats import EXTENSIONS, Limits, UnreadableImage
 from dino.errors import UserError
+from dino.files import shown
 
 BLOCK = 1 << 16  # names that are Python strings at the same time
 
@@ -31,6 +36,69 @@ class Source(Protocol):
     def stamp(self) -> str:
         """Another one when the images' content has changed."""
         ...
+
+
+class LeftOut:
+    """What was found beside the images of a source: how much of each kind, and an example or two."""
+
+    KINDS, EXAMPLES = 20, 3  # of which more are not told apart, or not named
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def note(self, kind: str, name: str) -> None:
+        """One more of a kind, in the words of a message."""
+        if kind not in self.counts and len(self.counts) >= self.KINDS:
+            kind = "of other kinds"
+        self.counts[kind] += 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < self.EXAMPLES:
+            examples.append(shown(name))
+
+    def note_file(self, name: str) -> None:
+        """A file that is named like no image."""
+        ending = os.path.splitext(name)[1].lower()
+        self.note(shown(ending) if 1 < len(ending) <= 10 else "without an ending", name)
+
+    def __str__(self) -> str:
+        kinds = []
+        for kind, count in self.counts.most_common():
+            examples = ", ".join(self.examples[kind])
+            kinds.append(f"{count:,} {kind} ({examples}{', …' if count > len(self.examples[kind]) else ''})")
+        return "; ".join(kinds)
+
+
+class FileSource:
+    """What sources of image files have besides: a limit on a file's size, and what they left out."""
+
+    def __init__(self) -> None:
+        self.max_bytes = Limits().bytes
+        self.left_out = LeftOut()
+
+
+def read_file(path: str | Path, max_bytes: int) -> bytes:
+    """A regular file's content.
+
+    Raises:
+        UnreadableImage: it is gone, no regular file (which could be waited for, or never end), or too large.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnreadableImage("it is not a regular file")
+            require_bytes(facts.st_size, max_bytes)
+            return file.read(facts.st_size)
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+
+
+def require_bytes(size: int, max_bytes: int) -> None:
+    """Raise `UnreadableImage` for a file of more bytes than allowed."""
+    if size > max_bytes:
+        raise UnreadableImage(f"{size:,} bytes are more than data.max_bytes={max_bytes:,} allows")
 
 
 @dataclass(frozen=True)
@@ -73,28 +141,47 @@ class Names(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [_text(name) for name in self.packed(index).to_pylist()]
-        return _text(self._names[int(index if self._indices is None else self._indices[index])].as_py())
+            return [text_of(name) for name in self.packed(index).to_pylist()]
+        return text_of(self._names[int(index if self._indices is None else self._indices[index])].as_py())
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), BLOCK):
             yield from self[start : start + BLOCK]
 
 
-def _text(name: bytes | str) -> str:
+def text_of(name: bytes | str) -> str:
+    """A name as a Python string."""
     return name if isinstance(name, str) else name.decode("utf-8", "surrogatepass")
 
 
-def sorted_files(names: Iterable[str], root: str) -> pa.Array:
+def sorted_files(names: Iterable[str], root: str, left_out: LeftOut) -> pa.Array:
     """Names of image files, packed and in order; raises `UserError` where there is none."""
     files = packed(names)
     if not len(files):
-        raise UserError(f"no image in {root}: looked for {', '.join(EXTENSIONS)} at every depth")
+        others = f"; there are {left_out}" if left_out.counts else ""
+        raise UserError(f"no image in {root}: looked for {', '.join(EXTENSIONS)} at every depth{others}")
     return files.take(pc.sort_indices(files))
 
 
 def folder_labels(names: pa.Array) -> pa.DictionaryArray | None:
-    """The first level at which paths differ, as class names; None if that is the file itself, or there is one class."""
+    """The first level at which paths differ, as class names; None if that is the file itself, or there is one class.
+
+    Where that level is of parts of a data set (train/, val/), classes are of the level below it.
+    """
+    level = first_difference(names)
+    if level is None:
+        return None
+    labels = components(names, level)
+    if not split_roles(labels.dictionary):
+        return labels
+    if pc.min(pc.count_substring(names, "/")).as_py() <= level + 1:
+        return None
+    labels = components(names, level + 1)
+    return labels if len(labels.dictionary) > 1 else None
+
+
+def first_difference(names: pa.Array) -> int | None:
+    """The first level of folders at which sorted paths differ; None where there is none above the files."""
     if not len(names):
         return None
     extremes = pc.min_max(names).as_py()
@@ -102,10 +189,33 @@ def folder_labels(names: pa.Array) -> pa.DictionaryArray | None:
     shared = 0  # what the first and the last in order have in common, all have
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1
-    if pc.min(pc.count_substring(names, "/")).as_py() <= shared:
-        return None
-    parts = pc.split_pattern(names, "/", max_splits=shared + 1)
-    return pc.list_element(parts, shared).dictionary_encode()
+    return shared if pc.min(pc.count_substring(names, "/")).as_py() > shared else None
+
+
+def components(names: pa.Array, level: int) -> pa.DictionaryArray:
+    """The folder of each path at a level, which all of them must have."""
+    return pc.list_element(pc.split_pattern(names, "/", max_splits=level + 1), level).dictionary_encode()
+
+
+LEARN, TEST = (
+    re.compile(rb"\b(train|training)\d*\b"),
+    re.compile(rb"\b(test|testing|val|valid|validation|dev|eval)\d*\b"),
+)
+
+
+def split_roles(folders: pa.Array) -> dict[bytes, str]:
+    """Which folders of one level hold the images to learn from and which those to test on, `learn` or `test`.
+
+    Empty unless each folder is one or the other, and both are there: train2017/ and val2017/, seg_train/ and seg_test/.
+    """
+    roles = {}
+    for folder in folders.to_pylist():
+        words = folder.lower().replace(b"_", b" ")
+        is_learn, is_test = LEARN.search(words), TEST.search(words)
+        if bool(is_learn) == bool(is_test):
+            return {}
+        roles[folder] = "learn" if is_learn else "test"
+    return roles if set(roles.values()) == {"learn", "test"} else {}
 
 
 def stamp_of(files: Iterable[Path]) -> str:

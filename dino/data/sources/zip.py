@@ -1,33 +1,39 @@
 """The image files in a zip archive."""
 
 import os
+import struct
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dino.data.decode import EXTENSIONS, UnreadableImage
-from dino.data.sources.source import Kind, Names, folder_labels, sorted_files, stamp_of
+from dino.data.formats import EXTENSIONS, UnreadableImage
+from dino.data.sources.source import FileSource, Kind, Names, folder_labels, require_bytes, sorted_files, stamp_of
 from dino.errors import UserError
 
 # What reading a member takes, under the names that `zipfile.ZipInfo` has for it: 32 bytes instead of its 700.
 FIELDS = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits")
 MEMBER = np.dtype({"names": FIELDS, "formats": ("i8", "i8", "i8", "u4", "u2", "u2")})
 
+PIECE = 1 << 20  # bytes read at a time
+BLIND_PIECE = 64  # compressed bytes of kinds that zipfile expands as far as they go: a bzip2 block of 50 to 45 MB
 
-class ZipSource:
+
+class ZipSource(FileSource):
     """Images read in place, sorted by path; nothing is extracted, so no member's name can reach a path outside."""
 
     def __init__(self, root: str):
+        super().__init__()
         self.path = Path(root)
         self._local = threading.local()
         try:
             with zipfile.ZipFile(self.path) as archive:
-                members = {member.filename: member for member in archive.infolist() if _is_visible_image(member)}
-        except (zipfile.BadZipFile, OSError) as error:
+                members = self._images(archive.infolist())
+        except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, struct.error) as error:
             raise UserError(f"{root} cannot be read as a zip archive: {error}") from error
-        self.names = sorted_files(members, root)
+        self.names = sorted_files(members, root, self.left_out)
         self.labels = folder_labels(self.names)
         self.members = np.empty(len(self.names), MEMBER)
         self.stored_names: dict[int, str] = {}  # of members that zipfile gives another name than the archive does
@@ -42,10 +48,36 @@ class ZipSource:
         member.orig_filename = self.stored_names.get(index, member.orig_filename)
         for field, value in zip(FIELDS, self.members[index].tolist(), strict=True):
             setattr(member, field, value)
+        require_bytes(member.file_size, self.max_bytes)
         try:
-            return self._archive().read(member)
+            return self._content(member)
         except Exception as error:  # BadZipFile, and whatever zlib, bz2 and lzma raise
             raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+
+    def _content(self, member: zipfile.ZipInfo) -> bytes:
+        """Of a member, which need not be as long as it says: no more is expanded than that."""
+        pieces = []
+        file: Any
+        with self._archive().open(member) as file:
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                file.MIN_READ_SIZE = BLIND_PIECE
+            while piece := file.read(PIECE if file.MIN_READ_SIZE > BLIND_PIECE else BLIND_PIECE):
+                pieces.append(piece)
+        return b"".join(pieces)
+
+    def _images(self, members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+        """By their names, of which the last counts where one comes twice; what is hidden is passed over."""
+        images = {}
+        for member in members:
+            folders_and_file = member.filename.split("/")
+            is_hidden = any(part.startswith(".") and part not in (".", "..") for part in folders_and_file)
+            if is_hidden or member.is_dir() or folders_and_file[0] == "__MACOSX":
+                continue
+            if member.filename.lower().endswith(EXTENSIONS):
+                images[member.filename] = member
+            else:
+                self.left_out.note_file(member.filename)
+        return images
 
     def stamp(self) -> str:
         return stamp_of([self.path])
@@ -68,12 +100,6 @@ class _Archive(zipfile.ZipFile):
 
     def _RealGetContents(self) -> None:  # should zipfile rename it, reading costs that memory and works as before
         pass
-
-
-def _is_visible_image(member: zipfile.ZipInfo) -> bool:
-    folders_and_file = member.filename.split("/")
-    hidden = any(part.startswith(".") and part not in (".", "..") for part in folders_and_file)
-    return folders_and_file[-1].lower().endswith(EXTENSIONS) and not hidden and folders_and_file[0] != "__MACOSX"
 
 
 def _is_archive(root: str) -> bool:

@@ -1,0 +1,91 @@
+"""Pictures as Pillow has them to pixels: upright, opaque, 8 bits, in little more memory than the pixels take."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from dino.data.formats import UnreadableImage
+
+STRIP = 1 << 20  # pixels that are converted at a time
+BACKGROUNDS = (255, 0, 128)
+CONTRAST = 32  # levels by which ink differs from what it lies on, or it is lost
+
+
+def picture_array(image: Image.Image, channels: int) -> np.ndarray:
+    """A picture, upright and opaque, as (H, W, 1 or 3) uint8 in memory of its own."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or gain map after it
+        raise UnreadableImage(f"it is animated or has several pages ({frames} frames)")
+    image.load()
+    if image.mode == "F":
+        raise UnreadableImage("its pixels are 32-bit fractions of unknown range: save it with 8 or 16 bits")
+    mode = "L" if channels == 1 else "RGB"
+    background = background_of(image, mode) if image.has_transparency_data else None
+    array = np.empty((image.height, image.width, len(mode)), np.uint8)
+    for rows, strip in _strips(image):
+        if strip.mode.startswith("I"):
+            strip = Image.fromarray(to_8_bits(np.asarray(strip)))
+        if background is not None:
+            canvas = Image.new("RGBA", strip.size, (background, background, background))
+            strip = Image.alpha_composite(canvas, strip.convert("RGBA"))
+        pixels = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+        array[rows] = pixels.reshape(array[rows].shape)
+    return upright(array, orientation_of(image))
+
+
+def orientation_of(image: Image.Image) -> int:
+    """By EXIF's tag, 1 … 8; 1, upright, where it is missing or broken."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever broken EXIF data raise; the pixels are what counts
+        return 1
+
+
+def upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, C) turned and mirrored as EXIF's orientation says where its rows and columns lie."""
+    if orientation in (5, 6, 7, 8):
+        array = array.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
+
+
+def background_of(image: Image.Image, mode: str) -> int:
+    """The grey level on which a transparent picture is laid: white, unless most of its ink would be lost on it.
+
+    Ink is lost where it differs from the background by less than 32 levels in every channel; then it is black or a
+    middle grey, whichever loses less.
+    """
+    ink, lost = 0.0, np.zeros(len(BACKGROUNDS))
+    for _, strip in _strips(image):
+        colours = strip.convert("RGBA")
+        alpha = np.asarray(colours.getchannel("A"), dtype=np.float32)
+        if alpha.min() == 255 and colours.size == image.size:
+            return BACKGROUNDS[0]
+        levels = np.asarray(colours.convert(mode)).reshape(*alpha.shape, -1)
+        darkest, lightest = levels.min(axis=-1), levels.max(axis=-1)
+        ink += float(alpha.sum())
+        for number, level in enumerate(BACKGROUNDS):
+            is_lost = (darkest > level - CONTRAST) & (lightest < level + CONTRAST)
+            lost[number] += float(alpha[is_lost].sum())
+    return BACKGROUNDS[0] if lost[0] <= ink / 2 else BACKGROUNDS[int(lost.argmin())]
+
+
+def to_8_bits(array: np.ndarray) -> np.ndarray:
+    """0 … 65,535 to 0 … 255, rounded; what is beyond is cut off."""
+    # Whole numbers throughout: (v · 255 + 32,767) / 65,535 is v / 257 rounded, and fits 32 bits.
+    return ((array.clip(0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """A picture's rows, some at a time, so that what is made of them on the way is small."""
+    step = max(1, STRIP // image.width)
+    if step >= image.height:
+        yield slice(None), image
+        return
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
