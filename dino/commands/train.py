@@ -5,7 +5,8 @@
     accelerate launch train/pretrain.py --config configs/omniglot_cpu.yaml data.root=omniglot.zip train.epochs=5
 
 The run leaves RUN/backbone.safetensors, metrics.jsonl, report.html and checkpoints. Started again by the same command,
-it goes on where it stopped.
+it goes on where it stopped. On a machine without GPU, where nothing but the images is named, it measures what fits into
+an hour and proposes that.
 """
 
 import json
@@ -16,6 +17,7 @@ from dino.config.describe import json_schema
 from dino.config.recipes import recipe_and_settings
 from dino.config.schema import Config, method_settings
 from dino.methods import METHODS
+from dino.training.proposal import is_first_run, propose
 from dino.training.settings import load
 from dino.training.train import run_training
 
@@ -33,6 +35,8 @@ def main() -> None:
         return
     recipe, settings = recipe_and_settings(arguments.settings, arguments.config)
     config = load(recipe, settings)
+    if recipe is None and is_first_run(config, [word.partition("=")[0] for word in settings]):
+        raise propose(config)
     run_training(config, dry_run=arguments.dry_run)
 
 
