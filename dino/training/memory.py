@@ -126,11 +126,12 @@ class Memory:
         del losses  # held until here: an address that is freed would be another tensor's
         return kept.bytes
 
-    def measured(self) -> str:
-        """The most that was in use so far, for the terminal."""
-        if self.device.type == "cuda":
-            return f"at most {gigabytes(torch.cuda.max_memory_allocated(self.device))} in use"
-        return f"at most {gigabytes(_peak_of_process())} in use"
+
+def most_in_use(device: torch.device) -> str:
+    """The most that was in use so far, for the terminal."""
+    if device.type == "cuda":
+        return f"at most {gigabytes(torch.cuda.max_memory_allocated(device))} in use"
+    return f"at most {gigabytes(_peak_of_process())} in use"
 
 
 def in_use(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from dino.methods import METHODS
 from dino.monitor.health import Health
 from dino.monitor.verdict import Verdict, judge, measured_lines
 from dino.run import RunDirectory
+from dino.training.outlook import outlook
 from dino.training.trackers import log_pictures, start_trackers
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ class Metrics:
         self.sums: dict[str, Tensor] = {}
         self.noted: dict[str, float] = {}
         self.count, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.lines = 0  # that this process has written
         self.bar = tqdm(
             total=config.train.steps,
             initial=start,
@@ -105,6 +107,10 @@ class Metrics:
             self._judge(line)
         self.sums, self.noted, self.count, self.waited, self.since = {}, {}, 0, 0.0, now
         self._write(line)
+        self.lines += 1
+        if self.lines == 2:  # the first steps were slower
+            speed, waiting = line["time/images_per_second"], line["time/data_wait"]
+            self._say(f"step {step}: {outlook(self.config, step, speed, waiting, self.accelerator.device)}")
         self.bar.set_postfix_str(
             f"loss {line[self.main_loss]:.4f}, {self.verdict.state or 'starting'}, "
             f"{line['time/images_per_second']:.0f} images/s, {line['time/data_wait']:.0%} waiting for data",
@@ -132,11 +138,16 @@ class Metrics:
         """Put the verdict into the line, and say so where it has changed."""
         self.measured.append(line)
         verdict = judge(self.measured, self.config, self.width)
-        if verdict.state != self.verdict.state and self.accelerator.is_main_process:
+        if verdict.state != self.verdict.state:
             text = f"{verdict.state}: {verdict.advice}" if verdict.advice else verdict.state
-            self.bar.write(f"step {line['step']}: {text}", file=sys.stderr)
+            self._say(f"step {line['step']}: {text}")
         self.verdict = verdict
         line["health/verdict"] = verdict.state
+
+    def _say(self, text: str) -> None:
+        """Above the progress bar."""
+        if self.accelerator.is_main_process:
+            self.bar.write(text, file=sys.stderr)
 
     def __enter__(self) -> "Metrics":
         return self

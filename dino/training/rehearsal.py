@@ -12,7 +12,7 @@ from dino.errors import UserError
 from dino.report.facts import duration
 from dino.training.faults import raise_if_broken
 from dino.training.loader import Batches
-from dino.training.memory import Memory
+from dino.training.memory import Memory, most_in_use
 from dino.training.phases import Span, spans
 from dino.training.step import Step
 
@@ -59,7 +59,7 @@ def _rehearse_span(take_step: Step, batches: Batches, span: Span, memory: Memory
     each = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
     accelerator.print(
         f"steps {span.start + 1} to {span.start + len(ends)}: loss {losses[0]:.4f} to {losses[-1]:.4f}, "
-        f"{each:.3g} s each; {memory.measured()}"
+        f"{each:.3g} s each; {most_in_use(memory.device)}"
     )
     return each * (span.stop - span.start)
 
