@@ -88,6 +88,7 @@ def test_indicators_are_logged_where_they_are_due_and_a_verdict_is_told_where_it
     text = capsys.readouterr()
     assert text.out == ""
     said = told(text.err)
+    assert " to the end" in said.pop(1)  # what lies ahead, once the speed is known
     assert said[:2] == ["step 20: warming up", "step 30: healthy"]
     assert said[2].startswith("step 50: collapsed: uniform: ")
     assert "objective.teacher_temperature" in said[2]
