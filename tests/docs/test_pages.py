@@ -1,0 +1,134 @@
+"""The documentation's commands and settings exist: each is read as the program would read it, and none is run."""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+from dino.cli import COMMANDS
+from dino.config.read import leaves, out_of_bounds, read
+from dino.config.recipes import recipe_and_settings
+from dino.config.schema import Config, method_settings
+from dino.curation.settings import CurateConfig, check
+from dino.methods import METHODS
+from dino.training.settings import load
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+OF_SCRIPTS = {"train/pretrain.py": "train", "train/curate.py": "curate"}
+OTHERS = ("pip", "sbatch", "kubectl", "make", "docker", "git")  # programs of others
+RUN_SETTINGS = {key for name in METHODS for key in leaves(Config(objective=method_settings(name)))}
+CURATION_SETTINGS = set(leaves(CurateConfig()))
+
+
+class Parsed(Exception):
+    """A command line was understood; carries what it says."""
+
+
+@pytest.fixture(autouse=True)
+def parsing_only(monkeypatch):
+    """A command ends as soon as its command line is read."""
+
+    def stop(parse):
+        def parsed(*arguments):
+            raise Parsed(parse(*arguments))
+
+        return parsed
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stop(getattr(argparse.ArgumentParser, name)))
+
+
+def commands() -> Iterator[str]:
+    for page in PAGES:
+        for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", page.read_text(), re.S | re.M):
+            lines = block.replace("\\\n", " ").splitlines()
+            yield from (line for line in lines if line.strip() and not line.startswith("#"))
+
+
+def without_launcher(words: list[str]) -> list[str]:
+    """The subcommand and its words; what stands before is read by the launcher's own parser."""
+    if words[0] == "dino":
+        return words[1:]
+    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    launchers = {"accelerate": launch_command_parser, "torchrun": get_args_parser}
+    if words[0] in launchers:
+        options = words[2 if words[0] == "accelerate" else 1 : script]
+        with pytest.raises(Parsed):
+            launchers[words[0]]().parse_args([*options, "script.py"])
+    assert (REPOSITORY / words[script]).is_file(), words[script]
+    name = OF_SCRIPTS.get(words[script], Path(words[script]).stem)
+    return [name, *words[script + 1 :]] if words[script].split("/")[0] in ("train", "eval") else []
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_command(command, monkeypatch):
+    words = shlex.split(command)
+    if words[0] in OTHERS:
+        return
+    words = without_launcher(words)
+    if not words:
+        return
+    assert words[0] in COMMANDS, command
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(Parsed) as parsed:
+        importlib.import_module(f"dino.commands.{words[0]}").main()
+    arguments = parsed.value.args[0]
+    if words[0] == "train":
+        load(*recipe_and_settings(arguments.settings, arguments.config))
+    if words[0] == "curate":
+        check(read(CurateConfig, *recipe_and_settings(arguments.settings, arguments.config)))
+
+
+def test_commands_are_found():
+    assert len(list(commands())) > 30
+
+
+def settings_of(page: Path) -> Iterator[tuple[str, str]]:
+    """The settings that a page names in its text, with values where it gives any."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    groups = "|".join({key.split(".")[0] for key in RUN_SETTINGS | CURATION_SETTINGS})
+    for code in re.findall(r"`([^`]+)`", text):
+        yield from re.findall(rf"(?<![/\w.])((?:{groups})\.(?!py\b|dir\b)[a-z_]+)(?:=([^\s;]+))?", code)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "extending"], ids=lambda page: page.stem)
+def test_settings_in_the_text_exist_and_may_have_these_values(page):
+    wrong = []
+    for key, value in settings_of(page):
+        if key not in RUN_SETTINGS | CURATION_SETTINGS:
+            wrong.append(key)
+        elif value and value[0] not in "[{…":
+            tree = read(Config if key in RUN_SETTINGS else CurateConfig, None, [f"{key}={value}"])
+            wrong += [problem for problem in out_of_bounds(tree) if problem.startswith(key)]
+    assert wrong == []
+
+
+def test_the_page_of_settings_has_every_one():
+    sys.path.insert(0, str(REPOSITORY / "docs"))
+    try:
+        page = importlib.import_module("generated").settings()
+    finally:
+        sys.path.pop(0)
+    rows = re.findall(r"^\| `([\w.]+)` \|", page, re.M)
+    assert (RUN_SETTINGS | CURATION_SETTINGS) - set(rows) == set()
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 5 for line in page.splitlines() if line.startswith("|"))
+
+
+def test_kubernetes_job_names_what_exists():
+    job = yaml.safe_load((REPOSITORY / "examples" / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    subcommand, *words = without_launcher(container["command"])
+    assert subcommand == "train"
+    assert words[0] == "--config"
+    load(REPOSITORY / words[1], words[2:])
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
