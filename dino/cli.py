@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import dino
 from dino.errors import UserError
 
 COMMANDS = {  # name to what it does; each is a file of dino/commands with a main()
@@ -36,6 +37,9 @@ def main(command: str | None = None) -> None:
         command, *arguments = arguments or ["--help"]
         if command in ("-h", "--help"):
             print(HELP)
+            return
+        if command == "--version":
+            print(f"dino-pretrain {dino.__version__}")
             return
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, n=1)

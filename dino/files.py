@@ -102,8 +102,9 @@ def append_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that what was renamed in a folder stays so when the power fails."""
-    _to_disk(folder)
+    """Make sure that what was renamed in a folder stays so when the power fails; Windows has no such call."""
+    if os.name != "nt":
+        _to_disk(folder, os.O_RDONLY)
 
 
 def shown(name: str) -> str:
@@ -118,8 +119,8 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino-pretrain"
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _to_disk(path: Path, access: int = os.O_RDWR) -> None:
+    descriptor = os.open(path, access)  # Windows wants to be allowed to write
     try:
         os.fsync(descriptor)
     finally:

@@ -87,7 +87,7 @@ def _lock(descriptor: int) -> bool:
 
 def _holder(file: Path) -> dict[str, Any]:
     try:
-        written = json.loads(file.read_text())
+        written = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return written if isinstance(written, dict) else {}

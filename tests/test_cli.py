@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,11 @@ class TestSubcommands:
         cli.main()
         text = capsys.readouterr().out
         assert all(f"  {command} " in text for command in cli.COMMANDS)
+
+    def test_the_version_is_that_of_the_package(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["dino", "--version"])
+        cli.main()
+        assert capsys.readouterr().out == f"dino-pretrain {metadata.version('dino-pretrain')}\n"
 
     def test_an_unknown_one_names_the_nearest(self, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["dino", "trian"])

@@ -80,3 +80,17 @@ def test_files_and_functions_are_short(module):
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {function.name: function.end_lineno - function.lineno + 1 for function in functions}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_text_is_read_and_written_in_a_named_encoding(module):
+    """Windows takes another one for granted than Linux and macOS."""
+    nameless = []
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Call) and "encoding" not in [keyword.arg for keyword in node.keywords]:
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            mode = node.args[-1].value if node.args and isinstance(node.args[-1], ast.Constant) else ""
+            is_text = called == "open" and (not node.args or mode in ("r", "w", "a", "x"))
+            if is_text or called == "write_text" or (called == "read_text" and not node.args):
+                nameless.append(ast.unparse(node))
+    assert nameless == []

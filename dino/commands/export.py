@@ -55,7 +55,7 @@ def write_timm(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], T
 
     arguments = export.timm_arguments(backbone)
     save_file(export.timm_state(backbone), out / "model.safetensors")
-    (out / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n")
+    (out / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n", encoding="utf-8")
     if arguments.get("mlp_layer") == "SwiGLUPacked":
         arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     model = timm.models.vision_transformer.VisionTransformer(**arguments).eval()
@@ -83,8 +83,8 @@ def write_hugging_face(backbone: Backbone, out: Path, size: int) -> Callable[[Te
         "image_std": list(preprocess.std),
     }
     save_file(export.hugging_face_state(backbone), out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n", encoding="utf-8")
     options = {} if backbone.spec.layer_scale else {"add_pooling_layer": False}
     model = AutoModel.from_pretrained(out, **options).eval()
     resamples = {} if backbone.spec.layer_scale else {"interpolate_pos_encoding": True}

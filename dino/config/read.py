@@ -291,7 +291,7 @@ def _text_of(path: Path) -> str:
     if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
         what = "no ordinary file" if not stat.S_ISREG(status.st_mode) else f"larger than {LARGEST_FILE:,} bytes"
         raise UserError(f"cannot read the config {path}: it is {what}")
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def _parse(text: str, leaf: Leaf) -> Any:

@@ -1,6 +1,6 @@
 """How much memory a step takes, told before it is taken: counted on a few images, for the whole micro-batch."""
 
-import resource
+import mmap
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -140,11 +140,15 @@ def in_use(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     statistics = Path("/proc/self/statm")
     if statistics.exists():
-        return int(statistics.read_text().split()[1]) * resource.getpagesize()
+        return int(statistics.read_text(encoding="utf-8").split()[1]) * mmap.PAGESIZE
     return _peak_of_process()
 
 
 def _peak_of_process() -> int:
+    if sys.platform == "win32":
+        return 0  # not told there
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -157,11 +161,13 @@ def free(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return sys.maxsize
-    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    available = next(
+        line for line in meminfo.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable")
+    )
     amounts = [1024 * int(available.split()[1])]
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":
-        amounts.append(int(limit.read_text()) - int(used.read_text()))
+    if limit.exists() and limit.read_text(encoding="utf-8").strip() != "max":
+        amounts.append(int(limit.read_text(encoding="utf-8")) - int(used.read_text(encoding="utf-8")))
     return min(amounts)
 
 

@@ -60,10 +60,10 @@ def _wandb_options(accelerator: Accelerator, config: Config, directory: RunDirec
         options["mode"] = "offline"
     identity = directory.path / "wandb_id"
     if not identity.exists() and accelerator.is_main_process:
-        identity.write_text(secrets.token_hex(8))
+        identity.write_text(secrets.token_hex(8), encoding="utf-8")
     accelerator.wait_for_everyone()
     return {
-        "id": identity.read_text(),
+        "id": identity.read_text(encoding="utf-8"),
         "resume": "allow",
         "name": config.tracking.name or directory.path.name,
         "dir": str(directory.path),

@@ -1,5 +1,6 @@
 """Batches are the same whichever way views are made, from whatever step on, and as each phase of a run has them."""
 
+import multiprocessing
 from contextlib import nullcontext
 from unittest.mock import MagicMock, Mock
 
@@ -244,3 +245,15 @@ class TestAhead:
         next(batches)
         batches.close()
         assert closed
+
+
+@pytest.mark.slow
+def test_workers_that_are_spawned_crop_as_those_that_are_forked(accelerator, tiny, folder):
+    """As on macOS and Windows: what a worker needs is sent to it."""
+    expected = batches(accelerator, tiny(CROPPED), folder, stop=1)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert_equal(batches(accelerator, tiny(CROPPED | {"data.workers": 1}), folder, stop=1), expected)
+    finally:
+        multiprocessing.set_start_method(before, force=True)

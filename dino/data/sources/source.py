@@ -20,6 +20,8 @@ from dino.data.formats import EXTENSIONS, Limits, UnreadableImage
 from dino.errors import UserError
 from dino.files import shown
 
+# Not to wait for a pipe; and, on Windows, not to change line ends. Either system lacks the other's flag.
+READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 BLOCK = 1 << 16  # names that are Python strings at the same time
 
 
@@ -84,7 +86,7 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
         UnreadableImage: it is gone, no regular file (which could be waited for, or never end), or too large.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, READING)
         with open(descriptor, "rb") as file:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):

@@ -158,7 +158,7 @@ def _heads_of_config(file: Path) -> int | None:
     if not config.is_file():
         return None
     try:
-        settings = json.loads(config.read_text())
+        settings = json.loads(config.read_text(encoding="utf-8"))
         num_heads, activation = settings.get("num_attention_heads"), settings.get("hidden_act", "gelu")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{config} cannot be read: {error}") from error
