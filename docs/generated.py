@@ -38,7 +38,7 @@ def _settings() -> Iterator[str]:
             title = f"`objective` with `objective.name={name}`" if group == "objective" else f"`{group}`"
             yield from _group(config, group, title)
     yield "An entry of `train.phases`:\n"
-    yield from _table(
+    yield from _list(
         [(Leaf(field.name, (field.type,), field.metadata), field.default) for field in dataclasses.fields(Phase)]
     )
     yield "## Curating: `dino curate`\n"
@@ -50,22 +50,22 @@ def _settings() -> Iterator[str]:
 def _group(config: Any, group: str, title: str) -> Iterator[str]:
     rows = [(leaf, get(config, key)) for key, leaf in leaves(config).items() if key.split(".")[0] == group]
     yield f"### {title}\n"
-    yield from _table(rows)
+    yield from _list(rows)
 
 
-def _table(rows: list[tuple[Leaf, Any]]) -> Iterator[str]:
-    yield "| setting | what may stand there | default | meaning |"
-    yield "|---|---|---|---|"
+def _list(rows: list[tuple[Leaf, Any]]) -> Iterator[str]:
+    """A definition list: the key with what may stand there, and below what it means."""
     for leaf, default in rows:
         kind = ", ".join(filter(None, [leaf.type_name, leaf.metadata["unit"], bounds_text(leaf)]))
         value = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
-        default_text = f"`{value}`" if value != "" else ""
-        yield f"| `{leaf.key}` | {_cell(kind)} | {default_text} | {_cell(leaf.metadata['meaning'])} |"
-    yield ""
+        default_text = f"; default `{value}`" if value != "" else ""
+        yield f"`{leaf.key}` {_plain(kind)}{default_text}"
+        yield f":   {_plain(leaf.metadata['meaning'])}\n"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+def _plain(text: str) -> str:
+    """Text in which Markdown sees no signs of its own."""
+    return re.sub(r"([\\`*_<\[{])", r"\\\1", text)
 
 
 def recipes() -> str:
