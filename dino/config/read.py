@@ -25,6 +25,7 @@ from dino.errors import UserError
 
 Tree = TypeVar("Tree")
 LARGEST_FILE = 1_000_000  # bytes of a config
+ROOT = "data.root"  # of which there may be several, kept as one text
 METHOD = "objective.name"  # the setting that chooses the class of its group
 REMOVED = {"views.backend": "device"}  # settings of earlier versions, with the value that asked for what is done now
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
@@ -135,6 +136,8 @@ def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable
             near = difflib.get_close_matches(key, settings, n=1, cutoff=0.3)
             errors.append(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             continue
+        if key == ROOT and isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+            value = yaml.safe_dump(list(value), default_flow_style=True, width=10**6, allow_unicode=True).strip()
         try:
             OmegaConf.update(config, key, _number(value) if float in settings[key].types else as_text(value))
             OmegaConf.select(config, key, throw_on_missing=True)  # ??? means something to OmegaConf

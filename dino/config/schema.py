@@ -14,11 +14,15 @@ from dino.config.views import ViewsConfig
 
 @dataclass
 class DataConfig:
-    root: str = setting("", "folder of images (searched recursively), a .zip of one, or a manifest.parquet of curation")
+    root: str = setting("", "folder, archive, list, shards, manifest.parquet …; several as [a, b]: see docs/data.md")
     kind: str = setting(
         AUTO, "how data.root is read; auto: by what it is; omniglot_train: without the drawings kept for testing"
     )
     channels: Auto[int] = setting(AUTO, "channels of an image; auto: 1 for omniglot and digits, else 3", low=1)
+    order: str = setting(
+        "random", "random, or shards: one after the other, mixed within data.window images", ("random", "shards")
+    )
+    window: int = setting(2048, "data.order=shards: images that are mixed with each other", low=1)
     cache: str = setting(
         AUTO,
         "device: decode all images once and keep them on the device as uint8; none: decode them as they are needed; "

@@ -12,7 +12,9 @@ from dino.config import read as configuration
 from dino.curation.pipeline import Surroundings, curate_pool
 from dino.curation.settings import CurateConfig, check
 from dino.data import Limits, open_images
-from dino.data.manifest import read_manifest, write_manifest
+from dino.data.manifest import is_manifest, read_manifest, write_manifest
+from dino.data.sources.several import as_root, roots_of
+from dino.data.sources.storage import is_remote
 from dino.distributed import cores, forget_earlier_runs
 from dino.errors import UserError
 from dino.files import write_text
@@ -38,14 +40,16 @@ class Curation(NamedTuple):
     dropped: dict[str, int]
 
 
-def curate(data: str | Path, run: str | Path = "runs/curated", weights: str | Path = "", **settings: Any) -> Curation:
+def curate(
+    data: str | Path | list, run: str | Path = "runs/curated", weights: str | Path = "", **settings: Any
+) -> Curation:
     """Embed a pool of images, de-duplicate, cluster and rebalance it; a call that was stopped goes on where it was.
 
         curation = dino.curate("images", "runs/curated", weights="runs/mine", **{"clusters.spherical": False})
         dino.train(curation.manifest, "runs/better")
 
     Args:
-        data: folder of images (searched recursively), a .zip of one, or a manifest.parquet.
+        data: folder of images (searched recursively), an archive, a list, a manifest.parquet …; or a list of such.
         run: directory for the manifest and the report; empty, or of an earlier curation.
         weights: what embeds the images: a released name, a run directory or a file.
         settings: any other setting by its key; `dino curate --help` lists them.
@@ -53,7 +57,8 @@ def curate(data: str | Path, run: str | Path = "runs/curated", weights: str | Pa
     Raises:
         UserError: settings that cannot work, a directory that holds something else, or no image that can be used.
     """
-    given = {"data.root": str(data), "run.dir": str(run), "weights": str(weights)} | settings
+    root = as_root([str(part) for part in data]) if isinstance(data, list | tuple) else str(data)
+    given = {"data.root": root, "run.dir": str(run), "weights": str(weights)} | settings
     return curate_by(configuration.read(CurateConfig, None, given))
 
 
@@ -124,12 +129,14 @@ def refuse_other_directories(directory: Path, config: CurateConfig) -> None:
 
 
 def sources(config: CurateConfig) -> Iterator[str]:
-    """Where images come from: the pool, and the pools that its manifest was made of; test sets and seeds."""
-    yield from config.duplicates.against
-    if config.rebalance.seeds:
-        yield config.rebalance.seeds
-    root, seen = config.data.root, set[str]()
-    while root and root not in seen:
-        yield root
-        seen.add(root)
-        root = read_manifest(Path(root)).root if root.endswith(".parquet") else ""
+    """Where images on this machine come from: the pool, those that its manifest was made of, test sets and seeds."""
+    roots = [config.data.root, *config.duplicates.against, config.rebalance.seeds or ""]
+    seen = {""}
+    while roots:
+        for root in roots_of(roots.pop()):
+            if root in seen or is_remote(root):
+                continue
+            seen.add(root)
+            yield root
+            if is_manifest(root):
+                roots.append(read_manifest(root).root)

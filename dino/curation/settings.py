@@ -10,7 +10,7 @@ from dino.precision import PRECISIONS
 
 @dataclass
 class Data:
-    root: str = setting("", "folder of images (searched recursively), a .zip of one, or a manifest.parquet")
+    root: str = setting("", "as data.root of a run: folder, archive, list, shards, manifest.parquet; several as [a, b]")
     kind: str = setting(AUTO, "how data.root is read; auto: by what it is")
     max_pixels: int = setting(64_000_000, "images of more pixels are not decoded", low=1)
     max_bytes: int = setting(256 * 2**20, "image files of more bytes are not read, packed or not", low=1)

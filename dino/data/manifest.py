@@ -1,6 +1,7 @@
 """manifest.parquet: what curation decided on each image of a pool, and the pool that training draws by it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dino.data.sources.several import absolute
 from dino.data.sources.source import Names
+from dino.data.sources.storage import is_remote
 from dino.errors import UserError
 from dino.files import replacing
 
@@ -37,13 +40,24 @@ def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) ->
 
     The pool's root is kept relative to the manifest where it lies below it, so that both can move together.
     """
-    if root:
-        pool, beside = Path(root).expanduser().resolve(), path.resolve().parent
+    root = absolute(root) if root else ""
+    if os.path.exists(root):
+        pool, beside = Path(root).resolve(), path.resolve().parent
         root = pool.relative_to(beside).as_posix() if pool.is_relative_to(beside) else str(pool)
     samples = float(np.asarray(columns["weight"], dtype=np.float64)[np.asarray(columns["kept"], dtype=bool)].sum())
     facts = json.dumps({"root": root, "kind": kind, "draws": samples}, sort_keys=True).encode()
     with replacing(path) as partial:
         pq.write_table(pa.table(columns).replace_schema_metadata({METADATA_KEY: facts}), partial)
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a file has a manifest's columns; a .parquet file that cannot be read is taken for a damaged one."""
+    if not path.endswith(".parquet") or not os.path.isfile(path):
+        return False
+    try:
+        return {"path", "kept"} <= set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowException):
+        return True
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -68,7 +82,7 @@ def read_manifest(path: str | Path) -> Manifest:
     if not pa.types.is_boolean(table["kept"].type):
         raise UserError(f"{path}: kept must be true or false, got {table['kept'].type}")
     names, weights = _kept(table, path)
-    if root and not Path(root).is_absolute():
+    if root and not (Path(root).is_absolute() or is_remote(root) or root.startswith("[")):
         root = str(Path(path).resolve().parent / root)
     return Manifest(root, kind, names, weights * ((samples or len(weights)) / weights.sum()))
 

@@ -15,15 +15,18 @@ from torch import Tensor, uint8
 
 from dino.data.decode import LIMITS, decode, require_shape, size_of
 from dino.data.formats import Limits, UnreadableImage
-from dino.data.manifest import read_manifest, rows_of
+from dino.data.manifest import is_manifest, read_manifest, rows_of
 from dino.data.sources import SOURCES, DatasetSource, MapStyle, Source
+from dino.data.sources.several import SeveralSource, as_root, roots_of
 from dino.data.sources.source import FileSource, Names, components, first_difference, split_roles, text_of
+from dino.data.sources.storage import is_pattern, is_remote, storage_of
 from dino.distributed import rank_and_size
 from dino.errors import UserError
 from dino.files import shown
 
 logger = logging.getLogger(__name__)
 Transform = Callable[[Tensor], Tensor]
+NEIGHBOURS = 1000  # images in a row that `Pool.shards` takes for one shard
 
 
 class Labels(Sequence[str]):
@@ -75,6 +78,15 @@ class Pool:
     def __post_init__(self) -> None:
         self.names = Names(self.source.names, self.indices)
         self.labels = None if self.source.labels is None else Labels(self.source.labels, self.indices)
+        if self.weights is None and self.source.weights is not None:
+            self.weights = self.source.weights if self.indices is None else self.source.weights[self.indices]
+
+    @property
+    def shards(self) -> np.ndarray:
+        """(N,) int32: images that are best read together have the same; where the source knows of none, neighbours."""
+        if self.source.shards is None:
+            return np.arange(len(self.names), dtype=np.int32) // NEIGHBOURS
+        return self.source.shards if self.indices is None else self.source.shards[self.indices]
 
     @property
     def roles(self) -> Roles | None:
@@ -97,12 +109,16 @@ class Pool:
         of_source = indices if self.indices is None else self.indices[indices]
         return Pool(self.source, kind, self.channels, of_source, weights, self.transform, self.limits)
 
+    def content(self, index: int) -> bytes | Tensor:
+        """As the source has it: a file's bytes, or pixels; raises `UnreadableImage`."""
+        return self.source.read(int(index if self.indices is None else self.indices[index]))
+
     def read(self, index: int, enough: float | None = None) -> Tensor:
         """(channels, H, W) uint8; a large JPEG with as many pixels as are `enough`, see `decode`.
 
         Raises `UnreadableImage`.
         """
-        image = self.source.read(int(index if self.indices is None else self.indices[index]))
+        image = self.content(index)
         if isinstance(image, Tensor):
             require_shape(tuple(image.shape), self.channels)
         else:
@@ -143,7 +159,8 @@ def open_images(
     """Open a pool of images.
 
     Args:
-        root: a folder, a zip archive, a manifest, or a data set of the caller's own (see `MapStyle`).
+        root: a folder, an archive, a list, a manifest or whatever else docs/data.md tells of; several of them as a
+            list, also as text, `[a, b]`; or a data set of the caller's own (see `MapStyle`).
         kind: a name of `SOURCES`, `manifest`, or `auto`: by what root is.
         channels: of the images given back; `auto`: 1 for Omniglot and digits, else 3.
         transform: uint8 (C, H, W) to uint8 (C, H, W), done to every image that is read: cropping, resizing. What it
@@ -153,11 +170,20 @@ def open_images(
     Raises:
         UserError: nothing there, or no image in it.
     """
+    if isinstance(root, list | tuple) and all(isinstance(part, str | os.PathLike) for part in root):
+        root = as_root([os.fspath(part) for part in root])
     if not isinstance(root, str | os.PathLike):
         dataset = DatasetSource(root, channels)
         return Pool(dataset, "dataset", dataset.channels, transform=transform)
     root = os.path.expanduser(os.fspath(root))
-    if kind == "manifest" or (kind == "auto" and root.endswith(".parquet")):
+    roots = roots_of(root)
+    if len(roots) > 1 or roots[0] != root:
+        kind = "auto" if kind == "several" else kind
+        pools = [open_images(part, kind, channels, limits=limits) for part in roots]
+        if len({pool.channels for pool in pools}) > 1:
+            raise UserError(f"{root}: images of 1 and of 3 channels: say which to make of them with data.channels")
+        return Pool(SeveralSource(roots, pools), "several", pools[0].channels, transform=transform, limits=limits)
+    if kind == "manifest" or (kind == "auto" and is_manifest(root)):
         _require_root(root)
         manifest = read_manifest(root)
         pool = open_images(manifest.root, manifest.kind, channels, transform, limits)
@@ -213,7 +239,7 @@ def _say_once(text: str) -> None:
 def _require_root(root: str) -> None:
     if not root:
         raise UserError("no images given: name a folder or a zip archive with data.root=…")
-    if not os.path.exists(root):
+    if not (os.path.exists(root) or is_remote(root) or is_pattern(root)):
         raise UserError(f"{root} does not exist")
 
 
@@ -221,7 +247,9 @@ def _kind_of(root: str, kind: str) -> str:
     """The name in `SOURCES` by which a root is to be opened; raises `UserError` where none fits."""
     if kind == "dataset":
         raise UserError("data.kind=dataset is a data set handed in from Python, which no data.root leads to")
-    kinds = ("auto", *SOURCES, "manifest")
+    if kind == "several":
+        raise UserError(f"data.kind=several, but {root} is one: leave it auto")
+    kinds = ("auto", *SOURCES, "several", "manifest")
     if kind not in kinds:
         near = difflib.get_close_matches(kind, kinds, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -234,4 +262,6 @@ def _kind_of(root: str, kind: str) -> str:
                 return name
             raise UserError(f"data.kind={kind}, but {root} is {candidate.noun}: use data.kind={name}, or leave it auto")
     _require_root(root)
+    if is_remote(root):
+        storage_of(root)
     raise UserError(f"{root} is neither {' nor '.join(kind.noun for kind in SOURCES.values() if kind.noun)}")

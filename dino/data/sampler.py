@@ -22,6 +22,9 @@ class EpochStream:
         batch_size: of the global batch.
         weights: (N,) in proportion to which images are sampled; None: equal.
         samples_per_epoch: None: N, as it must be without weights.
+        shards: (N,) which images lie together: read shard by shard, in a fresh order of shards, and images of
+            `window` samples among themselves; None: all images among themselves.
+        window: samples.
     """
 
     def __init__(
@@ -31,8 +34,11 @@ class EpochStream:
         seed: int,
         weights: np.ndarray | None = None,
         samples_per_epoch: int | None = None,
+        shards: np.ndarray | None = None,
+        window: int = 1,
     ):
         self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.shards, self.window = shards, window
         self.samples_per_epoch = samples_per_epoch or images
         self.reweigh(weights)
 
@@ -58,7 +64,7 @@ class EpochStream:
     def _samples_of_epoch(self, epoch: int) -> np.ndarray:
         """(samples, 2): image, and which of its samples within the epoch this is, from 0."""
         generator = np.random.default_rng((self.seed, epoch))
-        order = generator.permutation(self.images)
+        order = self._order(generator)
         if self.weights is None:
             return np.stack([order, np.zeros_like(order)], axis=1).astype(np.int32)
         samples = self.samples_per_epoch
@@ -68,7 +74,24 @@ class EpochStream:
         starts = np.flatnonzero(np.diff(images, prepend=-1))
         repeats = np.arange(samples) - np.repeat(starts, np.diff(starts, append=samples))
         repeats += self.renewals * RENEWED
-        return np.stack([images, repeats], axis=1).astype(np.int32)[generator.permutation(samples)]
+        mixed = generator.permutation(samples) if self.shards is None else self._mixed(samples, generator)
+        return np.stack([images, repeats], axis=1).astype(np.int32)[mixed]
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
+        """(N,) all images: in any order, or shard by shard and mixed within windows."""
+        if self.shards is None:
+            return generator.permutation(self.images)
+        rank = generator.permutation(int(self.shards.max()) + 1)
+        by_shard = np.argsort(rank[self.shards], kind="stable")
+        # Under weights the samples are mixed, once it is known how many there are of each image.
+        return by_shard if self.weights is not None else by_shard[self._mixed(self.images, generator)]
+
+    def _mixed(self, samples: int, generator: np.random.Generator) -> np.ndarray:
+        """(samples,) an order in which none is further from its place than a window."""
+        order = np.arange(samples)
+        for start in range(-int(generator.integers(self.window)), samples, self.window):
+            generator.shuffle(order[max(0, start) : start + self.window])
+        return order
 
 
 class MicroBatches:

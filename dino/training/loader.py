@@ -49,7 +49,13 @@ class Batches:
         self.device = accelerator.device
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
         self.stream = EpochStream(
-            len(images.names), config.train.batch_size, config.train.seed, images.weights, samples_per_epoch(images)
+            len(images.names),
+            config.train.batch_size,
+            config.train.seed,
+            images.weights,
+            samples_per_epoch(images),
+            images.shards if config.data.order == "shards" else None,
+            config.data.window,
         )
         self.skipped = Skipped(images, config.data.max_unreadable, directory, accelerator.is_main_process)
         self.resident = None

@@ -8,6 +8,7 @@ from dino.config.auto import PoolFacts, cache_room, keep_resolved, resolve
 from dino.config.read import follow
 from dino.config.schema import Config
 from dino.data import Limits, decoded, open_images, samples_per_epoch
+from dino.data.sources.several import as_root
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
 from dino.run import RunDirectory
@@ -71,8 +72,8 @@ def train(
     """Pre-train a vision backbone; called again with the same run, it goes on where that stopped.
 
     Args:
-        data: folder, archive or manifest, as `data.root`; or a map-style data set of your own, whose entries are
-            images (PIL, uint8 arrays or tensors), or tuples that begin with one.
+        data: folder, archive or manifest, as `data.root`, or a list of such; or a map-style data set of your own,
+            whose entries are images (PIL, uint8 arrays or tensors), or tuples that begin with one.
         run: directory of the run, as `run.dir`.
         recipe: a recipe's name (`omniglot_cpu`) or a YAML file of settings.
         transform: what is done to each decoded image, uint8 (C, H, W) to uint8 (C, H, W), before it is cropped: for
@@ -84,6 +85,8 @@ def train(
         UserError: something only you can put right; the message says how.
     """
     values = dict(settings)
+    if isinstance(data, list | tuple) and data and all(isinstance(part, str | Path) for part in data):
+        data = as_root([str(part) for part in data])
     is_path = isinstance(data, str | Path)
     if is_path:
         values["data.root"] = str(data)

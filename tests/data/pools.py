@@ -40,7 +40,7 @@ def archive(path: Path, members: dict[str, bytes], compression: int = zipfile.ZI
 class NoiseSource:
     """Images of noise of the sizes asked for; those in `unreadable` cannot be read. `reads` lists what was asked."""
 
-    labels = None
+    labels = weights = shards = None
 
     def __init__(self, sizes: Sequence[tuple[int, int]], channels: int = 3, unreadable: Sequence[int] = ()):
         generator = torch.Generator().manual_seed(0)

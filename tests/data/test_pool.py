@@ -14,12 +14,12 @@ from pools import archive, fill, noise_pool, png
 
 from dino.data import Pool, UnreadableImage, fingerprint, open_images, read_or_reason, samples_per_epoch, stamp
 from dino.data.sources import SOURCES, Kind
-from dino.data.sources.source import packed
+from dino.data.sources.source import Source, packed
 from dino.data.sources.zip import MEMBER
 from dino.errors import UserError
 
 
-class Named:
+class Named(Source):
     """A source of which only names and labels are asked."""
 
     def __init__(self, names, labels=None):
@@ -129,7 +129,7 @@ class TestOpening:
             assert images.read(1).unique().tolist() == [1]
         assert "too few" in read_or_reason(images, 2)[1]
         assert "data.channels is 3" in read_or_reason(open_images("three://z", channels=3), 0)[1]
-        with pytest.raises(UserError, match=r"neither a folder nor a zip archive nor a three"):
+        with pytest.raises(UserError, match=r"neither .* a folder nor a zip archive nor .* a three"):
             open_images(__file__, "three")
 
     @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ class TestOpening:
             ("p.zip", "folder", r"data\.kind=folder.* is a zip archive: use data\.kind=zip"),
             ("text", "auto", r"no image .*\.jpg, .*\.png.*\.webp.*\.tiff.*\.npy"),
             ("text.zip", "auto", r"no image .*\.jpg, .*\.png"),
-            ("empty.zip", "auto", "neither a folder nor a zip"),
-            ("png.zip", "zip", "neither a folder nor a zip"),
+            ("empty.zip", "auto", "neither .* a folder nor a zip"),
+            ("png.zip", "zip", "neither .* a folder nor a zip"),
             ("truncated.zip", "auto", r"truncated\.zip"),
         ],
     )

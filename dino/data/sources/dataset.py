@@ -11,7 +11,7 @@ from torch import Tensor
 from dino.data.decode import to_tensor
 from dino.data.formats import UnreadableImage, reason_of
 from dino.data.picture import picture_array
-from dino.data.sources.source import packed
+from dino.data.sources.source import Source, packed
 from dino.errors import UserError
 
 LABELLED_BY_READING = 10_000  # items, up to which a data set without `targets` is read for its labels
@@ -29,7 +29,7 @@ class MapStyle(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class DatasetSource:
+class DatasetSource(Source):
     """The items of a data set in its own order.
 
     Labels are its `targets`, named by its `classes`, as torchvision's data sets have them; else those of its items, for

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from dino.data.sources.source import Kind, packed, stamp_of
+from dino.data.sources.source import Kind, Source, packed, stamp_of
 
 
-class DigitsSource:
+class DigitsSource(Source):
     """They come with scikit-learn, so there is nothing to download and no root."""
 
     def __init__(self, root: str = ""):

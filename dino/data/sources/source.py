@@ -29,7 +29,9 @@ class Source(Protocol):
     """Images by number, the same in every process and on every start; worker processes get it pickled or forked."""
 
     names: pa.Array  # (N,) unique, as `packed` gives them
-    labels: pa.DictionaryArray | None  # (N,) class names; None where they are not known
+    labels: pa.DictionaryArray | None = None  # (N,) class names; None where they are not known
+    weights: np.ndarray | None = None  # (N,) how often each is visited in an epoch, on average; None: once
+    shards: np.ndarray | None = None  # (N,) int32, images that are best read together have the same; None: unknown
 
     def read(self, index: int) -> bytes | Tensor:
         """An image file's bytes, or (C, H, W) uint8; raises `UnreadableImage`."""
@@ -38,6 +40,10 @@ class Source(Protocol):
     def stamp(self) -> str:
         """Another one when the images' content has changed."""
         ...
+
+    def column(self, name: str) -> pa.Array | None:
+        """(N,) text that the source has of its images under a name of its own; None: it has nothing of that name."""
+        return None
 
 
 class LeftOut:
@@ -71,7 +77,7 @@ class LeftOut:
         return "; ".join(kinds)
 
 
-class FileSource:
+class FileSource(Source):
     """What sources of image files have besides: a limit on a file's size, and what they left out."""
 
     def __init__(self) -> None:
@@ -128,6 +134,12 @@ def packed(names: Iterable[str]) -> pa.Array:
     return pa.concat_arrays(blocks)
 
 
+def below(folders: pa.Array | bytes, names: pa.Array) -> pa.Array:
+    """`<folder>/<name>` of packed names, in one folder or (N,) folders."""
+    folders = pa.scalar(folders, pa.large_binary()) if isinstance(folders, bytes) else folders
+    return pc.binary_join_element_wise(folders, names, pa.scalar(b"/", pa.large_binary()))
+
+
 class Names(Sequence[str]):
     """Packed names, or those at (N,) indices, of which only those that are asked for become Python strings."""
 
@@ -160,9 +172,14 @@ def sorted_files(names: Iterable[str], root: str, left_out: LeftOut) -> pa.Array
     """Names of image files, packed and in order; raises `UserError` where there is none."""
     files = packed(names)
     if not len(files):
-        others = f"; there are {left_out}" if left_out.counts else ""
-        raise UserError(f"no image in {root}: looked for {', '.join(EXTENSIONS)} at every depth{others}")
+        raise UserError(no_image(root, left_out))
     return files.take(pc.sort_indices(files))
+
+
+def no_image(root: str, left_out: LeftOut) -> str:
+    """What is said of a root in which there is none."""
+    others = f"; there are {left_out}" if left_out.counts else ""
+    return f"no image in {root}: looked for {', '.join(EXTENSIONS)} at every depth{others}"
 
 
 def folder_labels(names: pa.Array) -> pa.DictionaryArray | None:
@@ -218,6 +235,14 @@ def split_roles(folders: pa.Array) -> dict[bytes, str]:
             return {}
         roles[folder] = "learn" if is_learn else "test"
     return roles if set(roles.values()) == {"learn", "test"} else {}
+
+
+def digest_of(rows: Iterable[Any]) -> str:
+    """A short digest of rows of facts."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode("utf-8", "replace"))
+    return digest.hexdigest()[:16]
 
 
 def stamp_of(files: Iterable[Path]) -> str:

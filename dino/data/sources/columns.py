@@ -1,0 +1,48 @@
+"""Columns of people's own tables: which one holds paths, images, labels or weights, by the names that are usual."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dino.errors import UserError
+
+PATHS = ("path", "file_path", "filepath", "image_path", "file_name", "filename", "file", "image", "img", "url", "uri")
+LABELS = ("label", "labels", "class", "class_name", "target", "category", "cls")
+WEIGHTS = ("weight", "sample_weight")
+IMAGES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content", "data")
+
+
+def first_of(names: list[str], usual: tuple[str, ...]) -> str | None:
+    """The column, as the table writes it, that has one of the usual names."""
+    by_lower = {name.strip().lower(): name for name in reversed(names)}
+    return next((by_lower[name] for name in usual if name in by_lower), None)
+
+
+def as_text(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Numbers and texts as texts, in one piece."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(pa.large_string())
+
+
+def as_labels(column: pa.ChunkedArray | pa.Array | None) -> pa.DictionaryArray | None:
+    """Class names for every image; None where some have none, or there is one class."""
+    if column is None or column.null_count:
+        return None
+    labels = as_text(column).cast(pa.large_binary()).dictionary_encode()
+    return labels if len(labels.dictionary) > 1 else None
+
+
+def as_weights(column: pa.ChunkedArray, table: str, name: str) -> np.ndarray:
+    """(N,) fp64, as many in all as there are above 0; raises `UserError` for what is no weight."""
+    try:
+        weights = pc.cast(column, pa.float64()).to_numpy()
+    except pa.ArrowException as error:
+        raise UserError(f"{table}: weights must be numbers, {name} is {column.type}") from error
+    wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
+    if len(wrong):
+        raise UserError(f"{table}: weights must be numbers from 0 on, row {wrong[0] + 1} of {name} is not")
+    if not (weights > 0).any():
+        raise UserError(f"{table}: no weight in {name} is above 0")
+    return weights * (np.count_nonzero(weights) / weights.sum())
