@@ -61,8 +61,8 @@ def program(tmp_path_factory) -> Path:
 def images(tmp_path_factory) -> Path:
     """A list of 48 images in two folders."""
     folder = tmp_path_factory.mktemp("images")
-    names = [path.relative_to(folder) for name in "ab" for path in write_images(folder / name, 24)]
-    (folder / "list.txt").write_text("\n".join(map(str, names)))
+    rows = [f"0\t{name}\t{path.relative_to(folder)}" for name in "ab" for path in write_images(folder / name, 24)]
+    (folder / "list.lst").write_text("\n".join(rows))
     return folder
 
 
@@ -84,7 +84,7 @@ def settings(images: Path, run: Path, *more: str) -> list[str]:
         for setting in TINY
         if not setting.startswith(("data.kind", "views.preset", "objective.", "train.batch"))
     ]
-    own = [f"data.root={images / 'list.txt'}", f"run.dir={run}", "train.steps=4", "train.batch_size=16"]
+    own = [f"data.root={images / 'list.lst'}", f"run.dir={run}", "train.steps=4", "train.batch_size=16"]
     return [*tiny, *own, "monitor.health_every=2", *more]
 
 
@@ -102,7 +102,7 @@ def test_a_new_method_with_a_new_backbone_source_augmentation_and_indicator(prog
     assert 0 <= lines[-1]["health/alignment"] <= 4
     assert "distance of two views" in (run / "report.html").read_text()
     config = (run / "config.yaml").read_text()
-    assert "kind: text_list" in config
+    assert "kind: mxnet_list" in config
     out = tmp_path / "results.json"
     dino(program, "class_means", "--weights", run, "--data", images, "--out", out)
     (figures,) = json.loads(out.read_text()).values()

@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 
 from dino.data.formats import UnreadableImage
 from dino.data.sources.columns import LABELS, PATHS, WEIGHTS, as_labels, as_text, as_weights, first_of
-from dino.data.sources.source import FileSource, Kind, Names, digest_of, folder_labels, read_file, require_bytes, stamp_of
+from dino.data.sources.source import (
+    FileSource,
+    Kind,
+    Names,
+    digest_of,
+    folder_labels,
+    read_file,
+    require_bytes,
+    stamp_of,
+)
 from dino.data.sources.storage import files_of, is_remote, read
 from dino.errors import UserError
 
