@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from unittest import mock
 
+import forking
 import matplotlib
 import numpy as np
 from PIL import Image
@@ -46,17 +48,24 @@ ONE = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_
 TWO = "-m torch.distributed.run --standalone --nproc_per_node 2"
 LAUNCHERS = {"python": [], "accelerate": ONE.split(), "torchrun": TWO.split()}
 FROM_OUTSIDE = ("ACCELERATE_", "WANDB_", "MASTER_", "TORCHELASTIC_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_")
-FULL_DISK = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
-FULL_DISK += "os.execv(sys.argv[2], sys.argv[2:])"
-THEN_PRETRAIN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+NO_PAGE = "from dino.report.run import Reporter; Reporter.write = lambda *arguments, **settings: {}"
 LONGEST = 300  # seconds that a process may take on a busy machine
 
 
-class Process(subprocess.Popen):
+class Running:
     """A run that goes on while the test looks at it, in a process group of its own."""
 
+    pid: int
     output: Path
     errors: Path
+
+    def poll(self) -> int | None:
+        """Its exit code; None: it goes on."""
+        raise NotImplementedError
+
+    def wait(self, longest: float) -> int | None:
+        """Its exit code, for which at most `longest` seconds are waited."""
+        raise NotImplementedError
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
         """Return once `holds()`; the test fails if the run ends before."""
@@ -69,11 +78,30 @@ class Process(subprocess.Popen):
 
     def end(self, number: signal.Signals, everybody: bool = False) -> int:
         """Send a signal, to the process or to its whole group, and wait for the exit code."""
-        if everybody:
-            os.killpg(self.pid, number)
-        else:
-            self.send_signal(number)
-        return self.wait(LONGEST)
+        send = os.killpg if everybody else os.kill
+        send(self.pid, number)
+        code = self.wait(LONGEST)
+        assert code is not None, f"it did not end in {LONGEST} s"
+        return code
+
+
+class Started(subprocess.Popen, Running):
+    """By a command."""
+
+
+class Forked(Running):
+    """From the server of forking.py."""
+
+    def __init__(self, job: forking.Job):
+        self.process = forking.start(job)
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, longest: float) -> int | None:
+        self.process.join(longest)
+        return self.process.exitcode
 
 
 def wait_for(holds: Callable[[], bool], errors: Path) -> None:
@@ -93,7 +121,9 @@ class Runs:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.started: list[Process] = []
+        self.started: list[Running] = []
+        self.jobs = 0
+        self.lock = threading.Lock()
 
     def environment(self, **changes: str) -> dict[str, str]:
         """This process's variables without those that steer launchers and trackers."""
@@ -116,19 +146,19 @@ class Runs:
 
         Args:
             arguments: of pretrain.py, after `settings`, over which they take precedence.
-            launcher: here (in this process: a start takes seconds), python, accelerate (one process) or torchrun (two).
+            launcher: here (in this process), fork (in another), two (as torchrun's two processes), or a real one, which
+                takes ten seconds to start: python, accelerate, torchrun (two).
             largest_file: bytes; a file that grows beyond fails as on a full disk. 0: any. In a process of its own.
             before: Python code that is run in the same process before pretrain.py. In a process of its own.
-            page: whether a run in this process writes its report, which takes a third of so short a one.
+            page: whether a run that no real launcher starts writes its report, which takes a third of so short a one.
             variables: changes of the environment.
         """
         if launcher == "here" and not before and not largest_file:
             return self.here(SCRIPT, *settings, *arguments, page=page, **variables)
-        command = _command("python" if launcher == "here" else launcher, arguments, settings)
-        if before:
-            command = [sys.executable, "-c", f"{before}\n{THEN_PRETRAIN}", *command[1:]]
-        if largest_file:
-            command = [sys.executable, "-c", FULL_DISK, str(largest_file), *command]
+        if launcher in ("here", "fork", "two"):
+            words, before = [SCRIPT, *settings, *arguments], before if page else f"{NO_PAGE}\n{before}"
+            return self.fork(words, launcher == "two", before, largest_file, **variables)
+        command = _command(launcher, arguments, settings)
         try:
             return subprocess.run(
                 command,
@@ -142,6 +172,27 @@ class Runs:
         except subprocess.TimeoutExpired as expired:  # killed; the other runs of `together` shall still be judged
             output, errors = ((text or b"").decode() for text in (expired.stdout, expired.stderr))
             return CompletedProcess(command, -signal.SIGKILL, output, f"{errors}\nhung for {LONGEST} s")
+
+    def fork(
+        self, words: Sequence[object], two: bool = False, before: str = "", largest_file: int = 0, **variables: str
+    ) -> CompletedProcess:
+        """Run a script to its end in a forked process, or in two, with what `run` says of the rest."""
+        job = self.job(words, **variables)._replace(before=before, largest_file=largest_file)
+        try:
+            code = forking.run(job, 2 if two else 1, LONGEST)
+        except TimeoutError:
+            code = -signal.SIGKILL
+        output, errors = (path.read_text(errors="replace").replace("\r", "\n") for path in (job.output, job.errors))
+        return CompletedProcess(job.words, code, output, errors)
+
+    def job(self, words: Sequence[object], **variables: str) -> forking.Job:
+        """A script and its arguments, with files for what it writes."""
+        with self.lock:
+            self.jobs += 1
+            output, errors = (self.folder / f"process-{self.jobs}.{kind}" for kind in ("out", "err"))
+        for path in (output, errors):
+            path.touch()
+        return forking.Job([str(word) for word in words], self.environment(**variables), REPOSITORY, output, errors)
 
     def here(self, script: Path, *arguments: object, page: bool = True, **variables: str) -> CompletedProcess:
         """Run a script of the repository in this process as if it were started: its exit code and output."""
@@ -186,27 +237,32 @@ class Runs:
             launchers: name to launcher, where it is not this process.
         """
         with ThreadPoolExecutor(1) as pool:
-            processes = {name: pool.submit(self.run, *commands[name], launcher=launchers[name]) for name in launchers}
+            processes = {
+                name: pool.submit(self.run, *commands[name], launcher=launchers[name], page=page) for name in launchers
+            }
             done = {name: self.run(*commands[name], page=page) for name in commands if name not in launchers}
             done |= {name: process.result() for name, process in processes.items()}
         for name, process in done.items():
             assert fails or process.returncode == 0, f"{name}: {process.stderr}"
         return done
 
-    def start(self, *arguments: object, launcher: str = "python") -> Process:
+    def start(self, *arguments: object, launcher: str = "fork") -> Running:
         """Start a run and return while it goes on."""
-        output, errors = (self.folder / f"process-{len(self.started)}.{kind}" for kind in ("out", "err"))
-        with output.open("w") as out, errors.open("w") as err:
-            process = Process(
-                _command(launcher, arguments),
-                env=self.environment(),
-                cwd=REPOSITORY,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-        process.output, process.errors = output, errors
+        job = self.job([SCRIPT, *TINY, *arguments])._replace(before=NO_PAGE)
+        if launcher == "fork":
+            process: Running = Forked(job)
+        else:
+            with job.output.open("w") as out, job.errors.open("w") as err:
+                process = Started(
+                    _command(launcher, arguments),
+                    env=job.environment,
+                    cwd=REPOSITORY,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    start_new_session=True,
+                )
+        process.output, process.errors = job.output, job.errors
         self.started.append(process)
         return process
 
@@ -214,8 +270,7 @@ class Runs:
         """Kill what a failed test has left running."""
         for process in self.started:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                process.end(signal.SIGKILL, everybody=True)
 
 
 def _command(launcher: str, arguments: Sequence[object], settings: Sequence[str] = TINY) -> list[str]:

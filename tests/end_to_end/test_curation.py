@@ -1,14 +1,12 @@
 """The command from images to a manifest, on to pre-training and back; killed for real, on two processes, refused."""
 
 import shutil
-import subprocess
-import sys
-import tempfile
+from subprocess import CompletedProcess
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from launching import LAUNCHERS, LONGEST, REPOSITORY, THEN_PRETRAIN, TINY, error_of, metrics
+from launching import REPOSITORY, TINY, error_of, metrics
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -62,20 +60,9 @@ def weights(runs, pool, tmp_path_factory):
 def curate(runs, pool, weights):
     """Starts the command on the pool."""
 
-    def start(run, *settings, launcher: str = "python", before: str = "") -> subprocess.CompletedProcess:
-        with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
-            file.write(f"{before}\n{THEN_PRETRAIN}")
-            file.flush()
-            script = [*LAUNCHERS[launcher], file.name, CURATE, f"data.root={pool}", f"weights={weights}"]
-            return subprocess.run(
-                [sys.executable, *map(str, script), *SMALL.split(), f"run.dir={run}", *map(str, settings)],
-                env=runs.environment(OMP_NUM_THREADS="1"),
-                cwd=REPOSITORY,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=LONGEST,
-            )
+    def start(run, *settings, two: bool = False, before: str = "") -> CompletedProcess:
+        words = [CURATE, f"data.root={pool}", f"weights={weights}", *SMALL.split(), f"run.dir={run}", *settings]
+        return runs.fork(words, two, before=before)
 
     return start
 
@@ -115,7 +102,7 @@ def test_killed_between_parts_it_goes_on_with_those_that_are_missing(curate, cur
 
 
 def test_two_processes_give_the_manifest_of_one(curate, curated, tmp_path):
-    done = curate(tmp_path / "run", launcher="torchrun", before=SPLIT)
+    done = curate(tmp_path / "run", two=True, before=SPLIT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("images:") == 1
     assert rows(tmp_path / "run") == rows(curated[0])

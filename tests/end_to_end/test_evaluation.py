@@ -6,7 +6,6 @@ Most of a short run is the import of torch: commands that need no process of the
 import importlib.util
 import io
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from launching import LAUNCHERS, LONGEST, REPOSITORY, Runs, error_of, write_images
+from launching import REPOSITORY, Runs, error_of, write_images
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.model_selection import train_test_split
@@ -36,20 +35,13 @@ COUNT = 8  # images of each class
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime"))
 
 
-def start(runs: Runs, *words: object, launcher: str = "python", **variables: str) -> CompletedProcess:
+def start(runs: Runs, *words: object, two: bool = False, **variables: str) -> CompletedProcess:
     """A command of eval/ in a process of its own, or in two."""
-    return subprocess.run(
-        [sys.executable, *LAUNCHERS[launcher], *map(str, words)],
-        cwd=REPOSITORY,
-        env=runs.environment(**{"OMP_NUM_THREADS": "1", **variables}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LONGEST,
-    )
+    script, *arguments = words
+    return runs.fork([REPOSITORY / str(script), *arguments], two, **{"OMP_NUM_THREADS": "1", **variables})
 
 
-def finish(runs: Runs, *words: object, **options: str) -> CompletedProcess:
+def finish(runs: Runs, *words: object, **options) -> CompletedProcess:
     """`start`; the test fails unless the exit code is 0."""
     done = start(runs, *words, **options)
     assert done.returncode == 0, done.stderr
@@ -216,7 +208,7 @@ class TestProbes:
     def test_two_processes_give_the_same(self, runs, place, judged, name, options):
         out = place.folder / f"{name}-of-two.json"
         words = (f"eval/{name}.py", "--weights", place.weights, "--data", place.images, "--out", out, *options)
-        done = finish(runs, *words, launcher="torchrun", DINO_CACHE=str(place.folder / f"cache-of-two-{name}"))
+        done = finish(runs, *words, two=True, DINO_CACHE=str(place.folder / f"cache-of-two-{name}"))
         expected = {what: value for what, value in judged[name][1].items() if not what.startswith("linear/sweep")}
         assert json.loads(out.read_text()) == {str(place.weights): pytest.approx(expected)}
         assert done.stdout.count("16 to learn from, 8 to test") == 1
@@ -245,7 +237,7 @@ class TestEmbeddings:
     def test_two_processes_give_the_same(self, runs, place, wanted):
         out = place.folder / "class-of-two.parquet"
         words = ("eval/embed.py", "--weights", place.weights, "--data", place.images, "--out", out)
-        done = finish(runs, *words, launcher="torchrun")
+        done = finish(runs, *words, two=True)
         assert_holds(out, wanted)
         assert done.stdout == f"{out}: 24 × 16, 2 left out\n"
         for broken in BROKEN:

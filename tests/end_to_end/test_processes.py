@@ -31,7 +31,7 @@ def done(runs, tmp_path_factory):
         "two_random": (*CENTRE, "model.drop_path=0.2"),
     }
     commands = {name: (*settings, f"run.dir={folder / name}") for name, settings in commands.items()}
-    launchers = {name: "torchrun" for name in commands if name.startswith("two")}
+    launchers = {name: "two" for name in commands if name.startswith("two")}
     finished = runs.together(commands, **launchers)
     return {name: (folder / name, process) for name, process in finished.items()}
 
@@ -81,7 +81,7 @@ def test_the_number_of_processes_may_change_when_a_run_is_resumed(runs, done, tm
     alone = runs.finish(*CENTRE, f"run.dir={run}")
     assert "going on from step 4\n" in alone.stdout
     shutil.rmtree(checkpoint(run, 12))
-    both = runs.finish(*CENTRE, f"run.dir={run}", launcher="torchrun")
+    both = runs.finish(*CENTRE, f"run.dir={run}", launcher="two")
     assert "going on from step 8\n" in both.stdout
     assert "2 process(es)" in both.stdout
     assert_same_curves(run, done["one_centre"][0])
@@ -90,7 +90,7 @@ def test_the_number_of_processes_may_change_when_a_run_is_resumed(runs, done, tm
 def test_two_processes_with_random_state_resume_bit_identical(runs, done, tmp_path):
     whole, _ = done["two_random"]
     run = copy_run(whole, tmp_path / "run", 8)
-    runs.finish(*CENTRE, "model.drop_path=0.2", f"run.dir={run}", launcher="torchrun")
+    runs.finish(*CENTRE, "model.drop_path=0.2", f"run.dir={run}", launcher="two")
     assert backbone(run) == backbone(whole)
 
 

@@ -115,7 +115,7 @@ def test_sigterm_to_all_processes_of_the_run_leaves_a_checkpoint(runs, tmp_path)
 def test_worker_killed_by_the_system_ends_the_run(runs, tmp_path):
     """As it happens when memory runs out: the run fails, and does not wait for its other workers for ever."""
     run = tmp_path / "run"
-    process = runs.start(*SINKHORN, "train.steps=5000", "data.workers=2", f"run.dir={run}")
+    process = runs.start(*SINKHORN, "train.steps=5000", "data.workers=2", f"run.dir={run}", launcher="python")
     process.wait_until(lambda: bool(checkpoints(run)))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [child for child in children if "pretrain.py" in Path(f"/proc/{child}/cmdline").read_text()]

@@ -31,7 +31,7 @@ def done(runs, tmp_path_factory):
         "random": (*SHARDED, "model.drop_path=0.3", "model.drop_path_kind=subset"),
     }
     commands = {name: (*settings, f"run.dir={folder / name}") for name, settings in commands.items()}
-    finished = runs.together(commands, page=True, sharded="torchrun", recomputed="torchrun", random="torchrun")
+    finished = runs.together(commands, page=True, sharded="two", recomputed="two", random="two")
     return {name: (folder / name, process) for name, process in finished.items()}
 
 
@@ -62,7 +62,7 @@ def test_two_processes_then_one_then_two(runs, done, tmp_path):
     assert "1 process(es)" in alone.stdout
     assert "sharded over" not in alone.stdout
     run = copy_run(run, tmp_path / "again", 8)
-    both = runs.finish(*SHARDED, f"run.dir={run}", launcher="torchrun")
+    both = runs.finish(*SHARDED, f"run.dir={run}", launcher="two")
     assert "going on from step 8\n" in both.stdout
     assert "sharded over 2 processes" in both.stdout
     assert_same_curves(run, done["alone"][0])
@@ -72,7 +72,7 @@ def test_a_sharded_run_resumes_bit_identically(runs, done, tmp_path):
     whole, _ = done["random"]
     run = copy_run(whole, tmp_path / "run", 8)
     settings = (*SHARDED, "model.drop_path=0.3", "model.drop_path_kind=subset")
-    runs.finish(*settings, f"run.dir={run}", launcher="torchrun")
+    runs.finish(*settings, f"run.dir={run}", launcher="two")
     assert checkpoints(run) == [8, 12]
     assert backbone(run) == backbone(whole)
     names = ("student", "teacher", "optimizer")
