@@ -4,6 +4,7 @@ The import takes longer than a tiny run. What a process finds is what `python` a
 start the program is for the tests that use them.
 """
 
+import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -108,6 +109,9 @@ def _run(job: Job) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest_file, job.largest_file))
     sys.argv = list(job.words)
     sys.path.insert(0, str(Path(job.words[0]).parent))
-    if job.before:
-        exec(job.before, {"__name__": "before"})
-    runpy.run_path(job.words[0], run_name="__main__")
+    try:
+        if job.before:
+            exec(job.before, {"__name__": "before"})
+        runpy.run_path(job.words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which a forked process leaves out, and W&B needs

@@ -33,7 +33,7 @@ def test_without_a_key_one_offline_run_holds_the_metrics_of_all_starts(runs, tmp
     run = tmp_path / "run"
     command = ["tracking.backends=[wandb]", "tracking.project=letters", "train.steps=6", f"run.dir={run}"]
     runs.finish(*command, "train.time_limit=0.0001", launcher="fork")
-    runs.finish(*command, launcher="fork")
+    runs.finish(*command, launcher="fork", page=True)
     assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
 
     identity = (run / "wandb_id").read_text()
