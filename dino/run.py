@@ -9,8 +9,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dino.config.read import read
-from dino.config.schema import Config
+from dino.config.read import get, leaves, out_of_bounds, read, refuse
+from dino.config.schema import AUTO, Config
 from dino.errors import UserError
 from dino.files import append_text, read_json, read_text, write_text
 from dino.seal import verified
@@ -35,9 +35,28 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.results = self.path / "results.json"
 
-    def read_config(self) -> Config:
-        """The settings of the run, as resolved."""
-        return read(Config, self.config)
+    def read_config(self, all_resolved: bool = True) -> Config:
+        """The settings of the run, as resolved.
+
+        Args:
+            all_resolved: whether none may be missing; earlier versions had fewer, which a run that goes on resolves.
+
+        Raises:
+            UserError: config.yaml is damaged.
+        """
+        try:
+            config = read(Config, self.config)
+            refuse(list(out_of_bounds(config)))
+        except UserError as error:
+            source = "" if str(self.config) in str(error) else f"{self.config}: "
+            raise UserError(f"{source}{error}") from error
+        unresolved = [key for key, leaf in leaves(config).items() if leaf.may_be_auto and get(config, key) == AUTO]
+        if all_resolved and unresolved:
+            raise UserError(
+                f"{self.config} does not say {', '.join(unresolved)}: restore it, or start the command that trained it "
+                "again, which writes it anew"
+            )
+        return config
 
     def read_metrics(self) -> list[dict]:
         """The lines of metrics.jsonl; the last is left out where a kill cut it short.

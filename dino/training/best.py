@@ -48,9 +48,10 @@ class Best:
         """Of an earlier start; raises `UserError` where it cannot be read."""
         fix = "remove it, and the best is looked for from here on"
         earlier = read_json(self.file, fix)
-        if not isinstance(earlier, dict) or not isinstance(earlier.get("value"), int | float):
+        value = earlier.get("value") if isinstance(earlier, dict) else None
+        if not isinstance(value, float) or not math.isfinite(value):
             raise UserError(f"{self.file} holds no best value: {fix}")
-        return earlier["value"] if earlier.get("metric") == self.metric else self.value
+        return value if earlier.get("metric") == self.metric else self.value
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Remember a line's value as the best; its backbone has been written."""

@@ -50,7 +50,7 @@ def earlier_config(directory: RunDirectory, resume: str) -> Config | None:
             f"run.dir={path} already holds a run and train.resume=never: "
             "name another directory, or go on from its newest checkpoint with train.resume=auto"
         )
-    return directory.read_config()
+    return directory.read_config(all_resolved=False)
 
 
 def _is_somebodys(path: Path, directory: RunDirectory) -> bool:
