@@ -177,4 +177,4 @@ RULES: dict[str, Rule] = {
     "optim.warmup_steps": _warmup,
     "optim.freeze_backbone_steps": _freeze_backbone,
 }
-OF_THIS_MACHINE = ("data.cache", "data.workers", "train.cpu_threads")
+OF_THIS_MACHINE = ("data.cache", "data.workers", "data.kind", "train.cpu_threads")  # where images lie, too

@@ -39,6 +39,11 @@ class DataConfig:
         low=0,
         unit="steps",
     )
+    verify: str = setting(
+        "size",
+        "besides names, what images of a run that goes on are compared by: size, or content, for which all are read",
+        ("size", "content"),
+    )
     max_unreadable: float = setting(
         0.01, "fraction of the images that may be unreadable before the run fails", low=0, high=1
     )

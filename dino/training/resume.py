@@ -2,11 +2,15 @@
 
 import json
 import logging
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dino.config.read import dump, get, leaves
 from dino.config.schema import Config
+from dino.data.fingerprint import difference
 from dino.errors import UserError
 from dino.files import write_text
 from dino.run import RunDirectory, whole_checkpoints
@@ -26,8 +30,10 @@ MAY_DIFFER = (  # on resume
     "train.activation_checkpointing",
     "data.cache",
     "data.workers",
+    "data.verify",
     "run.dir",
 )
+WHERE_IMAGES_LIE = ("data.root", "data.kind")  # may differ too, where a checkpoint says which they are
 MAY_DIFFER_GROUPS = ("tracking.", "monitor.")
 logger = logging.getLogger(__name__)
 
@@ -60,15 +66,19 @@ def _is_somebodys(path: Path, directory: RunDirectory) -> bool:
     return path != directory.checkpoints or any(path.iterdir())
 
 
-def refuse_other_config(directory: RunDirectory, config: Config, earlier: Config) -> None:
-    """Raise a `UserError` if resuming with `config` would make another run of it."""
+def refuse_other_config(directory: RunDirectory, config: Config, earlier: Config, has_checkpoint: bool) -> None:
+    """Raise a `UserError` if resuming with `config` would make another run of it.
+
+    Args:
+        has_checkpoint: whether there is one, by which the images themselves are compared, wherever they lie now.
+    """
     if config.objective.name != earlier.objective.name:
         changes = [f"objective.name: {earlier.objective.name} there, {config.objective.name} now"]
     else:
         changes = [
             f"{key}: {get(earlier, key)} there, {get(config, key)} now"
             for key in leaves(config)
-            if _must_agree(key) and get(earlier, key) != get(config, key)
+            if _must_agree(key, has_checkpoint) and _value(earlier, key) != _value(config, key)
         ]
     if changes:
         listed = "\n  ".join(changes)
@@ -78,8 +88,16 @@ def refuse_other_config(directory: RunDirectory, config: Config, earlier: Config
         )
 
 
-def _must_agree(key: str) -> bool:
-    return key not in MAY_DIFFER and not key.startswith(MAY_DIFFER_GROUPS)
+def _must_agree(key: str, has_checkpoint: bool) -> bool:
+    may_differ = (*MAY_DIFFER, *WHERE_IMAGES_LIE) if has_checkpoint else MAY_DIFFER
+    return key not in may_differ and not key.startswith(MAY_DIFFER_GROUPS)
+
+
+def _value(config: Config, key: str) -> Any:
+    """A setting; data.root in the one way in which a path can be written."""
+    value = get(config, key)
+    is_path = key == "data.root" and value and os.path.exists(value)
+    return os.path.realpath(value) if is_path else value
 
 
 def starting_point(directory: RunDirectory, resume: str) -> Path | None:
@@ -144,10 +162,18 @@ def prepare(directory: RunDirectory, config: Config, step: int) -> None:
         raise UserError(f"run.dir={directory.path} cannot be written: {error.strerror or error}") from error
 
 
-def refuse_other_images(before: str, now: str, checkpoint: Path) -> None:
-    """Raise a `UserError` if a checkpoint was made with another set of images; both by their fingerprints."""
-    if before != now:
+def refuse_other_images(before: Mapping[str, Any], now: Mapping[str, str], checkpoint: Path) -> None:
+    """Raise a `UserError` if a checkpoint was made with other images; both by `dino.data.fingerprint.facts`."""
+    if changed := difference(before, now):
         raise UserError(
-            f"the images are not those that {checkpoint} was made with (files were added, removed or renamed): "
-            "restore them, or start a new run in another run.dir"
+            f"the images are not those that {checkpoint} was made with ({changed}): restore them, or start a new run "
+            "in another run.dir"
+        )
+    if "content" in now and "content" not in before:
+        logger.warning("%s does not say what was in its images: only names and sizes are compared", checkpoint)
+    elif "content" not in now and before.get("times", now.get("times")) != now.get("times"):
+        logger.info(
+            "the images were written or moved since %s was made; names and sizes are the same (data.verify=content, "
+            "from the first start on, compares what is in them)",
+            checkpoint,
         )

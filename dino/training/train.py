@@ -122,12 +122,18 @@ def run_training(config: Config, data_set: Any = None, transform: Any = None, dr
     pool = PoolFacts(samples_per_epoch(images), images.channels, images.kind, *decoded(images, cache_room()))
     config, auto_reasons = resolve(keep_resolved(config, earlier) if earlier else config, pool)
     if earlier:
-        resume.refuse_other_config(directory, config, earlier)
+        resume.refuse_other_config(directory, config, earlier, checkpoint is not None)
 
     # Networks, optimizer, the state of a checkpoint; then the steps.
     launch.set_process_state(config.train)
     trainer = Trainer(config, accelerator, directory, images, initial, outside)
     start = trainer.restore(checkpoint)
+    if start > config.train.steps:
+        accelerator.print(
+            f"{directory.path} has taken {start:,} steps, more than train.steps={config.train.steps:,}: nothing is "
+            "left to do, and nothing was changed"
+        )
+        return Run(directory.path)
     text = summary(config, pool, trainer.method, accelerator, directory, start, reasons | auto_reasons)
     accelerator.print(text)
     if dry_run:

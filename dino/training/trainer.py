@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from dino.config.schema import Config
 from dino.data import Pool, fingerprint, samples_per_epoch
+from dino.data.fingerprint import facts as image_facts
 from dino.methods import METHODS, Outside
 from dino.methods.ema import synchronise_buffers
 from dino.models import Backbone
@@ -60,7 +61,10 @@ class Trainer:
         self.health = Health(accelerator, config, self.method, images.labels)
         keep, own = config.train.keep_checkpoints, {"health": self.health}
         self.checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, self.optimizer, keep, own)
-        self.facts = {"images": fingerprint(images), **self.method.checkpoint_facts()}
+        # Of their files too only where facts are written and compared: looking at a million takes its time.
+        is_main, with_content = accelerator.is_main_process, config.data.verify == "content"
+        self.images_facts = image_facts(images, with_content) if is_main else {"images": fingerprint(images)}
+        self.facts = {**self.images_facts, **self.method.checkpoint_facts()}
         self.schedules = optimizer_schedules(config)
         normalise = Normalise(config.views.mean or (), config.views.std or ()).to(accelerator.device)
         prepared = launch.prepare(accelerator, self.method, self.optimizer)
@@ -76,7 +80,8 @@ class Trainer:
         if checkpoint is None:
             return 0
         state = self.checkpoints.load(checkpoint)
-        resume.refuse_other_images(state["images"], self.facts["images"], checkpoint)
+        resume.refuse_other_images(state, self.images_facts, checkpoint)
+        self.facts["images"] = state.get("images", self.facts["images"])  # as they were called, wherever they lie now
         self.method.check_state(state, checkpoint)
         self.health.measured = state.get("measured", state["step"])  # earlier versions wrote neither
         self.health.views = state.get("views", 0)

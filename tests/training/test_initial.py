@@ -183,7 +183,7 @@ class TestResumed:
         earlier = resolved(followed(own)[0])
         config, _, _ = follow_weights(with_settings({"model.init": str(own)} | changes), earlier)
         with pytest.raises(UserError, match=said):
-            refuse_other_config(RunDirectory(tmp_path), config, earlier)
+            refuse_other_config(RunDirectory(tmp_path), config, earlier, has_checkpoint=True)
 
 
 def begun(spec, tmp_path, changes: dict | None = None) -> tuple[Config, Backbone]:

@@ -32,7 +32,7 @@ MAY_DIFFER = {  # DESIGN.md, "Run directory"
     ),
     *(f"train.{name}" for name in ("resume", "cpu_threads", "fsdp", "activation_checkpointing")),
     *(f"tracking.{name}" for name in ("project", "name", "backends")),
-    *("data.workers", "data.cache", "monitor.log_every", "monitor.health_every", "run.dir"),
+    *("data.workers", "data.cache", "data.verify", "monitor.log_every", "monitor.health_every", "run.dir"),
 }
 
 
@@ -79,7 +79,7 @@ class TestOtherConfig:
     def test_every_difference_is_listed_with_both_values_and_both_ways_on(self, directory):
         now = resolved({"optim.lr": 0.5, "model.arch": "vit_tiny", "train.seed": 7})
         with pytest.raises(UserError) as caught:
-            resume.refuse_other_config(directory, now, resolved({"optim.lr": 0.25}))
+            resume.refuse_other_config(directory, now, resolved({"optim.lr": 0.25}), has_checkpoint=True)
         text = str(caught.value)
         for line in (
             "optim.lr: 0.25 there, 0.5 now",
@@ -90,16 +90,25 @@ class TestOtherConfig:
             assert line in text
         assert "train.seed: 0 there, 7 now" in text
 
+    @pytest.mark.parametrize("has_checkpoint", [True, False])
     @pytest.mark.parametrize("key", leaves(Config()))
-    def test_only_what_leaves_the_training_the_same_may_differ(self, key, directory):
+    def test_only_what_leaves_the_training_the_same_may_differ(self, key, has_checkpoint, directory):
+        """Where images lie may, if a checkpoint says which they are."""
         changed, earlier = copy.deepcopy(RESOLVED), copy.deepcopy(RESOLVED)
         value = get(changed, key)
         assign(changed, key, [*value, 1.0] if isinstance(value, list) else "other")
-        if key in MAY_DIFFER:
-            resume.refuse_other_config(directory, changed, earlier)
+        if key in MAY_DIFFER or (has_checkpoint and key in ("data.root", "data.kind")):
+            resume.refuse_other_config(directory, changed, earlier, has_checkpoint)
         else:
             with pytest.raises(UserError, match=key.replace(".", r"\.")):
-                resume.refuse_other_config(directory, changed, earlier)
+                resume.refuse_other_config(directory, changed, earlier, has_checkpoint)
+
+    def test_a_path_written_another_way_is_no_difference(self, directory, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "images").mkdir()
+        for root in ("images", "images/", "./images", f"{tmp_path}/images", "run/../images"):
+            now = resolved({"data.root": root})
+            resume.refuse_other_config(directory, now, resolved({"data.root": "images"}), has_checkpoint=False)
 
 
 class TestStartingPoint:

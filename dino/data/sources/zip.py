@@ -79,6 +79,11 @@ class ZipSource(FileSource):
                 self.left_out.note_file(member.filename)
         return images
 
+    def stats(self) -> np.ndarray:
+        """(N, 2) int64: bytes of each file, unpacked, and when the archive was written, in ns."""
+        written = np.full(len(self.members), self.path.stat().st_mtime_ns)
+        return np.stack([self.members["file_size"], written], axis=1)
+
     def stamp(self) -> str:
         return stamp_of([self.path])
 
