@@ -57,10 +57,18 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def gathered_rows(tensor: Tensor) -> Tensor:
-    """(n, …) of each process, one after the other; every process must call this, n may differ."""
+def gathered_rows(tensor: Tensor, equally_many: bool = False) -> Tensor:
+    """(n, …) of each process, one after the other; every process must call this.
+
+    Args:
+        equally_many: n is known to be the same everywhere; the host then does not wait for the device.
+    """
     if not is_distributed():
         return tensor
+    if equally_many:
+        rows = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, tensor.contiguous())
+        return torch.cat(rows)
     counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
     longest = max(int(count) for count in counts)

@@ -127,10 +127,15 @@ TINY = {
 
 @pytest.fixture
 def tiny() -> Callable[..., Config]:
-    """Function that gives the resolved config of a very small ViT; changes are made by `{key: value}`."""
+    """Function that gives the resolved config of a very small ViT; changes are made by `{key: value}`.
+
+    With an `objective.name` the method's own settings are at their defaults.
+    """
 
     def build(changes: dict | None = None) -> Config:
-        values = TINY | (changes or {})
+        changes = changes or {}
+        own = {key: value for key, value in TINY.items() if not key.startswith("objective.")}
+        values = (own if "objective.name" in changes else TINY) | changes
         config = load(None, [f"{key}={value}" for key, value in values.items()])
         return resolve(config, PoolFacts(images=64, channels=3, kind="folder"))[0]
 

@@ -7,7 +7,7 @@ from dino.config.setting import setting
 
 @dataclass
 class ViewsConfig:
-    preset: str = setting("dino", "augmentation as published for DINO or DINOv2, or for handwriting (line_art)")
+    preset: str = setting("dino", "augmentation as published for a method, or for handwriting (line_art)")
     global_size: int = setting(224, "side of a global crop", unit="pixels")
     global_scale: list[float] = setting(
         [0.4, 1.0], "least and greatest fraction of the image's area in a global crop", above=0, high=1

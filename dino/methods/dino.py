@@ -87,7 +87,7 @@ class DINO(Method):
         outputs = []
         for batch, batch_masks in zip(batches, masks, strict=True):
             with self.autocast():
-                outputs.append(self.target_network([_global_crops(batch)], batch_masks, patches=bool(terms)))
+                outputs.append(self.target_network([batch.global_crops], batch_masks, patches=bool(terms)))
         tokens = _joined([output.tokens for output in outputs])
         logits = _joined([output.logits for output in outputs])
         if self.frozen is not None:  # what is watched is the result, not the frozen teacher
@@ -163,7 +163,7 @@ class DINO(Method):
         tokens = []
         for batch in batches:
             with self.autocast():
-                tokens.append(self.teacher([_global_crops(batch)]).tokens)
+                tokens.append(self.teacher([batch.global_crops]).tokens)
         return _joined(tokens)
 
     @classmethod
@@ -289,11 +289,6 @@ def mask_draw(config: Config) -> MaskDraw | None:
         return None
     low, high = objective.mask_ratio
     return MaskDraw(train.seed, train.batch_size, objective.mask_fraction, (low, high))
-
-
-def _global_crops(batch: Batch) -> Tensor:
-    """(2·B, C, H, W), of a micro-batch."""
-    return batch.crops[0][: 2 * len(batch.rows)]
 
 
 def _joined(outputs: list[Tensor]) -> Tensor:

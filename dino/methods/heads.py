@@ -1,10 +1,13 @@
-"""The DINO head: backbone features to prototype scores (Caron et al. 2021, §3.1 and appendix C)."""
+"""Heads: the DINO head, backbone features to prototype scores (Caron et al. 2021, §3.1 and appendix C), and MLPs."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dino.distributed import local
 
 
 class DINOHead(nn.Module):
@@ -64,3 +67,72 @@ class Prototypes(nn.Module):
         # torch's fused kernel: forward and backward take a third less time than F.normalize of a large matrix.
         weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
         return F.linear(features, weight)
+
+
+def mlp(
+    widths: Sequence[int],
+    batch_norm: bool = False,
+    norm_output: bool = False,
+    activation: type[nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """Linear layers with an activation between them.
+
+    BatchNorm makes its statistics of a micro-batch, of both global views together; on GPUs of all processes, on CPUs
+    each process of its own.
+
+    Args:
+        widths: of the input and of each layer's output.
+        batch_norm: after each layer but the last.
+        norm_output: after the last, too.
+    """
+    modules: list[nn.Module] = []
+    last = len(widths) - 2
+    for layer, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
+        has_norm = batch_norm and (layer < last or norm_output)
+        modules.append(nn.Linear(width_in, width_out, bias=not has_norm))
+        if has_norm:
+            modules.append(nn.BatchNorm1d(width_out))
+        if layer < last:
+            modules.append(activation())
+    return nn.Sequential(*modules)
+
+
+class PredictionHead(nn.Module):
+    """A projector and, in the student of some methods, a predictor of the teacher's projections (Grill et al. 2020)."""
+
+    def __init__(self, projector: nn.Module, predictor: nn.Module | None = None):
+        super().__init__()
+        self.projector, self.predictor = projector, predictor
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, D) to (B, E)."""
+        projections = self.projector(tokens)
+        return projections if self.predictor is None else self.predictor(projections)
+
+
+class SwAVHead(nn.Module):
+    """A projector to unit length, and prototypes that `normalise` keeps at unit length (Caron et al. 2020, §3.1).
+
+    Args:
+        projector: to width E.
+        width: E.
+        prototypes: K.
+    """
+
+    def __init__(self, projector: nn.Module, width: int, prototypes: int):
+        super().__init__()
+        self.projector = projector
+        self.prototypes = nn.Linear(width, prototypes, bias=False)
+        self.normalise()
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """After each update."""
+        for weight in local([self.prototypes.weight]):
+            weight.copy_(F.normalize(weight, dim=1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, D) to (B, K + E): scores, and the embeddings that they are of."""
+        hidden = self.projector(tokens)
+        embeddings = F.normalize(hidden.float(), dim=1).to(hidden.dtype)
+        return torch.cat([self.prototypes(embeddings), embeddings], dim=1)

@@ -30,6 +30,27 @@ class Batch(NamedTuple):
     crops: list[Tensor]
     rows: range
 
+    @property
+    def global_crops(self) -> Tensor:
+        """(2·B, C, size, size), the first views of all images, then the second ones."""
+        return self.crops[0][: 2 * len(self.rows)]
+
+
+class Pairs(NamedTuple):
+    """Embeddings of one step that are to be alike, of P pairs of views.
+
+    Attributes:
+        queries: (P, B, E) fp32, of the student.
+        keys: (P, B, E) fp32, what each of them is to be like.
+        are_predictions: the queries are what a predictor made.
+        queue_age: mean age of a queue's keys, in units of the steps that their network averages over; None: no queue.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    are_predictions: bool = False
+    queue_age: Tensor | None = None
+
 
 class Seen(NamedTuple):
     """What the network that is watched made of one step's two global views, on this process.
@@ -38,11 +59,26 @@ class Seen(NamedTuple):
         tokens: (2, B, D) class tokens.
         logits: (2, B, K) fp32; None for a method without.
         targets: (2, B, K) fp32 probabilities; None for a method without.
+        pairs: None for a method that compares no embeddings.
     """
 
     tokens: Tensor
     logits: Tensor | None = None
     targets: Tensor | None = None
+    pairs: Pairs | None = None
+
+    def joined(self, more: "Seen") -> "Seen":
+        """This and what was seen of another micro-batch of the step."""
+
+        def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+            return torch.cat([one, other], dim=1) if one is not None and other is not None else None
+
+        pairs = self.pairs
+        if pairs is not None and more.pairs is not None:
+            queries, keys = (torch.cat(parts, dim=1) for parts in zip(pairs[:2], more.pairs[:2], strict=True))
+            pairs = pairs._replace(queries=queries, keys=keys)
+        tokens = torch.cat([self.tokens, more.tokens], dim=1)
+        return Seen(tokens, both(self.logits, more.logits), both(self.targets, more.targets), pairs)
 
 
 class Curve(NamedTuple):
@@ -184,8 +220,13 @@ class Method:
     # In every optimizer step, in this order.
 
     def targets(self, batches: list[Batch], step: int) -> list[Any]:
-        """What each micro-batch is to be compared with; called once, without gradient."""
+        """What each micro-batch is to be compared with; called once, without gradient; `seen` begins anew."""
+        self.seen = None
         return [None] * len(batches)
+
+    def show(self, part: Seen) -> None:
+        """Add what `losses` made of a micro-batch to what is seen of the step."""
+        self.seen = part if self.seen is None else self.seen.joined(part)
 
     def losses(self, batch: Batch, target: Any) -> dict[str, Tensor]:
         """What is minimised on a micro-batch, each with its weight, by the names of the metrics; their sum counts."""
@@ -207,6 +248,12 @@ class Method:
             self.losses(batch, target)
         for network in networks:
             network.train()
+
+
+def unused_crops(config: Config) -> Iterator[str]:
+    """What is wrong where a method that looks at two views is given more."""
+    if config.views.local_crops:
+        yield f"objective.name={config.objective.name} looks at the two global crops only: set views.local_crops=0"
 
 
 def drop_gradients(module: nn.Module) -> None:

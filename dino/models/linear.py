@@ -154,6 +154,8 @@ def copy_weights(network: nn.Module, dtype: torch.dtype) -> None:
         if layer.copies is None or layer.copies[0].dtype != dtype or layer.copies[0].device != layer.weight.device:
             layer.copies = torch.empty_like(layer.weight, dtype=dtype), torch.empty_like(layer.bias, dtype=dtype), ()
         layer.copies = (*layer.copies[:2], layer.version())
+    if not layers:
+        return
     targets = [copy for layer in layers for copy in layer.copies[:2]]  # type: ignore[index]
     torch._foreach_copy_(targets, [source for layer in layers for source in (layer.weight, layer.bias)])
 

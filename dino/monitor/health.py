@@ -95,6 +95,10 @@ class Health:
         available = {"no labels" if self.labels is None else "labels"}
         if seen.targets is not None:
             available.add("targets")
+        if seen.pairs is not None:
+            available.add("pairs")
+            available.update(["predictor"] * seen.pairs.are_predictions)
+            available.update(["queue"] * (seen.pairs.queue_age is not None))
         if has_tokens:
             available.add("tokens")
         return [indicator for indicator in INDICATORS if available.issuperset(indicator.needs)]

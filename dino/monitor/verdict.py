@@ -64,17 +64,24 @@ def judge(lines: Sequence[dict], config: Config, width: int) -> Verdict:
     if all_above("health/entropy_ratio"):
         text = f"the teacher finds all {outputs} prototypes equally likely"
         return _wrong("collapsed: uniform", text, remedies, "uniform")
-    if all_below("health/kl_to_center"):
+    if all_below("health/kl_to_center") or outputs == 1:
         return _wrong("collapsed: constant", "the teacher says the same of every image", remedies, "peaked")
     if all_below("health/feature_std") or all_below("health/rank_me"):
         return _wrong("collapsed: features", "the class tokens of all images are nearly alike", remedies, "uniform")
+    if all_above("health/negative_similarity"):
+        text = "the embeddings of all images are nearly alike"
+        return _wrong("collapsed: embeddings", text, remedies, "uniform")
     for name, curve in method.watched(config).items():
         blank = curve.blank
         if blank is not None and all(abs(line.get(name, 2 * blank) - blank) < 0.003 * blank for line in recent):
-            text = f"the loss stands at ln K = {blank:.2f}: the student predicts nothing"
+            known = "ln K = " * (outputs is not None)
+            text = f"the loss stands at {known}{blank:.2f}: the student predicts nothing"
             return _wrong("stuck", text, remedies, "uniform")
     if all_below("health/prototypes_in_use"):
         return _wrong("few prototypes", "nearly all views choose the same few prototypes", remedies, "peaked")
+    if all_above("health/queue_age"):
+        text = "the queue's keys are older than the steps that the teacher averages over"
+        return _wrong("stale queue", text, remedies, "stale")
     return _neighbours(measured, recent, remedies)
 
 

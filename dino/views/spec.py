@@ -11,12 +11,18 @@ from dino.views.view import MultiCrop, View
 
 @dataclass(frozen=True)
 class Preset:
-    """Amounts of augmentations, by name, of the first and second global crop and of local crops."""
+    """Amounts of augmentations, by name, of the first and second global crop and of local crops.
+
+    Attributes:
+        blur_kernel: in pixels.
+        jitter: which of the kinds of `dino.views.ops` is meant by jitter.
+    """
 
     first: Mapping[str, float]
     second: Mapping[str, float]
     local: Mapping[str, float]
-    blur_kernel: int = 9  # pixels
+    blur_kernel: int = 9
+    jitter: str = "jitter"
 
 
 COLOURS = {"flip": 0.5, "jitter": 0.8, "grey": 0.2}
@@ -27,6 +33,13 @@ PRESETS = {
     "dino": Preset(FIRST, SECOND, LOCAL, blur_kernel=13),
     # Oquab et al. 2023, augmentations.py
     "dinov2": Preset(FIRST, SECOND, LOCAL),
+    # Grill et al. 2020, table 6, which DINO took over; without local crops.
+    "byol": Preset(FIRST, SECOND, LOCAL, blur_kernel=23),
+    # Chen et al. 2020, appendix A; SwAV's too, for crops of all sizes (Caron et al. 2020, appendix A).
+    "simclr": Preset(LOCAL, LOCAL, LOCAL, blur_kernel=23, jitter="jitter_strong"),
+    "swav": Preset(LOCAL, LOCAL, LOCAL, blur_kernel=23, jitter="jitter_strong"),
+    # Chen, Fan, Girshick & He 2020, §3: MoCo's colours, and SimCLR's blur.
+    "moco_v2": Preset(LOCAL, LOCAL, LOCAL, blur_kernel=23, jitter="jitter_moco"),
     # Handwriting and drawings: no colour, no flips, small affine changes, strokes of varying width.
     "line_art": Preset(LINES, LINES, LINES),
 }
@@ -44,6 +57,9 @@ def view_spec(views: ViewsConfig) -> MultiCrop:
         for of_view, blur in zip(amounts, INVERTED_BLUR, strict=True):
             if "blur" in of_view:
                 of_view["blur"] = blur
+    for of_view in amounts:
+        if "jitter" in of_view:
+            of_view[preset.jitter] = of_view.pop("jitter")
     global_scale = (views.global_scale[0], views.global_scale[1])
     local_scale = (views.local_scale[0], views.local_scale[1])
     first = View(views.global_size, global_scale, amounts[0], preset.blur_kernel)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from material import PRESETS, preset
+from material import PRESETS, drawn, keys_of, preset
 
 from dino.config.read import get, leaves
 from dino.config.schema import Config
@@ -11,6 +11,7 @@ from dino.errors import UserError
 from dino.training.settings import load
 from dino.views.ops import AUGMENTATIONS
 from dino.views.spec import PRESETS as TABLE
+from dino.views.ops.jitter import CHANGES
 from dino.views.spec import Preset
 
 COLOURS = {"flip": 0.5, "jitter": 0.8, "grey": 0.2}
@@ -26,6 +27,31 @@ class TestPresets:
         assert first.amounts == {**COLOURS, "blur": 1.0}
         assert second.amounts == {**COLOURS, "blur": 0.1, "solarize": 0.2}
         assert [view.amounts for view in spec.locals_] == [{**COLOURS, "blur": 0.5}] * 3
+
+    @pytest.mark.parametrize(
+        ("name", "jitter", "strengths"),
+        [
+            ("simclr", "jitter_strong", (0.8, 0.8, 0.8, 0.2)),  # Chen et al. 2020, appendix A, s = 1
+            ("swav", "jitter_strong", (0.8, 0.8, 0.8, 0.2)),
+            ("moco_v2", "jitter_moco", (0.4, 0.4, 0.4, 0.1)),
+        ],
+    )
+    def test_views_of_contrastive_methods_are_all_alike(self, name, jitter, strengths):
+        spec = preset(name)
+        assert [view.amounts for view in spec.views] == [{"flip": 0.5, jitter: 0.8, "grey": 0.2, "blur": 0.5}] * 5
+        draw = drawn([spec.views[0]], keys_of(4000))[jitter]
+        middles = (1, 1, 1, 0)
+        for what, strength, middle in zip(CHANGES, strengths, middles, strict=True):
+            assert draw[what].min() == pytest.approx(middle - strength, abs=0.01)
+            assert draw[what].max() == pytest.approx(middle + strength, abs=0.01)
+        assert [view.amounts for view in preset(name, jitter=0.0).views] == [
+            {"flip": 0.5, jitter: 0.0, "grey": 0.2, "blur": 0.5}
+        ] * 5
+
+    def test_byols_are_those_that_dino_took_over(self):
+        """But for the blur's kernel of 23 pixels."""
+        assert [view.amounts for view in preset("byol").globals_] == [view.amounts for view in preset("dino").globals_]
+        assert {view.blur_kernel for name in ("byol", "simclr") for view in preset(name).views} == {23}
 
     def test_dinov2_blurs_with_9_pixels_and_dino_with_three_sigma(self):
         """DINO blurs with PIL's Gaussian of any extent: its kernel must hold 3 × the largest sigma of 2 each side."""

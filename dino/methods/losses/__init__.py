@@ -5,9 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
+from dino.methods.losses.coding_rate import coding_rate, view_distance
 from dino.methods.losses.dino import Center, SinkhornKnopp, dino_loss, sinkhorn_knopp
 from dino.methods.losses.ibot import ibot_loss
+from dino.methods.losses.info_nce import batch_contrast, queue_contrast
 from dino.methods.losses.koleo import koleo_loss
+from dino.methods.losses.nt_xent import nt_xent
+from dino.methods.losses.regression import regression_loss
 
 # Of what student and teacher made of a micro-batch (`Outputs` with patches, the teacher's of global crops only), and
 # of the micro-batch itself (`Batch`).
@@ -21,8 +25,14 @@ __all__ = [
     "Center",
     "SinkhornKnopp",
     "Term",
+    "batch_contrast",
+    "coding_rate",
     "dino_loss",
     "ibot_loss",
     "koleo_loss",
+    "nt_xent",
+    "queue_contrast",
+    "regression_loss",
     "sinkhorn_knopp",
+    "view_distance",
 ]

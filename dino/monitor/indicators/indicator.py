@@ -52,7 +52,8 @@ class Indicator:
         name: of the metric.
         title: of its panel in the report.
         meaning: what it says.
-        needs: "targets" (with logits), "tokens" (enough of them), "labels" or "no labels", all of them.
+        needs: "targets" (with logits), "tokens" (enough of them), "labels" or "no labels", "pairs" of embeddings,
+            a "predictor", a "queue"; all of them.
         measure: the value on this process; the mean over processes is taken afterwards.
         healthy: least and greatest value in runs that learn; None: it has no such range.
     """

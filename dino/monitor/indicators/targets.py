@@ -33,7 +33,7 @@ def _entropy(observed: Observed) -> Tensor:
 
 def _entropy_ratio(observed: Observed) -> Tensor:
     targets = _targets(observed)
-    return mean_entropy(targets) / math.log(targets.shape[1])
+    return mean_entropy(targets) / math.log(max(2, targets.shape[1]))
 
 
 def _kl_to_center(observed: Observed) -> Tensor:

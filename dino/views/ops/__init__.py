@@ -16,7 +16,9 @@ IN_ORDER: tuple[Augmentation, ...] = (
     VerticalFlip(),
     Rotate(),
     Stroke(),
-    Jitter(),
+    Jitter("jitter", (0.4, 0.4, 0.2, 0.1)),  # BYOL's and DINO's
+    Jitter("jitter_moco", (0.4, 0.4, 0.4, 0.1)),
+    Jitter("jitter_strong", (0.8, 0.8, 0.8, 0.2)),  # SimCLR's
     Grey(),
     Blur(),
     Solarize(),

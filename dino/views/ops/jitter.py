@@ -3,9 +3,8 @@
 | number | decides |
 |---|---|
 | jitter | whether |
-| brightness, contrast | factors, uniform between 0.6 and 1.4 |
-| saturation | factor, uniform between 0.8 and 1.2 |
-| hue | shift, uniform within ±0.1 of the circle |
+| brightness, contrast, saturation | factors, uniform within the kind's strength of 1 |
+| hue | shift, uniform within the kind's strength, of the circle |
 | order | which of the 24 orders |
 """
 
@@ -26,16 +25,23 @@ ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4)
 
 
 class Jitter(Augmentation):
-    """Amount: probability. Images of other than 3 channels have neither saturation nor hue."""
+    """Amount: probability. Images of other than 3 channels have neither saturation nor hue.
 
-    name = "jitter"
+    Args:
+        name: of the kind.
+        strengths: of brightness, contrast, saturation and hue.
+    """
+
+    def __init__(self, name: str, strengths: tuple[float, float, float, float]):
+        self.name, self.strengths = name, strengths
 
     def draw(self, numbers: Numbers, amount: np.ndarray) -> Draw:
+        brightness, contrast, saturation, hue = self.strengths
         return super().draw(numbers, amount) | {
-            "brightness": between(numbers["brightness"], 0.6, 1.4),
-            "contrast": between(numbers["contrast"], 0.6, 1.4),
-            "saturation": between(numbers["saturation"], 0.8, 1.2),
-            "hue": between(numbers["hue"], -0.1, 0.1),
+            "brightness": between(numbers["brightness"], 1 - brightness, 1 + brightness),
+            "contrast": between(numbers["contrast"], 1 - contrast, 1 + contrast),
+            "saturation": between(numbers["saturation"], 1 - saturation, 1 + saturation),
+            "hue": between(numbers["hue"], -hue, hue),
             "order": ORDERS[(numbers["order"] * len(ORDERS)).astype(int)],
         }
 
