@@ -55,13 +55,13 @@ class ViewsConfig:
     )
     blur: float | None = setting(
         None,
-        "probability of Gaussian blur; none: 0 for line_art, else 1, 0.1 and 0.5 for first, second and local crops",
+        "probability of Gaussian blur; none: the preset's, for dino 1, 0.1 and 0.5 of first, second and local crops",
         low=0,
         high=1,
     )
     solarize: float | None = setting(
         None,
-        "probability that bright pixels are inverted; none: 0.2 for the second global crop but for line_art, else 0",
+        "probability that bright pixels are inverted; none: the preset's, for dino 0.2 of the second global crop",
         low=0,
         high=1,
     )

@@ -10,8 +10,8 @@ from dino.config.schema import Config
 from dino.errors import UserError
 from dino.training.settings import load
 from dino.views.ops import AUGMENTATIONS
-from dino.views.spec import PRESETS as TABLE
 from dino.views.ops.jitter import CHANGES
+from dino.views.spec import PRESETS as TABLE
 from dino.views.spec import Preset
 
 COLOURS = {"flip": 0.5, "jitter": 0.8, "grey": 0.2}
@@ -105,7 +105,7 @@ class TestPresets:
 
     def test_every_augmentation_has_a_setting_whose_meaning_tells_the_presets_values(self):
         settings = leaves(Config())
-        for name in AUGMENTATIONS:
+        for name in AUGMENTATIONS.keys() - {"jitter_moco", "jitter_strong"}:  # kinds of jitter that presets choose
             setting, meaning = settings[f"views.{name}"], settings[f"views.{name}"].metadata["meaning"]
             assert get(Config(), setting.key) is None
             amounts = [of.get(name, 0.0) for of in (TABLE["dino"].first, TABLE["dino"].second, TABLE["dino"].local)]

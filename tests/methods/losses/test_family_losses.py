@@ -29,9 +29,9 @@ CASES = {  # name: (of the package, by definition), each a function of (student'
         lambda z, t, more: definitions.regression(z, t.detach()),
     ),
     "view_distance": (
-        lambda z, t, more: losses.view_distance(torch.stack([z, t.detach().flip(0), -z]), torch.stack([t, z])),
+        lambda z, t, more: losses.view_distance(torch.stack([z, t.detach().roll(1, dims=1), -z]), torch.stack([t, z])),
         lambda z, t, more: definitions.view_distance(
-            torch.stack([z, t.detach().flip(0), -z]), torch.stack([t, z]).detach()
+            torch.stack([z, t.detach().roll(1, dims=1), -z]), torch.stack([t, z]).detach()
         ),
     ),
     "coding_rate": (
