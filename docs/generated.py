@@ -1,7 +1,9 @@
 """Pages of the documentation that are made of the program itself: settings, recipes, launch files, measured figures."""
 
 import dataclasses
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,13 +81,17 @@ def recipes() -> str:
 
 
 def _header(path: Path) -> str:
-    """The comment that a recipe begins with: its indented lines are commands, the others text; then its settings."""
-    lines = []
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").removeprefix(" "))
-    return "\n".join(lines)
+    """The comment that a recipe begins with, its indented lines as commands; then its settings."""
+    text, lines = "", path.read_text().splitlines()
+    header = [line.removeprefix("#").removeprefix(" ") for line in itertools.takewhile(_is_comment, lines)]
+    for is_command, block in itertools.groupby(header, lambda line: line.startswith(" ")):
+        body = "\n".join(block)
+        text += f"\n```bash\n{textwrap.dedent(body)}\n```\n\n" if is_command else _plain(body) + "\n"
+    return text + "\n```yaml\n" + "\n".join(lines[len(header) :]).strip() + "\n```"
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
 
 
 def launch_files() -> str:

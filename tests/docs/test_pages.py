@@ -56,14 +56,14 @@ def commands() -> Iterator[str]:
 
 def without_launcher(words: list[str]) -> list[str]:
     """The subcommand and its words; what stands before is read by the launcher's own parser."""
-    if words[0] == "dino":
-        return words[1:]
-    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    script = next(index for index, word in enumerate(words) if word == "dino" or word.endswith(".py"))
     launchers = {"accelerate": launch_command_parser, "torchrun": get_args_parser}
     if words[0] in launchers:
         options = words[2 if words[0] == "accelerate" else 1 : script]
         with pytest.raises(Parsed):
             launchers[words[0]]().parse_args([*options, "script.py"])
+    if words[script] == "dino":
+        return words[script + 1 :]
     assert (REPOSITORY / words[script]).is_file(), words[script]
     name = OF_SCRIPTS.get(words[script], Path(words[script]).stem)
     return [name, *words[script + 1 :]] if words[script].split("/")[0] in ("train", "eval") else []
@@ -127,8 +127,7 @@ def test_kubernetes_job_names_what_exists():
     job = yaml.safe_load((REPOSITORY / "examples" / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    subcommand, *words = without_launcher(container["command"])
+    subcommand, recipe, *settings = without_launcher(container["command"])
     assert subcommand == "train"
-    assert words[0] == "--config"
-    load(REPOSITORY / words[1], words[2:])
+    load(recipe, settings)
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
