@@ -1,12 +1,15 @@
 """A backbone for use elsewhere: as a timm state, a Hugging Face directory, or an ONNX file.
 
     dino export --weights runs/mine --to huggingface --out exported/
-    dino export --weights dinov2_vits14_reg --to onnx --out exported/ --image-size 224
+    dino export --weights dinov2_vits14_reg --to onnx --out exported/ --image-size 224 --half
+    dino export --weights runs/mine --to huggingface --out exported/ --push me/my-backbone --license mit
 
-The export's features are compared with this project's, by the library it is for, and the largest difference is printed,
+A README.md, the model card, tells what is known of data, training and figures, and how the export is loaded. The
+export's features are compared with this project's, by the library it is for, and the largest difference is printed,
 with the image sizes that it serves. The libraries come with pip install -e ".[export]".
 """
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +18,31 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dino.commands import common
+from dino.commands import common, hub
 from dino.errors import UserError
+from dino.files import write_text
 from dino.models import Backbone, load_backbone
 from dino.models.weights import export
+from dino.report import card
 
-TOLERANCE = 1e-3
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of class tokens, whose deviation is about 1
 
 
 def main() -> None:
     options = common.parser(__doc__, weights={}, out={"required": True, "help": "folder to write to"})
     options.add_argument("--to", required=True, choices=WRITERS)
     options.add_argument("--image-size", type=int, help="side in pixels; default: the weights' own")
+    options.add_argument("--half", action="store_true", help="fp16 weights, images and features (onnx)")
+    options.add_argument("--license", help="of the weights, for the model card: mit, apache-2.0, cc-by-4.0, other …")
+    options.add_argument(
+        "--push", metavar="REPO", help="send it to this repository of the Hugging Face Hub, OWNER/NAME"
+    )
+    options.add_argument("--public", action="store_true", help="a repository that --push makes is public, not private")
     arguments = options.parse_args()
+    if arguments.half and arguments.to != "onnx":
+        raise UserError("--half is for --to onnx; timm and transformers take fp16 when they load: torch_dtype, .half()")
+    if arguments.push:
+        hub.check(arguments.push)
     backbone = load_backbone(arguments.weights)
     export.check(backbone, arguments.to)
     size, patch = arguments.image_size or backbone.preprocess.image_size, backbone.patch_size
@@ -38,6 +53,8 @@ def main() -> None:
     is_fixed = backbone.spec.position_interpolation == "offset"
     is_fixed |= arguments.to == "huggingface" and not backbone.spec.registers
     exported = export.at_size(backbone, size) if is_fixed else backbone
+    if arguments.half:
+        exported = copy.deepcopy(exported).half()
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         features = WRITERS[arguments.to](exported, arguments.out, size)
@@ -45,17 +62,27 @@ def main() -> None:
         raise UserError(f'{error.name} is needed for this: pip install "dino-pretrain[export]"') from error
     sizes = f"square images of {size} pixels only" if is_fixed else f"any size that patches of {patch} divide"
     print(f"{arguments.out}: {arguments.to}, {sizes}")
-    compare(backbone, features, [size] if is_fixed else [size, size + 4 * patch])
+    compare(backbone, features, [size] if is_fixed else [size, size + 4 * patch], arguments.half)
+    place, on_hub = arguments.push or arguments.out.name, arguments.push is not None
+    lines = card.snippet(arguments.to, place, on_hub, backbone)
+    text = card.model_card(arguments.weights, backbone, arguments.to, place, lines, arguments.license)
+    write_text(arguments.out / "README.md", text)
+    if on_hub:
+        print(hub.push(arguments.out, place, ["README.md", *FILES[arguments.to]], arguments.public))
+    else:
+        lines = card.snippet(arguments.to, str(arguments.out), on_hub, backbone)
+    print(f"to load it:\n\n{lines}")
 
 
 def write_timm(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:
-    """model.safetensors, and arguments.json for timm's VisionTransformer."""
+    """model.safetensors, config.json for `timm.create_model`, and arguments.json for timm's VisionTransformer."""
     import timm
     from timm.layers import SwiGLUPacked
 
     arguments = export.timm_arguments(backbone)
     save_file(export.timm_state(backbone), out / "model.safetensors")
     (out / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "config.json", json.dumps(export.timm_config(backbone), indent=1) + "\n")
     if arguments.get("mlp_layer") == "SwiGLUPacked":
         arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     model = timm.models.vision_transformer.VisionTransformer(**arguments).eval()
@@ -92,16 +119,19 @@ def write_hugging_face(backbone: Backbone, out: Path, size: int) -> Callable[[Te
 
 
 def write_onnx(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:
-    """model.onnx."""
+    """model.onnx, and model.onnx.data where the weights are too large for it."""
     import onnxruntime
 
     export.write_onnx(backbone, out / "model.onnx", size)
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["class_token"], {"images": images.numpy()})[0])[:, None]
+    dtype = next(backbone.parameters()).dtype
+    return lambda images: torch.from_numpy(session.run(["class_token"], {"images": images.to(dtype).numpy()})[0])[
+        :, None
+    ]
 
 
 @torch.no_grad()
-def compare(backbone: Backbone, features: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+def compare(backbone: Backbone, features: Callable[[Tensor], Tensor], sizes: list[int], half: bool) -> None:
     """Print the largest difference of class tokens, which come first in `features`, at each size.
 
     Raises:
@@ -110,10 +140,15 @@ def compare(backbone: Backbone, features: Callable[[Tensor], Tensor], sizes: lis
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         images = torch.randn(3, backbone.spec.in_chans, size, size, generator=generator)
-        difference = (features(images)[:, 0] - backbone(images)).abs().max().item()
+        difference = (features(images)[:, 0].float() - backbone(images)).abs().max().item()
         print(f"  at {size}×{size}: class tokens differ by at most {difference:.1e}")
-        if not difference < TOLERANCE:
+        if not difference < (HALF_TOLERANCE if half else TOLERANCE):
             raise UserError(f"the export's features are others than this project's at {size}×{size}: do not use it")
 
 
+FILES = {  # that each writes
+    "timm": ["model.safetensors", "config.json", "arguments.json"],
+    "huggingface": ["model.safetensors", "config.json", "preprocessor_config.json"],
+    "onnx": ["model.onnx", "model.onnx.data"],
+}
 WRITERS = {"timm": write_timm, "huggingface": write_hugging_face, "onnx": write_onnx}

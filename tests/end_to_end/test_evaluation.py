@@ -302,6 +302,28 @@ class TestExports:
         with torch.no_grad():
             assert torch.allclose(model.forward_features(images)[:, 0], backbone(images), atol=1e-4)
 
+    def test_timm_creates_the_model_from_the_folder(self, written, place):
+        """As its users do, with a head of their own too."""
+        timm = pytest.importorskip("timm")
+        model = timm.create_model(f"local-dir:{place.folder / 'timm'}", pretrained=True).eval()
+        backbone = dino.load_backbone(place.weights)
+        images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.allclose(model(images), backbone(images), atol=1e-4)
+        data = timm.data.resolve_model_data_config(model)
+        assert list(data["mean"]) == pytest.approx(backbone.preprocess.mean)
+        assert data["input_size"] == (3, 16, 16)
+        headed = timm.create_model(f"local-dir:{place.folder / 'timm'}", pretrained=True, num_classes=5)
+        assert headed(images).shape == (2, 5)
+
+    def test_a_model_card_tells_how_it_is_loaded_and_nothing_of_the_machine(self, written, place):
+        card = (place.folder / "timm" / "README.md").read_text(encoding="utf-8")
+        assert "library_name: timm" in card
+        assert "timm.create_model('local-dir:timm', pretrained=True)" in card
+        assert f"local-dir:{place.folder / 'timm'}" in written["timm"].stdout
+        assert str(place.folder) not in card
+        assert "Weights that you train are yours" in card
+
     def test_hugging_face_opens_weights_and_preprocessing(self, written, place, wanted):
         transformers = pytest.importorskip("transformers")
         model = transformers.AutoModel.from_pretrained(place.folder / "huggingface", add_pooling_layer=False).eval()

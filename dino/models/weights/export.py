@@ -18,6 +18,8 @@ from dino.models.positions import interpolate_positions
 from dino.models.registry import build, family_of
 from dino.models.weights import names
 
+LARGEST_ONNX = 1.9e9  # bytes of weights that go into the file itself; Protocol Buffers end at 2 GiB
+
 
 def check(backbone: Backbone, target: str) -> None:
     """Refuse what a target (`timm`, `huggingface`, `onnx`) cannot hold.
@@ -82,6 +84,35 @@ def timm_arguments(backbone: Backbone) -> dict[str, Any]:
     return arguments
 
 
+def timm_config(backbone: Backbone) -> dict[str, Any]:
+    """The config.json with which `timm.create_model("local-dir:…")` and `"hf-hub:…"` open model.safetensors."""
+    arguments, preprocess = timm_arguments(backbone), backbone.preprocess
+    architecture = "vit_base_patch16_224"  # of which the arguments change everything, but for what no JSON can say
+    if "mlp_layer" in arguments:
+        architecture = "vit_giant_patch14_reg4_dinov2"
+        del arguments["mlp_layer"], arguments["act_layer"]
+    size = preprocess.image_size
+    return {
+        "architecture": architecture,
+        "num_classes": arguments.pop("num_classes"),
+        "num_features": backbone.spec.embed_dim,
+        "global_pool": "token",
+        "model_args": arguments | {"global_pool": "token"},
+        "pretrained_cfg": {
+            "input_size": [backbone.spec.in_chans, size, size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": size / (preprocess.resize or size),
+            "crop_mode": "center",
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
 def hugging_face_state(backbone: Backbone) -> dict[str, Tensor]:
     """Tensors under the names of Dinov2Model, Dinov2WithRegistersModel or, without LayerScale, ViTModel."""
     spec = backbone.spec
@@ -131,15 +162,19 @@ class ForOnnx(nn.Module):
 def write_onnx(backbone: Backbone, file: Path, image_size: int) -> None:
     """An ONNX file with a dynamic batch, and dynamic sizes where the position convention has them.
 
+    An ONNX file holds at most 2 GB: the weights of a larger network lie beside it, in `model.onnx.data`. Images and
+    tokens are of the type of the backbone's parameters.
+
     Args:
         image_size: side of the square images it serves; where sizes are dynamic, of those it is traced with.
     """
-    images = torch.randn(2, backbone.spec.in_chans, image_size, image_size)
+    dtype = next(backbone.parameters()).dtype
+    images = torch.randn(2, backbone.spec.in_chans, image_size, image_size, dtype=dtype)
     sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=4096)}
     if backbone.spec.position_interpolation == "size":
         # Traced at another grid than the table's own, for which nothing would be resampled; and not at a square one.
         patch, (rows, columns) = backbone.patch_size, (torch.export.Dim(name, min=2, max=1024) for name in ("h", "w"))
-        images = torch.randn(2, backbone.spec.in_chans, image_size + patch, image_size + 2 * patch)
+        images = torch.randn(2, backbone.spec.in_chans, image_size + patch, image_size + 2 * patch, dtype=dtype)
         sizes |= {2: patch * rows, 3: patch * columns}
     torch.onnx.export(
         ForOnnx(backbone).eval(),
@@ -150,5 +185,9 @@ def write_onnx(backbone: Backbone, file: Path, image_size: int) -> None:
         dynamic_shapes={"images": sizes},
         dynamo=True,
         verbose=False,
-        external_data=False,
+        external_data=_bytes(backbone) > LARGEST_ONNX,
     )
+
+
+def _bytes(backbone: Backbone) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
