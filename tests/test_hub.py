@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from dino.commands import hub
 from dino.config.auto import PoolFacts, resolve
 from dino.errors import UserError
-from dino.models import VisionTransformer, ViTSpec
+from dino.models import Preprocess, VisionTransformer, ViTSpec
 from dino.report.card import model_card, snippet
 from dino.run import RunDirectory
 from dino.training.resume import prepare
@@ -107,6 +107,7 @@ def test_a_name_that_cannot_be_one_is_told_before_any_work(repo, monkeypatch):
 
 class TestCard:
     backbone = VisionTransformer(ViTSpec(16, 2, 2, 4, 16)).eval()
+    backbone.preprocess = Preprocess(16, (0.5,) * 3, (0.5,) * 3)
 
     def card(self, weights: str, licence: str | None = None) -> str:
         lines = snippet("huggingface", "me/backbone", True, self.backbone)

@@ -1,0 +1,32 @@
+"""ONNX of large and of half-precision networks, run by onnxruntime."""
+
+import pytest
+import torch
+
+from dino.models import VisionTransformer, ViTSpec
+from dino.models.weights import export
+
+pytestmark = pytest.mark.slow
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def made(folder, backbone: VisionTransformer, images: torch.Tensor):
+    export.write_onnx(backbone, folder / "model.onnx", 16)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(["class_token"], {"images": images.numpy()})[0]
+
+
+def test_weights_too_large_for_the_file_lie_beside_it_and_halves_are_halves(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    backbone = VisionTransformer(ViTSpec(64, 2, 2, 4, 16)).eval()
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = backbone(images).numpy()
+    monkeypatch.setattr(export, "LARGEST_ONNX", 1000)
+    assert made(tmp_path, backbone, images) == pytest.approx(expected, abs=1e-4)
+    weights = sum(parameter.nbytes for parameter in backbone.parameters())
+    assert (tmp_path / "model.onnx.data").stat().st_size > 0.9 * weights
+    halved = made(tmp_path, backbone.half(), images.half())
+    assert halved.dtype == "float16"
+    assert halved == pytest.approx(expected, abs=0.02)
