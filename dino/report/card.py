@@ -34,13 +34,8 @@ with torch.no_grad():
 session = onnxruntime.InferenceSession({file!r})
 class_tokens, patch_tokens = session.run(None, {{"images": images}})  # (B, C, H, W), normalised as below""",
 }
-HIDDEN = (
-    "data.root:",
-    "run.dir:",
-    "dir:",
-    "root:",
-    "init:",
-)  # in settings: where things lie on the machine that trained
+# Settings that say where things lie on the machine that trained.
+HIDDEN = {"data.root", "run.dir", "model.init", "objective.distill", "tracking.project", "tracking.name"}
 
 
 def snippet(kind: str, place: str, on_hub: bool, backbone: Backbone) -> str:
