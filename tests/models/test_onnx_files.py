@@ -19,7 +19,7 @@ def made(folder, backbone: VisionTransformer, images: torch.Tensor):
 
 def test_weights_too_large_for_the_file_lie_beside_it_and_halves_are_halves(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    backbone = VisionTransformer(ViTSpec(64, 2, 2, 4, 16)).eval()
+    backbone = VisionTransformer(ViTSpec(64, 1, 2, 4, 16)).eval()
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         expected = backbone(images).numpy()
