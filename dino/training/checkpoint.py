@@ -66,17 +66,18 @@ class Checkpoints:
         self.own: dict[str, Stateful] = {"random": RandomState(accelerator.device), **(own or {})}
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in modules["student"].named_parameters()}
 
-    def save(self, step: int, facts: dict[str, Any]) -> Path:
+    def save(self, step: int, facts: dict[str, Any], folder: Path | None = None) -> Path:
         """Write the state after `step` optimizer steps; every process calls this.
 
         Args:
             facts: what else `load` should give back; JSON values.
+            folder: where, if not among the run's own.
 
         Raises:
             UserError: the disk is full or cannot be written; checkpoints before this one stay whole.
         """
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".step-{step:08d}.partial"
+        folder = folder or self.folder
+        final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
         failure = ""
         try:
             if self.accelerator.is_main_process:
@@ -104,7 +105,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            sync_folder(self.folder)
+            sync_folder(folder)
             self._remove_old()
         self.accelerator.wait_for_everyone()
         return final

@@ -22,6 +22,7 @@ class Stop(IntEnum):
     TIME = 1
     SIGNAL = 2
     UNREADABLE = 3
+    GONE = 4
 
     @property
     def state(self) -> str:
@@ -69,12 +70,13 @@ class Interrupt:
         if self.accelerator.is_main_process:
             os.write(2, ACKNOWLEDGEMENT)  # not print: what it interrupts may be a print
 
-    def reason(self, too_many_unreadable: bool, synchronise: bool) -> Stop:
+    def reason(self, too_many_unreadable: bool, synchronise: bool, is_gone: bool = False) -> Stop:
         """Why to stop now, if at all.
 
         Args:
             too_many_unreadable: as this process sees it.
             synchronise: whether all processes ask at this step; at the others, a process of several does not stop.
+            is_gone: whether the run's directory is, as this process sees it.
         """
         alone = self.accelerator.num_processes == 1
         if not (alone or synchronise):
@@ -86,6 +88,8 @@ class Interrupt:
             mine = Stop.SIGNAL
         if too_many_unreadable:
             mine = Stop.UNREADABLE
+        if is_gone:
+            mine = Stop.GONE
         if alone:
             return mine
         reasons = self.accelerator.gather(torch.tensor([int(mine)], device=self.accelerator.device))

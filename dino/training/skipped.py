@@ -1,8 +1,12 @@
 """Images that cannot be read: which they are, and when they are too many."""
 
+import logging
+
 from dino.data import Pool, read_or_reason
 from dino.errors import UserError
 from dino.run import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 
 class Skipped:
@@ -29,7 +33,10 @@ class Skipped:
                 new[name] = reason
         self.reasons |= new
         if new and self.directory is not None:
-            self.directory.add_skipped(new)
+            try:
+                self.directory.add_skipped(new)
+            except UserError as error:  # the list is for the user; the run itself goes on
+                logger.warning("unreadable images are not listed: %s", error)
 
     def are_too_many(self) -> bool:
         """Whether more than the limit of all images turned out unreadable, in any process."""

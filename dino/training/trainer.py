@@ -26,6 +26,7 @@ from dino.training.normalise import Normalise
 from dino.training.optimizer import build_optimizer
 from dino.training.rebalancing import Rebalancer
 from dino.training.rehearsal import rehearse
+from dino.training.rescue import is_gone, save_elsewhere
 from dino.training.schedules import optimizer_schedules
 from dino.training.sharding import whole_backbone
 from dino.training.step import Step
@@ -120,7 +121,11 @@ class Trainer:
                 logs = steps % config.monitor.log_every == 0 or steps == config.train.steps
                 saves = steps % config.train.checkpoint_every == 0 or steps == config.train.steps
                 rebalances = self.rebalancer.is_due(steps)
-                stop = interrupt.reason(logs and batches.skipped.are_too_many(), synchronise=logs)
+                too_many, gone = logs and batches.skipped.are_too_many(), (logs or saves) and is_gone(directory)
+                stop = interrupt.reason(too_many, logs or saves, gone)
+                if stop == Stop.GONE:
+                    is_main = accelerator.is_main_process
+                    raise save_elsewhere(directory, config, steps, lambda place: self._save(steps, place), is_main)
                 if logs or saves or stop or rebalances:
                     faults.raise_if_broken(self.take_step, batches, directory)
                 if rebalances:
@@ -158,14 +163,15 @@ class Trainer:
             self.health.observe(batches.indices(step))
         return self.health.measure(0)
 
-    def _save(self, steps: int) -> Backbone:
-        """A checkpoint and the result's backbone after so many steps."""
+    def _save(self, steps: int, elsewhere: RunDirectory | None = None) -> Backbone:
+        """A checkpoint and the result's backbone after so many steps, in the run's directory or elsewhere."""
+        directory = elsewhere or self.directory
         synchronise_buffers(self.method.result)
         watched = {"measured": self.health.measured, "views": self.health.views}
-        self.checkpoints.save(steps, self.facts | watched)
+        self.checkpoints.save(steps, self.facts | watched, directory.checkpoints)
         backbone = whole_backbone(self.method.result, self.accelerator)
         if self.accelerator.is_main_process:
-            write_backbone(self.directory.path, self.config, backbone, steps, self.facts["images"])
+            write_backbone(directory.path, self.config, backbone, steps, self.facts["images"])
         return backbone
 
     def _keep(self, best: Best, line: dict[str, Any]) -> None:

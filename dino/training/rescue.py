@@ -1,0 +1,52 @@
+"""A run whose directory is taken from under it: noticed where it would be written to, and the state saved elsewhere."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from dino.config.read import dump
+from dino.config.schema import Config
+from dino.errors import UserError
+from dino.files import write_text
+from dino.run import RunDirectory
+
+
+def is_gone(directory: RunDirectory) -> bool:
+    """Whether the directory was removed or renamed, or must not be written any more."""
+    folders = (directory.path, directory.checkpoints)
+    return not directory.config.is_file() or not all(os.access(folder, os.W_OK) for folder in folders)
+
+
+def save_elsewhere(
+    directory: RunDirectory, config: Config, steps: int, save: Callable[[RunDirectory], None], is_main_process: bool
+) -> UserError:
+    """Save the state beside the run directory, or else where temporary files lie; every process must call this.
+
+    Args:
+        steps: taken so far.
+        save: writes the state into another run directory; raises `UserError` in all processes where it cannot.
+
+    Returns:
+        What to tell.
+    """
+    what = f"run.dir={directory.path} was removed or renamed, or cannot be written any more"
+    name = f"{directory.path.name}-rescued-{steps}"
+    places = (directory.path.absolute().with_name(name), Path(tempfile.gettempdir()) / name)
+    for place in places:
+        elsewhere = RunDirectory(place)
+        with suppress(UserError, OSError):
+            save(elsewhere)
+            if is_main_process:
+                write_text(elsewhere.config, dump(config))
+                with suppress(OSError):
+                    shutil.copyfile(directory.metrics, elsewhere.metrics)
+            return UserError(
+                f"{what}: the state after step {steps:,} is saved in {place}; the same command with run.dir={place} "
+                "goes on from there"
+            )
+    return UserError(
+        f"{what}, and the state after step {steps:,} could be saved neither as {places[0]} nor as {places[1]}"
+    )
