@@ -21,13 +21,18 @@ def is_gone(directory: RunDirectory) -> bool:
 
 
 def save_elsewhere(
-    directory: RunDirectory, config: Config, steps: int, save: Callable[[RunDirectory], None], is_main_process: bool
+    directory: RunDirectory,
+    config: Config,
+    steps: int,
+    save: Callable[[int, RunDirectory], object],
+    is_main_process: bool,
 ) -> UserError:
     """Save the state beside the run directory, or else where temporary files lie; every process must call this.
 
     Args:
         steps: taken so far.
-        save: writes the state into another run directory; raises `UserError` in all processes where it cannot.
+        save: writes the state after so many steps into another run directory; raises `UserError` in all processes
+            where it cannot.
 
     Returns:
         What to tell.
@@ -38,7 +43,7 @@ def save_elsewhere(
     for place in places:
         elsewhere = RunDirectory(place)
         with suppress(UserError, OSError):
-            save(elsewhere)
+            save(steps, elsewhere)
             if is_main_process:
                 write_text(elsewhere.config, dump(config))
                 with suppress(OSError):

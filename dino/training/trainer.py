@@ -124,8 +124,7 @@ class Trainer:
                 too_many, gone = logs and batches.skipped.are_too_many(), (logs or saves) and is_gone(directory)
                 stop = interrupt.reason(too_many, logs or saves, gone)
                 if stop == Stop.GONE:
-                    is_main = accelerator.is_main_process
-                    raise save_elsewhere(directory, config, steps, lambda place: self._save(steps, place), is_main)
+                    raise save_elsewhere(directory, config, steps, self._save, accelerator.is_main_process)
                 if logs or saves or stop or rebalances:
                     faults.raise_if_broken(self.take_step, batches, directory)
                 if rebalances:
