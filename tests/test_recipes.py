@@ -78,6 +78,54 @@ PUBLISHED |= {
     | {"objective.prototypes": 131072, "objective.head_bottleneck": 384, "objective.centering": "sinkhorn"}
     | {"objective.ibot_head": "separate", "objective.ibot_prototypes": 131072, "objective.ibot_head_bottleneck": 256},
 }
+# Chen et al. 2020, §2.2 and B.6; Chen, Fan et al. 2020, §3; Chen, Xie & He 2021, §4, §5; Grill et al. 2020, §3.3 and
+# B; Caron et al. 2020, §4 and A.1; Wu et al. 2025.
+RESNET50 = {"model.arch": "resnet50", "views.global_size": 224, "views.local_crops": 0, "optim.clip_grad": 0}
+LARS = {"optim.name": "lars", "optim.lr_end": 0.0, "optim.warmup_steps": 10 * IMAGES // 4096, "train.batch_size": 4096}
+PUBLISHED |= {
+    "simclr_imagenet": RESNET50
+    | LARS
+    | {"objective.name": "simclr", "views.preset": "simclr", "views.global_scale": [0.08, 1.0]}
+    | {"objective.temperature": 0.1, "objective.head_hidden": 2048, "objective.head_output": 128}
+    | {"optim.lr": 0.3 * 4096 / 256, "optim.weight_decay": 1e-6, "optim.weight_decay_end": 1e-6}
+    | {"train.steps": round(100 * IMAGES / 4096)},
+    "moco_imagenet": RESNET50
+    | {"objective.name": "moco", "views.preset": "moco_v2", "views.global_scale": [0.2, 1.0]}
+    | {"objective.temperature": 0.2, "objective.queue": 65536, "objective.head_hidden": 2048}
+    | {"objective.head_output": 128, "objective.teacher_momentum": 0.999, "objective.teacher_momentum_end": 0.999}
+    | {"optim.name": "sgd", "optim.lr": 0.03, "optim.lr_end": 0.0, "optim.warmup_steps": 0}
+    | {"optim.weight_decay": 1e-4, "optim.weight_decay_end": 1e-4, "train.batch_size": 256}
+    | {"train.steps": round(200 * IMAGES / 256)},
+    "moco_v3_imagenet": RESNET50
+    | {"model.arch": "vit_base", "model.patch_size": 16, "model.drop_path": 0.0}
+    | {"objective.name": "moco_v3", "views.preset": "byol", "views.global_scale": [0.08, 1.0]}
+    | {"objective.temperature": 0.2, "objective.teacher_momentum": 0.99, "objective.teacher_momentum_end": 1.0}
+    | {"objective.head_hidden": 4096, "objective.head_output": 256, "objective.batch_norm": True}
+    | {"objective.freeze_patch_projection": True, "optim.name": "adamw", "optim.lr": 1.5e-4 * 4096 / 256}
+    | {"optim.lr_end": 0.0, "optim.warmup_steps": 40 * IMAGES // 4096, "train.batch_size": 4096}
+    | {"optim.weight_decay": 0.1, "optim.weight_decay_end": 0.1, "train.steps": round(300 * IMAGES / 4096)},
+    "byol_imagenet": RESNET50
+    | LARS
+    | {"objective.name": "byol", "views.preset": "byol", "views.global_scale": [0.08, 1.0]}
+    | {"objective.predictor": True, "objective.teacher_momentum": 0.996, "objective.teacher_momentum_end": 1.0}
+    | {"objective.head_hidden": 4096, "objective.head_output": 256, "objective.batch_norm": True}
+    | {"optim.lr": 0.2 * 4096 / 256, "optim.weight_decay": 1.5e-6, "optim.weight_decay_end": 1.5e-6}
+    | {"train.steps": round(1000 * IMAGES / 4096)},
+    "swav_imagenet": RESNET50
+    | LARS
+    | {"objective.name": "swav", "views.preset": "swav", "views.global_scale": [0.14, 1.0], "views.local_crops": 6}
+    | {"views.local_size": 96, "views.local_scale": [0.05, 0.14], "objective.prototypes": 3000, "objective.queue": 0}
+    | {"objective.temperature": 0.1, "objective.epsilon": 0.05, "objective.sinkhorn_iterations": 3}
+    | {"objective.freeze_prototypes_steps": IMAGES // 4096, "objective.batch_norm": True}
+    | {"objective.head_hidden": 2048, "objective.head_output": 128, "optim.lr": 4.8, "optim.lr_end": 0.0048}
+    | {"optim.weight_decay": 1e-6, "optim.weight_decay_end": 1e-6, "train.steps": round(800 * IMAGES / 4096)},
+    "simdino_imagenet": {key: value for key, value in VIT_100.items() if not key.startswith("objective.")}
+    | {"model.arch": "vit_base", "views.local_crops": 10, "train.batch_size": 1024, "optim.lr": 5e-4 * 1024 / 256}
+    | {"objective.name": "simdino", "objective.epsilon": 0.5, "objective.teacher_momentum": 0.996}
+    | {"objective.teacher_momentum_end": 1.0, "objective.head_layers": 3, "objective.head_hidden": 2048}
+    | {"objective.head_output": 256, "train.steps": round(100 * IMAGES / 1024)}
+    | {"optim.warmup_steps": 10 * IMAGES // 1024},
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -142,8 +142,10 @@ def _health_every(config: Config, pool: PoolFacts) -> tuple[int, str]:
 
 def _lr(config: Config, pool: PoolFacts) -> tuple[float, str]:
     batch = config.train.batch_size
-    if config.model.init is not None and config.optim.name != "sgd":
+    if config.model.init is not None and config.optim.name not in ("sgd", "lars"):
         return round(1e-4 * math.sqrt(batch / 512), 8), f"1e-4 · √({batch} / 512): a tenth, the backbone is trained"
+    if config.optim.name == "lars":
+        return round(0.3 * batch / 256, 8), f"0.3 · {batch} / 256 (SimCLR)"
     if config.optim.name == "sgd":
         return round(0.03 * batch / 256, 8), f"0.03 · {batch} / 256 (DINO's ResNet-50)"
     return round(1e-3 * math.sqrt(batch / 512), 8), f"1e-3 · √({batch} / 512) (DINO: 1e-3 at batch 512)"

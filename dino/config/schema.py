@@ -102,8 +102,8 @@ class OptimConfig:
     name: str = setting(
         "adamw",
         "optimizer; sgd (momentum 0.9) for DINO's ResNet-50; muon: for the matrices of transformer blocks Muon, at "
-        "AdamW's rate and decay, else AdamW: learns faster in short runs",
-        ("adamw", "sgd", "muon"),
+        "AdamW's rate and decay, else AdamW: learns faster in short runs; lars: for batches of thousands (SimCLR)",
+        ("adamw", "sgd", "muon", "lars"),
     )
     lr: Auto[float] = setting(AUTO, "peak learning rate; auto: by batch size", above=0)
     lr_end: float = setting(1e-6, "learning rate of the last step")

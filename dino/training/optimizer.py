@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dino.config.schema import OptimConfig
 from dino.distributed import local
+from dino.training.lars import LARS
 from dino.training.muon import Muon
 from dino.training.sharding import norms
 
@@ -58,7 +59,7 @@ def rate_factor(name: str, depth: int, layer_decay: float, patch_embed_lr: float
 
 
 def build_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, SGD or Muon over the groups of a network; `set_rates` gives it the rates of each step."""
+    """Fused AdamW, SGD, Muon or LARS over the groups of a network; `set_rates` gives it the rates of each step."""
     groups = parameter_groups(network, settings.decay_tokens, settings.layer_decay, settings.patch_embed_lr)
     if settings.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
@@ -69,6 +70,8 @@ def build_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.Op
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     betas = (settings.betas[0], settings.betas[1])
+    if settings.name == "lars":
+        return LARS(groups)
     if settings.name == "muon":
         named = network.named_parameters()
         return Muon(groups, [value for name, value in named if BLOCK.match(name) and value.ndim == 2], betas)
