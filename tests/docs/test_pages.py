@@ -4,6 +4,7 @@ import argparse
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,3 +132,13 @@ def test_kubernetes_job_names_what_exists():
     assert subcommand == "train"
     load(recipe, settings)
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_slurm_job_names_what_exists():
+    file = REPOSITORY / "examples" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", file], timeout=30).returncode == 0
+    text = file.read_text()
+    (recipe,) = re.findall(r"RECIPE:-(.+?)}", text)
+    load(REPOSITORY / recipe, re.findall(r'"((?:data|run)\.\w+=)', text))
+    assert set(re.findall(r"\S+\.py", text)) == {"train/pretrain.py"}
+    assert (REPOSITORY / "train" / "pretrain.py").is_file()
