@@ -67,7 +67,9 @@ def test_timm(labelled, monkeypatch, capsys):
     run(monkeypatch, "finetune_timm.py", exported(monkeypatch, "timm"), labelled, 4)
     first, *_, last = losses(capsys.readouterr().out)
     assert last < first
-    assert torch.load("finetuned.pt", weights_only=True)["head.weight"].shape == (2, 16)
+    before, after = load_file("exported/model.safetensors"), torch.load("finetuned.pt", weights_only=True)
+    assert after["head.weight"].shape == (2, 16)
+    assert torch.allclose(after["pos_embed"], before["pos_embed"], atol=0.1)  # it began with these weights
 
 
 @pytest.mark.slow

@@ -142,3 +142,8 @@ def test_slurm_job_names_what_exists():
     load(REPOSITORY / recipe, re.findall(r'"((?:data|run)\.\w+=)', text))
     assert set(re.findall(r"\S+\.py", text)) == {"train/pretrain.py"}
     assert (REPOSITORY / "train" / "pretrain.py").is_file()
+
+
+def test_every_example_is_shown():
+    shown = {name for page in PAGES for name in re.findall(r'^--8<-- "examples/(.+)"$', page.read_text(), re.M)}
+    assert shown == {path.name for path in (REPOSITORY / "examples").iterdir() if path.is_file()}
