@@ -15,7 +15,7 @@ from dino.curation.embed import Embedded
 from dino.curation.points import own_rows
 from dino.curation.settings import Duplicates
 from dino.curation.thumbnails import confirmed
-from dino.distributed import gathered_rows, reduced
+from dino.distributed import gathered_rows, rank_and_size, reduced
 from dino.evaluation.neighbours import nearest
 
 
@@ -93,7 +93,9 @@ def near_copies(
     cosines = similarities[row, rank]
     candidates = int(reduced(torch.tensor(len(pairs), device=device)))
     if settings.similarity:
-        are_copies = confirmed(pairs, first.thumbnails, second.thumbnails, settings.similarity)
+        title = "confirming copies" if rank_and_size()[0] == 0 else None
+        thumbnails = first.thumbnails, second.thumbnails
+        are_copies = confirmed(pairs, *thumbnails, settings.similarity, settings.details, title=title)
         pairs, cosines = pairs[are_copies], cosines[are_copies]
     pairs = gathered_rows(torch.from_numpy(pairs).to(device)).cpu().numpy()
     cosines = gathered_rows(torch.from_numpy(cosines).to(device)).cpu().numpy()

@@ -34,7 +34,7 @@ class Embedded(NamedTuple):
 
     Attributes:
         tokens: (N, D) fp16, class tokens; zeros where there is no image. A memory map.
-        thumbnails: (N, 32, 32) uint8; a memory map.
+        thumbnails: (N, 64, 64) uint8; a memory map.
         hashes: (N,) of the pixels, as hexadecimal digits; empty where there is no image.
         sizes: (N, 2), height and width in pixels.
         reasons: (N,) why there is no image, or nothing.

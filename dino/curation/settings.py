@@ -35,6 +35,13 @@ class Duplicates:
         high=1,
         was="duplicates.likeness",
     )
+    details: float = setting(
+        0.9,
+        "least correlation of their parts, of which a sixth may differ: different things in one frame pass as wholes; "
+        "0: not looked at",
+        low=0,
+        high=1,
+    )
     against: list[str] = setting([], "test sets: images that match one of theirs are dropped, with all their copies")
 
 

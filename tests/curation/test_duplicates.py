@@ -76,7 +76,7 @@ class TestSamePixels:
 def embedded(directions: list[float], hashes: list[str], drawings: list[int]) -> Embedded:
     """Images by the angle of their features in degrees, their hash, and the seed of the noise on their thumbnail."""
     angles = np.radians(directions)
-    noise = [np.random.default_rng(seed).integers(256, size=(32, 32), dtype=np.uint8) for seed in drawings]
+    noise = [np.random.default_rng(seed).integers(256, size=(64, 64), dtype=np.uint8) for seed in drawings]
     return Embedded(
         tokens=np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16),
         thumbnails=np.stack(noise),

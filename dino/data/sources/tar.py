@@ -115,7 +115,7 @@ def _index(file: File) -> pa.Table:
 def _members(file: File) -> Iterator[tuple[str, int, int, Any]]:
     """Name, offset and length of each file that is not hidden, and the open archive."""
     try:
-        with opened(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with opened(file) as stream, tarfile.TarFile(fileobj=stream) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # or all would be kept, 1 KB each
                 name = member.name.removeprefix("./")
