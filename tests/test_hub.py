@@ -110,7 +110,7 @@ class TestCard:
     backbone.preprocess = Preprocess(16, (0.5,) * 3, (0.5,) * 3)
 
     def card(self, weights: str, licence: str | None = None) -> str:
-        lines = snippet("huggingface", "me/backbone", True, self.backbone)
+        lines = snippet("huggingface", "me/backbone", True)
         return model_card(weights, self.backbone, "huggingface", "me/backbone", lines, licence)
 
     @pytest.fixture

@@ -15,6 +15,7 @@ from dino.precision import PRECISIONS
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "weights": {"required": True, "metavar": "W", "help": "released name, run directory or file"},
+    "heads": {"type": int, "metavar": "N", "help": "attention heads, for weights that do not tell"},
     "data": {"required": True, "help": "folder, zip archive or another source of images"},
     "test": {"help": "the same of the test images"},
     "kind": {"default": "auto", "help": "as data.kind"},

@@ -15,14 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dino.commands import common
+from dino.data.manifest import printable
 from dino.errors import UserError
 from dino.evaluation.embed import embed
-from dino.files import replacing, write_text
+from dino.files import replacing, shown, write_text
 
 
 def main() -> None:
     parser = common.parser(
-        __doc__, weights={}, data={}, kind={}, precision={}, out={"required": True, "help": "file.parquet or file.npy"}
+        __doc__,
+        weights={},
+        heads={},
+        data={},
+        kind={},
+        precision={},
+        out={"required": True, "help": "file.parquet or file.npy"},
     )
     parser.add_argument("--tokens", choices=["class", "patch", "both"], default="class", help="patch: their mean")
     arguments = parser.parse_args()
@@ -30,7 +37,7 @@ def main() -> None:
         raise UserError(f"--out {arguments.out} must end in .parquet or .npy")
     common.output_file(arguments.out)
     accelerator = common.accelerator()
-    options = {"kind": arguments.kind, "precision": arguments.precision}
+    options = {"kind": arguments.kind, "precision": arguments.precision, "heads": arguments.heads}
     features = embed(arguments.weights, arguments.data, accelerator=accelerator, **options)
     if not accelerator.is_main_process:
         return
@@ -38,7 +45,7 @@ def main() -> None:
         values = np.concatenate([features.class_tokens, features.patch_means], axis=1)
     else:
         values = features.class_tokens if arguments.tokens == "class" else features.patch_means
-    names = [name.encode("utf-8", "backslashreplace").decode() for name in features.names]
+    names = [printable(name) for name in features.names]
     if arguments.out.suffix == ".npy":
         write_npy(arguments.out, values, names)
     else:
@@ -49,7 +56,7 @@ def main() -> None:
 
 def write_npy(out: Path, values: np.ndarray, names: list[str]) -> None:
     """The matrix, and the paths beside it, a line each."""
-    write_text(out.with_suffix(".txt"), "".join(name.replace("\n", "\\n") + "\n" for name in names))
+    write_text(out.with_suffix(".txt"), "".join(shown(name) + "\n" for name in names))
     with replacing(out) as partial, partial.open("wb") as file:
         np.save(file, values)
 
@@ -58,7 +65,7 @@ def write_parquet(out: Path, values: np.ndarray, names: list[str], labels: list[
     """Columns path, label where there are any, and embedding."""
     columns = {"path": pa.array(names)}
     if labels is not None:
-        columns["label"] = pa.array(labels)
+        columns["label"] = pa.array([printable(label) for label in labels])
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
     with replacing(out) as partial:
         pq.write_table(pa.table(columns), partial)

@@ -13,6 +13,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,7 +30,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of class tokens, whose deviation is abo
 
 
 def main() -> None:
-    options = common.parser(__doc__, weights={}, out={"required": True, "help": "folder to write to"})
+    options = common.parser(__doc__, weights={}, heads={}, out={"required": True, "help": "folder to write to"})
     options.add_argument("--to", required=True, choices=WRITERS)
     options.add_argument("--image-size", type=int, help="side in pixels; default: the weights' own")
     options.add_argument("--half", action="store_true", help="fp16 weights, images and features (onnx)")
@@ -43,7 +44,7 @@ def main() -> None:
         raise UserError("--half is for --to onnx; timm and transformers take fp16 when they load: torch_dtype, .half()")
     if arguments.push:
         hub.check(arguments.push)
-    backbone = load_backbone(arguments.weights)
+    backbone = load_backbone(arguments.weights, arguments.heads)
     export.check(backbone, arguments.to)
     size, patch = arguments.image_size or backbone.preprocess.image_size, backbone.patch_size
     if size < 1 or size % patch:
@@ -64,58 +65,43 @@ def main() -> None:
     print(f"{arguments.out}: {arguments.to}, {sizes}")
     compare(backbone, features, [size] if is_fixed else [size, size + 4 * patch], arguments.half)
     place, on_hub = arguments.push or arguments.out.name, arguments.push is not None
-    lines = card.snippet(arguments.to, place, on_hub, backbone)
+    lines = card.snippet(arguments.to, place, on_hub)
     text = card.model_card(arguments.weights, backbone, arguments.to, place, lines, arguments.license)
     write_text(arguments.out / "README.md", text)
     if on_hub:
         print(hub.push(arguments.out, place, ["README.md", *FILES[arguments.to]], arguments.public))
     else:
-        lines = card.snippet(arguments.to, str(arguments.out), on_hub, backbone)
+        lines = card.snippet(arguments.to, str(arguments.out), on_hub)
     print(f"to load it:\n\n{lines}")
 
 
 def write_timm(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:
-    """model.safetensors, config.json for `timm.create_model`, and arguments.json for timm's VisionTransformer."""
+    """model.safetensors, with config.json for `timm.create_model("local-dir:OUT", pretrained=True)` and arguments.json
+    for timm's VisionTransformer."""
     import timm
-    from timm.layers import SwiGLUPacked
 
-    arguments = export.timm_arguments(backbone)
-    save_file(export.timm_state(backbone), out / "model.safetensors")
-    (out / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n", encoding="utf-8")
-    write_text(out / "config.json", json.dumps(export.timm_config(backbone), indent=1) + "\n")
-    if arguments.get("mlp_layer") == "SwiGLUPacked":
-        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
-    model = timm.models.vision_transformer.VisionTransformer(**arguments).eval()
-    model.load_state_dict(export.timm_state(backbone))
-    return model.forward_features
+    metadata = export.reloadable(backbone, size, "timm", mask_token=False)
+    save_file(export.timm_state(backbone), out / "model.safetensors", metadata)
+    write_json(out / "arguments.json", export.timm_arguments(backbone))
+    write_json(out / "config.json", export.timm_config(backbone, size))
+    model: Any = timm.create_model(f"local-dir:{out}", pretrained=True)
+    return model.eval().forward_features
 
 
 def write_hugging_face(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:
     """A directory that `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` open."""
     from transformers import AutoModel
 
-    config = export.hugging_face_config(backbone)
-    preprocess = backbone.preprocess
-    processor = {
-        "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": preprocess.resize or size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocess.mean),
-        "image_std": list(preprocess.std),
-    }
-    save_file(export.hugging_face_state(backbone), out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n", encoding="utf-8")
-    options = {} if backbone.spec.layer_scale else {"add_pooling_layer": False}
-    model = AutoModel.from_pretrained(out, **options).eval()
-    resamples = {} if backbone.spec.layer_scale else {"interpolate_pos_encoding": True}
-    return lambda images: model(images, **resamples).last_hidden_state
+    metadata = export.reloadable(backbone, size, "huggingface")
+    save_file(export.hugging_face_state(backbone), out / "model.safetensors", metadata | {"format": "pt"})
+    write_json(out / "config.json", export.hugging_face_config(backbone))
+    write_json(out / "preprocessor_config.json", export.hugging_face_processor(backbone, size))
+    model = AutoModel.from_pretrained(out).eval()
+    return lambda images: model(images).last_hidden_state
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def write_onnx(backbone: Backbone, out: Path, size: int) -> Callable[[Tensor], Tensor]:

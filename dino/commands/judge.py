@@ -20,6 +20,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return common.parser(
         description,
         weights={"nargs": "+", "help": "released names, run directories, files"},
+        heads={},
         data={"help": "folder or zip archive, a folder for each class"},
         test={},
         kind={},
@@ -42,7 +43,7 @@ def judge(arguments: argparse.Namespace, probe: Probe, most_blocks: int = 1) -> 
     accelerator = common.accelerator(arguments.wandb, {"data": arguments.data, "weights": arguments.weights})
     results = {}
     for name in arguments.weights:
-        backbone = load_backbone(name).to(accelerator.device)
+        backbone = load_backbone(name, arguments.heads).to(accelerator.device)
         blocks = min(most_blocks, backbone.depth)
         data = labelled_features(
             backbone,

@@ -55,7 +55,7 @@ def main() -> None:
     images = open_images(str(arguments.data or download()), "omniglot")
     if warning := omniglot.check_drawings(images.names):
         print(f"warning: {warning}")
-    candidates = with_baselines(arguments.weights)
+    candidates = with_baselines(arguments.weights, arguments.heads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = omniglot.drawings(images)
     results = earlier_results(arguments.out, fingerprint(images))
@@ -76,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser = common.parser(
         __doc__,
         weights={"nargs": "+", "default": [], "required": False, "help": "released names, run directories or files"},
+        heads={},
         data={
             "required": False,
             "help": "Omniglot's images_background, folder or zip archive; else downloaded",
@@ -92,9 +93,9 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def with_baselines(weights: list[str]) -> dict[str, Backbone | None]:
+def with_baselines(weights: list[str], heads: int | None) -> dict[str, Backbone | None]:
     """Raw pixels, and each of the weights after an untrained network like it."""
-    backbones = {Path(name).name: load_backbone(name) for name in weights}
+    backbones = {Path(name).name: load_backbone(name, heads) for name in weights}
     if len(backbones) < len(set(weights)):
         raise UserError("several weights end in the same name, by which the tables call them: rename one")
     candidates: dict[str, Backbone | None] = {"raw pixels": None}

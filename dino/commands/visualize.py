@@ -32,7 +32,7 @@ NEIGHBOURS, MAPPED = 8, 2000
 @torch.no_grad()
 def main() -> None:
     options = common.parser(
-        __doc__, weights={}, data={}, kind={}, out={"required": True, "help": "folder for the pictures"}
+        __doc__, weights={}, heads={}, data={}, kind={}, out={"required": True, "help": "folder for the pictures"}
     )
     options.add_argument(
         "--size",
@@ -42,7 +42,7 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=6, help="images in the pictures")
     arguments = options.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = load_backbone(arguments.weights).to(device)
+    backbone = load_backbone(arguments.weights, arguments.heads).to(device)
     images = open_images(arguments.data, arguments.kind, backbone.spec.in_chans)
     samples = readable(images, arguments.rows)
     sections = []

@@ -42,6 +42,7 @@ def embed(
     batch_size: int = 128,
     accelerator: Accelerator | None = None,
     precision: str = "auto",
+    heads: int | None = None,
 ) -> Embeddings:
     """Embed images with any weights.
 
@@ -56,6 +57,7 @@ def embed(
         batch_size: images at a time.
         accelerator: shares the images among its processes; each of them gets all features.
         precision: fp32, bf16, or auto: bf16 where the device has units for it.
+        heads: attention heads, for files that do not tell.
 
     Raises:
         UserError: no such weights, or no image that can be read.
@@ -64,7 +66,7 @@ def embed(
         backbone = weights
     else:
         device = accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
-        backbone = load_backbone(os.fspath(weights)).to(device)
+        backbone = load_backbone(os.fspath(weights), heads).to(device)
     images = open_images(data, kind, backbone.spec.in_chans)
     features = extract(
         backbone,

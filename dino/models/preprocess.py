@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
+
+from dino.data.picture import picture_array
 
 LONGEST = 4  # times the shorter side
 
@@ -26,8 +29,10 @@ class Preprocess:
     std: Sequence[float]
     resize: int | None = None
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(…, C, H, W) uint8 to (…, C, image_size, image_size) fp32, normalised."""
+    def __call__(self, images: Tensor | Image.Image) -> Tensor:
+        """(…, C, H, W) uint8, or a PIL image, to (…, C, image_size, image_size) fp32, normalised."""
+        if isinstance(images, Image.Image):
+            images = torch.from_numpy(picture_array(images, len(self.mean))).permute(2, 0, 1)
         return functional.normalize(
             functional.to_dtype(self.crop(images), torch.float32, scale=True), self.mean, self.std
         )

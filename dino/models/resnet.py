@@ -59,6 +59,7 @@ class ResNet(Backbone):
         return [features.mean(dim=(2, 3)) for features in feature_maps], patches
 
     def _feature_map(self, images: Tensor) -> Tensor:
+        images = images.to(next(self.parameters()).dtype)
         for module in self.children():
             images = module(images)
         return images

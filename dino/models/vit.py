@@ -261,7 +261,7 @@ class VisionTransformer(HubModel):
 
     def prepare_tokens(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """(B, C, H, W) to (B, 1+R+N, D): class token, registers (which have no position), patches."""
-        patches = self.patch_embed(images)  # (B, N, D)
+        patches = self.patch_embed(images.to(self.cls_token.dtype))  # (B, N, D)
         if masks is not None:
             if self.mask_token is None:
                 raise ValueError("masks need a model with a mask token (ViTSpec.mask_token)")

@@ -1,6 +1,8 @@
 """ViTs by name, by settings, and by the tensors of other projects' files."""
 
 import dataclasses
+import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -30,10 +32,30 @@ SIZES = {
 }
 
 
+ODD_WIDTHS = (1280, 1408, 1664)  # ViT-H, g and G, whose heads are 80, 88 and 104 wide
+logger = logging.getLogger(__name__)
+
+
 def size_of(model: ModelConfig) -> Size:
     """Width, depth and heads that settings come to: each as it is set, or else the arch's own."""
     named = SIZES[model.arch]
     return Size(model.embed_dim or named.embed_dim, model.depth or named.depth, model.num_heads or named.num_heads)
+
+
+def usual_heads(width: int, source: str) -> int:
+    """Heads of a ViT of which nothing tells how many: each 64 wide, as in nearly all that are published.
+
+    Raises:
+        UserError: widths of which that is not so.
+    """
+    ways = (
+        f"the tensors of {source} do not tell how many attention heads there are: say so with --heads N "
+        '(model.num_heads for model.init), or in a file arguments.json beside it: {"num_heads": N}'
+    )
+    if not width or width % 64 or width in ODD_WIDTHS:
+        raise UserError(ways)
+    logger.warning("%s; taken for %d, each 64 wide, as usual", ways, width // 64)
+    return width // 64
 
 
 class ViTFamily(Family):
@@ -128,7 +150,7 @@ class ViTFamily(Family):
         return description
 
     def infer(self, tensors: Mapping[str, Tensor], num_heads: int | None, source: str) -> ViTSpec | None:
-        """Where nothing tells the number of heads, each is 64 wide, as in all releases."""
+        """Where nothing tells the number of heads, each is taken for 64 wide if that can be, and that is said."""
         if "patch_embed.proj.weight" not in tensors or "cls_token" not in tensors:
             return None
         if "pos_embed" not in tensors:
@@ -137,15 +159,17 @@ class ViTFamily(Family):
             if name in tensors and tensors[name].ndim != rank:
                 raise UserError(f"{source}: {name} has {tensors[name].ndim} dimensions, not {rank}")
         width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-        blocks = {int(number[1]) for number in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if number}
+        blocks = {int(number[1]) for number in map(re.compile(r"blocks\.([0-9]{1,9})\.").match, tensors) if number}
         if not blocks:
             raise UserError(f"{source} has no blocks (blocks.0. …)")
-        num_heads = num_heads or max(1, width // 64)
+        if absent := 1 + max(blocks) - len(blocks):
+            raise UserError(f"{source} has a block {max(blocks)}, but {absent:,} before it are missing")
+        num_heads = num_heads or usual_heads(width, source)
         if width % num_heads:
             raise UserError(f"{source}: a width of {width} does not divide into {num_heads} heads")
         entries = tensors["pos_embed"].shape[1]
-        side = round((entries - 1) ** 0.5)
-        if side**2 + 1 != entries:
+        side = math.isqrt(max(0, entries - 1))
+        if side < 1 or side**2 + 1 != entries:
             raise UserError(f"{source}: its position table of {entries} entries is no square grid")
         registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
         return ViTSpec(

@@ -19,7 +19,7 @@ SNIPPETS = {
 from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained({place!r})
-model = AutoModel.from_pretrained({place!r}{options}).eval()
+model = AutoModel.from_pretrained({place!r}).eval()
 with torch.no_grad():
     tokens = model(**processor(images, return_tensors="pt")).last_hidden_state  # (B, 1 + registers + N, D)
 class_tokens = tokens[:, 0]""",
@@ -38,16 +38,15 @@ class_tokens, patch_tokens = session.run(None, {{"images": images}})  # (B, C, H
 HIDDEN = {"data.root", "run.dir", "model.init", "objective.distill", "tracking.project", "tracking.name"}
 
 
-def snippet(kind: str, place: str, on_hub: bool, backbone: Backbone) -> str:
+def snippet(kind: str, place: str, on_hub: bool) -> str:
     """Lines that load an export.
 
     Args:
         kind: huggingface, timm or onnx.
         place: its folder, or its name on the Hub.
     """
-    options = "" if backbone.spec.layer_scale or kind != "huggingface" else ", add_pooling_layer=False"
     timm_place = f"{'hf-hub' if on_hub else 'local-dir'}:{place}"
-    return SNIPPETS[kind].format(place=place, options=options, timm_place=timm_place, file=f"{place}/model.onnx")
+    return SNIPPETS[kind].format(place=place, timm_place=timm_place, file=f"{place}/model.onnx")
 
 
 def model_card(weights: str, backbone: Backbone, kind: str, place: str, lines: str, licence: str | None) -> str:

@@ -1,13 +1,28 @@
 """RUN/backbone.safetensors, what a run is for."""
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import nn
 
 from dino.config.schema import Config
 from dino.errors import UserError
 from dino.methods import METHODS
 from dino.models import Backbone, save_backbone
-from dino.models.weights import BACKBONE_FILE
+from dino.models.weights import BACKBONE_FILE, describe
 from dino.training.phases import views_at
+
+
+def described(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+    """What files of a checkpoint say of the backbones in them, so that they can be loaded by themselves."""
+    views = config.views
+    preprocessing = {"image_size": views.global_size, "mean": views.mean, "std": views.std}
+    backbones = {name: getattr(module, "backbone", None) for name, module in modules.items()}
+    return {
+        name: describe(backbone, preprocessing, {}, layout="checkpoint")
+        for name, backbone in backbones.items()
+        if isinstance(backbone, Backbone)
+    }
 
 
 def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, fingerprint: str) -> None:

@@ -50,6 +50,9 @@ class Checkpoints:
         optimizer: its state is saved under the names of the student's parameters.
         keep: how many of the newest are kept.
         own: what each process has of its own besides its random state, by the name of its files.
+
+    Attributes:
+        descriptions: what the files of some modules say of their backbones, as `dino.models.weights.describe` has it.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Checkpoints:
     ):
         self.folder, self.accelerator, self.modules, self.keep = folder, accelerator, modules, keep
         self.optimizer = optimizer
+        self.descriptions: dict[str, dict[str, str]] = {}
         self.own: dict[str, Stateful] = {"random": RandomState(accelerator.device), **(own or {})}
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in modules["student"].named_parameters()}
 
@@ -121,7 +125,7 @@ class Checkpoints:
             files |= contents
         digests = {}
         for name, tensors in files.items():
-            content = _tensor_bytes(tensors)
+            content = _tensor_bytes(tensors, self.descriptions.get(name))
             digests[f"{name}.safetensors"] = digest(content)
             _write(partial / f"{name}.safetensors", content)
         return digests
@@ -256,8 +260,8 @@ def _read(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
     return load_file(path / f"{name}.safetensors")
 
 
-def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -50,7 +50,7 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
                 assign(followed, key, get(earlier, key))
         check(followed, weights_known=True)
         return followed, None, {}
-    backbone = load_backbone(name)
+    backbone = load_backbone(name, config.model.num_heads)
     values = family_of(backbone.spec).settings(backbone.spec, config.model) | {"data.channels": backbone.spec.in_chans}
     for key in ("mean", "std"):
         values[f"views.{key}"] = list(getattr(backbone.preprocess, key))

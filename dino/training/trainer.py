@@ -16,7 +16,7 @@ from dino.monitor.health import QUEUE, Health
 from dino.report.run import Reporter
 from dino.run import RunDirectory
 from dino.training import faults, launch, resume
-from dino.training.backbone_file import write_backbone
+from dino.training.backbone_file import described, write_backbone
 from dino.training.best import Best
 from dino.training.checkpoint import SAMPLING_WEIGHTS, Checkpoints
 from dino.training.interrupt import Interrupt, Stop
@@ -62,6 +62,7 @@ class Trainer:
         self.health = Health(accelerator, config, self.method, images.labels)
         keep, own = config.train.keep_checkpoints, {"health": self.health}
         self.checkpoints = Checkpoints(directory.checkpoints, accelerator, modules, self.optimizer, keep, own)
+        self.checkpoints.descriptions = described(config, modules)
         # Of their files too only where facts are written and compared: looking at a million takes its time.
         is_main, with_content = accelerator.is_main_process, config.data.verify == "content"
         self.images_facts = image_facts(images, with_content) if is_main else {"images": fingerprint(images)}

@@ -116,7 +116,7 @@ def test_judging(runs, places):
     assert table.num_rows == 400
     assert len(table["embedding"][0]) == 32
     assert "class tokens differ by at most" in printed["export.py"]
-    exported = AutoModel.from_pretrained(places["runs/exported"], add_pooling_layer=False)
+    exported = AutoModel.from_pretrained(places["runs/exported"])
     assert exported.config.hidden_size == 32
 
 

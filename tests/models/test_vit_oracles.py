@@ -35,6 +35,7 @@ SPECS = {
     "DINO": PLAIN,
     "DINOv2": DINOV2,
     "DINOv2's giant": GIANT,
+    "DINO with registers": replace(PLAIN, **REGISTERS),
     "DINOv2 with registers": replace(DINOV2, **REGISTERS),
     "DINOv2's giant with registers": replace(GIANT, **REGISTERS),
 }
@@ -64,12 +65,9 @@ class Transformers(nn.Module):
         config = export.hugging_face_config(ours) | {"image_size": size}
         save_file(export.hugging_face_state(ours), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config))
-        options = {} if ours.spec.layer_scale else {"add_pooling_layer": False}
-        self.model, report = AutoModel.from_pretrained(
-            folder, attn_implementation=attention, output_loading_info=True, **options
-        )
+        self.model, report = AutoModel.from_pretrained(folder, attn_implementation=attention, output_loading_info=True)
         assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        if ours.spec.layer_scale and not ours.spec.registers:
+        if not ours.spec.registers:
             # It takes every table for a square one and resamples it if the image is not square; here it has its size.
             table = self.model.embeddings.position_embeddings
             self.model.embeddings.interpolate_pos_encoding = lambda *_: table
@@ -176,7 +174,6 @@ def test_intermediate_layers_equal_timm(blocks, norm, tmp_path, randomise):
         (VisionTransformer(replace(PLAIN, positions="rotary")), "huggingface", "rotates queries and keys"),
         (VisionTransformer(replace(PLAIN, stem="conv")), "timm", "convolutional stem"),
         (VisionTransformer(replace(PLAIN, stem="conv")), "huggingface", "convolutional stem"),
-        (VisionTransformer(replace(PLAIN, registers=1)), "huggingface", "registers but without LayerScale"),
         (ResNet(ResNetSpec("resnet18")), "onnx", "this is a ResNet"),
     ],
     ids=[
@@ -184,7 +181,6 @@ def test_intermediate_layers_equal_timm(blocks, norm, tmp_path, randomise):
         "rotary, Hugging Face",
         "stem, timm",
         "stem, Hugging Face",
-        "registers without LayerScale",
         "ResNet",
     ],
 )

@@ -1,6 +1,7 @@
 """Weights on disk: by which names they are known, in which layouts they come, loaded strictly, exported."""
 
 from dino.models.weights.digest import weights_digest
+from dino.models.weights.facts import describe
 from dino.models.weights.load import (
     BACKBONE_FILE,
     copy_weights,
@@ -15,6 +16,7 @@ from dino.models.weights.load import (
 __all__ = [
     "BACKBONE_FILE",
     "copy_weights",
+    "describe",
     "directory_of",
     "load_backbone",
     "load_heads",

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from dino.errors import UserError
 from dino.models.backbone import Backbone
 from dino.models.positions import interpolate_positions
+from dino.models.preprocess import Preprocess
 from dino.models.registry import build, family_of
 from dino.models.weights import names
+from dino.models.weights.facts import describe
 
 LARGEST_ONNX = 1.9e9  # bytes of weights that go into the file itself; Protocol Buffers end at 2 GiB
 
@@ -35,8 +37,6 @@ def check(backbone: Backbone, target: str) -> None:
         raise UserError(f"{target} has no model that rotates queries and keys as model.positions=rotary does: use onnx")
     if spec.stem == "conv" and target != "onnx":
         raise UserError(f"{target} has no ViT with the convolutional stem of model.stem=conv: use onnx")
-    if target == "huggingface" and spec.registers and not spec.layer_scale:
-        raise UserError("Hugging Face has no model with registers but without LayerScale")
 
 
 def at_size(backbone: Backbone, image_size: int) -> Backbone:
@@ -84,14 +84,13 @@ def timm_arguments(backbone: Backbone) -> dict[str, Any]:
     return arguments
 
 
-def timm_config(backbone: Backbone) -> dict[str, Any]:
+def timm_config(backbone: Backbone, size: int) -> dict[str, Any]:
     """The config.json with which `timm.create_model("local-dir:…")` and `"hf-hub:…"` open model.safetensors."""
-    arguments, preprocess = timm_arguments(backbone), backbone.preprocess
+    arguments, preprocess = timm_arguments(backbone), preprocess_at(backbone, size)
     architecture = "vit_base_patch16_224"  # of which the arguments change everything, but for what no JSON can say
     if "mlp_layer" in arguments:
         architecture = "vit_giant_patch14_reg4_dinov2"
         del arguments["mlp_layer"], arguments["act_layer"]
-    size = preprocess.image_size
     return {
         "architecture": architecture,
         "num_classes": arguments.pop("num_classes"),
@@ -114,23 +113,25 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 
 
 def hugging_face_state(backbone: Backbone) -> dict[str, Tensor]:
-    """Tensors under the names of Dinov2Model, Dinov2WithRegistersModel or, without LayerScale, ViTModel."""
-    spec = backbone.spec
-    theirs = names.to_hugging_face(backbone.state_dict(), layer_scale=bool(spec.layer_scale))
-    state = {name: tensor.contiguous() for name, tensor in theirs.items()}
-    if spec.layer_scale and "embeddings.mask_token" not in state:
-        state["embeddings.mask_token"] = torch.zeros(1, spec.embed_dim)
-    return state
+    """Tensors under the names of Dinov2Model or Dinov2WithRegistersModel; LayerScale is 1 where there is none.
+
+    ViTModel would do without, but has a pooler of random weights in what `pooler_output` gives.
+    """
+    spec, ours = backbone.spec, dict(backbone.state_dict())
+    ours.setdefault("mask_token", torch.zeros(1, spec.embed_dim))
+    for block in range(spec.depth):
+        for scale in ("ls1", "ls2"):
+            ours.setdefault(f"blocks.{block}.{scale}.gamma", torch.ones(spec.embed_dim))
+    return {name: tensor.contiguous() for name, tensor in names.to_hugging_face(ours).items()}
 
 
 def hugging_face_config(backbone: Backbone) -> dict[str, Any]:
     """The config.json that `from_pretrained` reads."""
     spec = backbone.spec
-    kind = ("dinov2_with_registers" if spec.registers else "dinov2") if spec.layer_scale else "vit"
-    models = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "vit": "ViTModel"}
+    kind = "dinov2_with_registers" if spec.registers else "dinov2"
     config: dict[str, Any] = {
         "model_type": kind,
-        "architectures": [models[kind]],
+        "architectures": ["Dinov2WithRegistersModel" if spec.registers else "Dinov2Model"],
         "hidden_size": spec.embed_dim,
         "num_hidden_layers": spec.depth,
         "num_attention_heads": spec.num_heads,
@@ -140,11 +141,46 @@ def hugging_face_config(backbone: Backbone) -> dict[str, Any]:
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,
         "hidden_act": "gelu",
+        "mlp_ratio": round(spec.mlp_ratio),
+        "use_swiglu_ffn": spec.ffn == "swiglu",
+        "layerscale_value": spec.layer_scale or 1.0,
     }
-    if kind == "vit":
-        return config | {"intermediate_size": round(spec.embed_dim * spec.mlp_ratio)}
-    config |= {"mlp_ratio": round(spec.mlp_ratio), "use_swiglu_ffn": spec.ffn == "swiglu"}
     return config | ({"num_register_tokens": spec.registers} if spec.registers else {"use_mask_token": True})
+
+
+def preprocess_at(backbone: Backbone, size: int) -> Preprocess:
+    """What the weights expect, for crops of another size: before them images are as much larger as they were."""
+    own = backbone.preprocess
+    resize = None if own.resize is None else round(own.resize * size / own.image_size)
+    return replace(own, image_size=size, resize=resize)
+
+
+def hugging_face_processor(backbone: Backbone, size: int) -> dict[str, Any]:
+    """The preprocessor_config.json that `AutoImageProcessor.from_pretrained` reads."""
+    preprocess = preprocess_at(backbone, size)
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": backbone.spec.in_chans == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": preprocess.resize or size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
+
+
+def reloadable(backbone: Backbone, size: int, layout: str, **changed: Any) -> dict[str, str]:
+    """Metadata by which this project reads an export back as the network that it was; see `describe`."""
+    preprocess = preprocess_at(backbone, size)
+    preprocessing = {"image_size": size, "mean": list(preprocess.mean), "std": list(preprocess.std)}
+    if preprocess.resize is not None:
+        preprocessing["resize"] = preprocess.resize
+    return describe(backbone, preprocessing, backbone.description.get("training", {}), layout, **changed)
 
 
 class ForOnnx(nn.Module):

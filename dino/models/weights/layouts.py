@@ -6,7 +6,6 @@ in the names.
 """
 
 import argparse
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dino.errors import UserError
+from dino.files import read_json, require_regular, shown
 from dino.models.registry import FAMILIES
 from dino.models.weights import names
+from dino.models.weights.check import require_packed, require_sound
 
 WRAPPERS = re.compile(
     r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|backbone\.|dinov2\.|dinov2_with_registers\.|vit\.)"
@@ -37,6 +37,8 @@ HEADS = (
     "pooler.",
     "fc_norm.",
 )
+INDEX = ".index.json"
+DEEPEST = 10  # mappings inside one another
 CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
@@ -48,13 +50,11 @@ class Contents:
         tensors: of the backbone, under DINOv2's (or torchvision's) names.
         heads: tensors of heads, under the names of the file; not part of a backbone.
         layout: whose names the file has, in words; empty: those of the backbone's own family.
-        num_heads: attention heads, where the file (or its config) says.
     """
 
     tensors: dict[str, Tensor]
     heads: dict[str, Tensor]
     layout: str = ""
-    num_heads: int | None = None
 
 
 def read(file: Path, network: str = "teacher") -> Contents:
@@ -68,13 +68,14 @@ def read(file: Path, network: str = "teacher") -> Contents:
         UserError: not a weights file, or one that only unpickling of arbitrary objects would open.
     """
     flat = _flatten(_open(file), network, file)
+    require_sound(flat, str(file))
     stripped = {_strip(name): tensor for name, tensor in flat.items()}
     if len(stripped) < len(flat):
         raise UserError(f"{file} holds tensors twice, with and without prefixes such as module.")
     heads = {name: tensor for name, tensor in stripped.items() if name.startswith(HEADS)}
     tensors = {name: tensor for name, tensor in stripped.items() if name not in heads}
     if "embeddings.patch_embeddings.projection.weight" in tensors:
-        return Contents(names.from_hugging_face(tensors), heads, "Hugging Face", _heads_of_config(file))
+        return Contents(names.from_hugging_face(tensors), heads, "Hugging Face")
     if "patch_embed.proj.weight" not in tensors:
         return Contents(tensors, heads)
     # DINOv2's training numbers blocks twice: by their chunk, and by themselves.
@@ -85,14 +86,30 @@ def read(file: Path, network: str = "teacher") -> Contents:
     return Contents(tensors, heads, "DINOv2" if "blocks.0.ls1.gamma" in tensors else "DINO")
 
 
-def infer_spec(contents: Contents, source: str) -> Any:
+def of_spec(contents: Contents, spec: Any) -> dict[str, Tensor]:
+    """The tensors that a spec asks for, of a file of this project that holds more: parts of other libraries' models
+    that do nothing here (a mask token, LayerScale by 1), or a checkpoint's heads."""
+    tensors = dict(contents.tensors)
+    if not getattr(spec, "mask_token", True):
+        tensors.pop("mask_token", None)
+    if not getattr(spec, "layer_scale", 1):
+        for name in [name for name in tensors if name.endswith((".ls1.gamma", ".ls2.gamma"))]:
+            if (tensors[name] == 1).all():
+                del tensors[name]
+    return tensors
+
+
+def infer_spec(contents: Contents, num_heads: int | None, source: str) -> Any:
     """The architecture that tensors belong to.
+
+    Args:
+        num_heads: attention heads, where something besides the tensors tells.
 
     Raises:
         UserError: they are of no known family, or lack what tells.
     """
     for family in FAMILIES:
-        spec = family.infer(contents.tensors, contents.num_heads, source)
+        spec = family.infer(contents.tensors, num_heads, source)
         if spec is not None:
             return spec
     titles = " or ".join(family.title for family in FAMILIES)
@@ -101,14 +118,20 @@ def infer_spec(contents: Contents, source: str) -> Any:
 
 
 def _open(file: Path) -> Any:
+    if file.name.endswith(INDEX):
+        return _open_shards(file)
     try:
+        require_regular(file)
         if file.suffix == ".safetensors":
             return load_file(file)
         with file.open("rb") as opened:
             if opened.read(1) not in (b"P", b"\x80"):  # a zip archive, or a pickle of protocol 2 and later
                 raise UserError(f"{file} is no weights file: torch.save did not write it")
+        require_packed(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's checkpoints hold their arguments in one
             return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         if refused is None:
@@ -117,14 +140,39 @@ def _open(file: Path) -> Any:
             f"{file} holds more than weights ({refused[1]}) and is not opened, since that would run code from it: "
             "save its state dict alone, or as .safetensors"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise UserError(f"{file} cannot be read as weights: {error}") from error
+    except (MemoryError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as weights: it takes more memory than there is") from error
+    except Exception as error:  # what torch.load raises for a damaged pickle is nowhere listed
+        raise UserError(f"{file} cannot be read as weights: {_in_one_line(error)}") from error
+
+
+def _open_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of several files of one folder, of which Hugging Face's index says which holds what."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise UserError(f"{index} cannot be read: it says nowhere in which file tensors are (weight_map)")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or shard.endswith(INDEX):
+            raise UserError(f"{index}: {shown(shard)} is no file beside it")
+        held = _open(index.with_name(shard))
+        if not isinstance(held, Mapping):
+            raise UserError(f"{index.with_name(shard)} holds no mapping of names to tensors")
+        tensors |= {name: held[name] for name, place in places.items() if place == shard and name in held}
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise UserError(f"{index}: {len(missing)} tensor(s) are not in their file: {', '.join(missing[:3])}")
+    return tensors
+
+
+def _in_one_line(error: Exception) -> str:
+    return shown(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
 def _flatten(content: Any, network: str, file: Path) -> dict[str, Tensor]:
     """Down to the mapping of names to tensors of one network. A network that is not named is a teacher's."""
-    path = []
-    while isinstance(content, Mapping):
+    path: list[str] = []
+    while isinstance(content, Mapping) and len(path) < DEEPEST:  # some hold themselves
         entries = (key for key in (network, "model", "state_dict", "module") if isinstance(content.get(key), Mapping))
         if (entry := next(entries, None)) is None:
             break
@@ -146,22 +194,3 @@ def _strip(name: str) -> str:
     while match := WRAPPERS.match(name):
         name = name[match.end() :]
     return name
-
-
-def _heads_of_config(file: Path) -> int | None:
-    """The number of attention heads that Hugging Face's config.json beside a file tells; None: there is none.
-
-    Raises:
-        UserError: it cannot be read, or tells of a network of another kind.
-    """
-    config = file.with_name("config.json")
-    if not config.is_file():
-        return None
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        num_heads, activation = settings.get("num_attention_heads"), settings.get("hidden_act", "gelu")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} cannot be read: {error}") from error
-    if activation != "gelu":
-        raise UserError(f"{config}: only networks with GELU are read, not {activation}")
-    return num_heads

@@ -1,14 +1,14 @@
 """Backbones on disk: one safetensors file that says of itself what it holds, loaded strictly."""
 
 import difflib
-import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -17,42 +17,34 @@ from dino.errors import UserError
 from dino.files import cache_directory, write_bytes
 from dino.models.backbone import Backbone, Spec
 from dino.models.preprocess import Preprocess
-from dino.models.registry import build, family_named, family_of
+from dino.models.registry import build, family_of
+from dino.models.vit import ViTSpec
 from dino.models.weights import layouts
+from dino.models.weights.check import built, require_match
 from dino.models.weights.download import fetch
+from dino.models.weights.facts import Facts, beside, describe, description_in, spec_of
 from dino.models.weights.released import PREPROCESS, RELEASED, Released
 
 BACKBONE_FILE = "backbone.safetensors"
-METADATA_KEY = "dino"
+PART = "backbone."  # how parameters of a checkpoint's backbone begin
 logger = logging.getLogger(__name__)
 
 
-def save_backbone(path: Path, backbone: Backbone, preprocessing: dict[str, Any], training: dict[str, Any]) -> None:
+def save_backbone(path: Path, backbone: Backbone, preprocessing: Mapping[str, Any], training: dict[str, Any]) -> None:
     """Write weights and their description, beside `path` first and then renamed, so that no partial file is seen.
 
-    The same weights and description give the same bytes: all metadata sits in one key, as sorted JSON.
+    The same weights and description give the same bytes.
 
     Args:
         backbone: its parameters are written under DINOv2's (or torchvision's) names.
         preprocessing: `image_size`, `mean`, `std` that the weights expect.
         training: how it was trained; JSON values without time or place.
     """
-    family = family_of(backbone.spec)
-    description = {
-        "format": 1,
-        "family": family.name,
-        "spec": family.describe(backbone.spec),
-        **preprocessing,
-        "in_chans": backbone.spec.in_chans,
-        "training": training,
-    }
-    if backbone.has_patches:
-        description["patch_size"] = backbone.patch_size
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)}))
+    write_bytes(path, save(tensors, metadata=describe(backbone, preprocessing, training)))
 
 
-def load_backbone(weights: str | Path) -> Backbone:
+def load_backbone(weights: str | Path, heads: int | None = None) -> Backbone:
     """A backbone in evaluation mode, by a released name or from a file.
 
     It has the interface of DINOv2's hub models (`model(images)`, `forward_features`, `get_intermediate_layers`), and
@@ -65,18 +57,20 @@ def load_backbone(weights: str | Path) -> Backbone:
             `dino.models.weights.layouts` reads. `…@student` names
             the student's network of a checkpoint that has both; otherwise the teacher's is taken. A released name goes
             before a path of the same name; write ./NAME for the latter.
+        heads: attention heads, for files that do not tell.
 
     Raises:
         UserError: no such weights, out of reach, damaged, or tensors that do not match one to one.
     """
     file, network, entry = _locate(weights)
     if entry is not None:
-        return _load_foreign(file, network, entry.spec, entry.preprocess, str(weights))
-    if file.suffix == ".safetensors" and (description := _own_description(file)) is not None:
-        if network == "student":
+        return _load_released(file, network, entry, str(weights))
+    if file.suffix == ".safetensors" and (description := description_in(file)) is not None:
+        if network == "student" and not description.get("layout"):
             raise UserError(f"{file} holds no student: a run writes the backbone of its teacher")
         return _load_own(file, description)
-    return _load_foreign(file, network, None, PREPROCESS, str(file))
+    facts = beside(file)
+    return _load_foreign(file, network, facts._replace(heads=heads or facts.heads))
 
 
 def load_heads(weights: str | Path) -> dict[str, Tensor]:
@@ -86,7 +80,7 @@ def load_heads(weights: str | Path) -> dict[str, Tensor]:
         UserError: no such weights, or damaged ones.
     """
     file, network, _ = _locate(weights)
-    if file.suffix == ".safetensors" and _own_description(file) is not None:
+    if file.suffix == ".safetensors" and not (description_in(file) or {"layout": "another's"}).get("layout"):
         return {}
     return layouts.read(file, network).heads
 
@@ -125,47 +119,63 @@ def _find(name: str) -> Path | None:
     """The file that a path names; of a directory, the weights in it."""
     path = Path(name).expanduser()
     if path.is_dir():
-        files = [path / name for name in (BACKBONE_FILE, "model.safetensors", "pytorch_model.bin")]
+        names = (BACKBONE_FILE, "model.safetensors", "pytorch_model.bin")
+        files = [path / name for name in (*names, *(f"{name}{layouts.INDEX}" for name in names[1:]))]
         return next((file for file in files if file.is_file()), None)
     return path if path.is_file() else None
 
 
-def _own_description(file: Path) -> dict[str, Any] | None:
-    """What a file of this project says of itself; None: it is another's."""
-    try:
-        with safe_open(file, framework="pt") as archive:
-            text = (archive.metadata() or {}).get(METADATA_KEY)
-        return None if text is None else json.loads(text)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} cannot be read as a backbone: {error}") from error
-
-
 def _load_own(file: Path, description: dict[str, Any]) -> Backbone:
+    """A file that this project wrote, be it under other names."""
     try:
-        family = family_named(description["family"])
-        backbone = family.build(family.spec_type(**description["spec"]))
-        preprocess = Preprocess(description["image_size"], description["mean"], description["std"])
-        tensors = load_file(file)
+        spec, preprocess = spec_of(description)
+        layout = description.get("layout")
+        if layout == "checkpoint":
+            held = load_file(file)
+            tensors = {name.removeprefix(PART): held[name] for name in held if name.startswith(PART)}
+        else:
+            tensors = layouts.of_spec(layouts.read(file), spec) if layout else load_file(file)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} cannot be read as a backbone: {error}") from error
+    backbone = built(spec, tensors, str(file))
     load_strictly(backbone, tensors, str(file))
     backbone.description, backbone.preprocess = description, preprocess
     return backbone.eval()
 
 
-def _load_foreign(file: Path, network: str, expected: Spec | None, preprocess: Preprocess, source: str) -> Backbone:
-    """Weights of another project; `expected` is what they should be, where that is known."""
+def _load_released(file: Path, network: str, entry: Released, name: str) -> Backbone:
+    """Weights of which all is known."""
     content = layouts.read(file, network)
-    spec = layouts.infer_spec(content, str(file))
-    if expected is not None and spec != expected:
-        raise UserError(f"{file} does not hold {source}: it is {spec}, not {expected}; remove it and start again")
-    backbone, layout = build(spec), content.layout or family_of(spec).title
+    spec = layouts.infer_spec(content, getattr(entry.spec, "num_heads", None), str(file))
+    if spec != entry.spec:
+        raise UserError(f"{file} does not hold {name}: it is {spec}, not {entry.spec}; remove it and start again")
+    return _loaded(content, spec, entry.preprocess, name)
+
+
+def _load_foreign(file: Path, network: str, facts: Facts) -> Backbone:
+    """Weights of another project, of which as much is known as is told."""
+    content = layouts.read(file, network)
+    spec, assumed = layouts.infer_spec(content, facts.heads, str(file)), []
+    if facts.interpolation is not None and isinstance(spec, ViTSpec):
+        spec = replace(spec, position_interpolation=facts.interpolation)
+    elif isinstance(spec, ViTSpec):
+        assumed.append(f"positions are resampled as DINO's releases do ({spec.position_interpolation})")
+    preprocess = facts.preprocess or PREPROCESS
+    if len(preprocess.mean) != spec.in_chans:
+        preprocess = replace(PREPROCESS, mean=[0.5] * spec.in_chans, std=[0.5] * spec.in_chans)
+    if preprocess is not facts.preprocess:
+        assumed.append(f"images are prepared as DINO's were ({preprocess})")
+    if assumed:
+        logger.info("%s does not tell all of its network; taken for granted: %s", file, "; ".join(assumed))
+    return _loaded(content, spec, preprocess, str(file))
+
+
+def _loaded(content: layouts.Contents, spec: Spec, preprocess: Preprocess, source: str) -> Backbone:
+    layout = content.layout or family_of(spec).title
+    backbone = built(spec, content.tensors, f"{source} ({layout}'s layout)")
     load_strictly(backbone, content.tensors, f"{source} ({layout}'s layout)")
     if content.heads:
         logger.info("%s: %d tensors of heads are not part of the backbone", source, len(content.heads))
-    channels = spec.in_chans
-    if channels != len(preprocess.mean):
-        preprocess = replace(preprocess, mean=[0.5] * channels, std=[0.5] * channels)
     backbone.preprocess = preprocess
     backbone.description = {"source": source, "layout": layout, "spec": family_of(spec).describe(spec)}
     return backbone.eval()
@@ -178,19 +188,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
         UserError: names what is missing, unexpected, or of another shape.
     """
     expected = module.state_dict()
-    missing = sorted(expected.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - expected.keys())
-    shapes = []
-    for name in sorted(expected.keys() & tensors.keys()):
-        if tensors[name].shape != expected[name].shape:
-            shapes.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
-    if missing or unexpected or shapes:
-        problems = [
-            f"{len(names)} {what}: {', '.join(names[:3])}{' …' if names[3:] else ''}"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if names
-        ]
-        raise UserError(f"{source} does not fit the model, {'; '.join(problems)}")
+    require_match(expected, tensors, source)
     module.load_state_dict(tensors)
     logger.info("%s: %d of %d tensors matched", source, len(expected), len(expected))
 
@@ -207,8 +205,8 @@ def copy_weights(backbone: Backbone, network: Backbone, source: str) -> None:
 
 def random_like(backbone: Backbone) -> Backbone:
     """The same architecture as it was before training."""
-    training = backbone.description.get("training", {"seed": 0, "initialisation": "published"})
-    torch.manual_seed(training["seed"])
-    blank = build(backbone.spec, ModelConfig(weight_init=training["initialisation"]))
+    training = backbone.description.get("training", {})
+    torch.manual_seed(training.get("seed", 0))
+    blank = build(backbone.spec, ModelConfig(weight_init=training.get("initialisation", "published")))
     blank.preprocess, blank.description = backbone.preprocess, backbone.description
     return blank.eval()

@@ -65,8 +65,8 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> State:
     return state
 
 
-def to_hugging_face(state: Mapping[str, Tensor], layer_scale: bool) -> State:
-    """A state of Dinov2Model or Dinov2WithRegistersModel, or without LayerScale of ViTModel."""
+def to_hugging_face(state: Mapping[str, Tensor]) -> State:
+    """A state of Dinov2Model or Dinov2WithRegistersModel."""
     parts: State = {}
     for name, tensor in state.items():
         if ".attn.qkv." in name:
@@ -74,8 +74,7 @@ def to_hugging_face(state: Mapping[str, Tensor], layer_scale: bool) -> State:
                 parts[name.replace("attn.qkv", part)] = rows.clone()
         else:
             parts[name] = tensor
-    in_block = HUGGING_FACE_BLOCK if layer_scale else HUGGING_FACE_BLOCK | VIT_MODEL_BLOCK
-    return _renamed(parts, blocks="encoder.layer", outside=HUGGING_FACE, in_block=in_block)
+    return _renamed(parts, blocks="encoder.layer", outside=HUGGING_FACE, in_block=HUGGING_FACE_BLOCK)
 
 
 def from_timm(tensors: Mapping[str, Tensor]) -> State:
