@@ -26,8 +26,10 @@ REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 OF_SCRIPTS = {"train/pretrain.py": "train", "train/curate.py": "curate"}
 OTHERS = ("pip", "sbatch", "kubectl", "make", "docker", "git")  # programs of others
-RUN_SETTINGS = {key for name in METHODS for key in leaves(Config(objective=method_settings(name)))}
-CURATION_SETTINGS = set(leaves(CurateConfig()))
+OWNERS: dict[str, str] = {}  # by setting: "curation", or a method that has it, DINO if it does
+OWNERS |= dict.fromkeys(leaves(CurateConfig()), "curation")
+for _name in [*(name for name in METHODS if name != "dino"), "dino"]:
+    OWNERS |= dict.fromkeys(leaves(Config(objective=method_settings(_name))), _name)
 
 
 class Parsed(Exception):
@@ -96,7 +98,7 @@ def test_commands_are_found():
 def settings_of(page: Path) -> Iterator[tuple[str, str]]:
     """The settings that a page names in its text, with values where it gives any."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
-    groups = "|".join({key.split(".")[0] for key in RUN_SETTINGS | CURATION_SETTINGS})
+    groups = "|".join({key.split(".")[0] for key in OWNERS})
     for code in re.findall(r"`([^`]+)`", text):
         yield from re.findall(rf"(?<![/\w.])((?:{groups})\.(?!py\b|dir\b)[a-z_]+)(?![\w(])(?:=([^\s;]+))?", code)
 
@@ -106,11 +108,15 @@ def test_settings_in_the_text_exist_and_may_have_these_values(page):
     values: dict[str, set[str]] = {}
     for key, value in settings_of(page):
         values.setdefault(key, set()).update([value] if value and value[0] not in "[{…" else [])
-    assert values.keys() - RUN_SETTINGS - CURATION_SETTINGS == set()
+    assert values.keys() - OWNERS.keys() == set()
     while values := {key: rest for key, rest in values.items() if rest}:  # each round a value of every setting
         given = {key: rest.pop() for key, rest in values.items()}
-        for schema, keys in ((Config, RUN_SETTINGS), (CurateConfig, CURATION_SETTINGS)):
-            tree = read(schema, None, [f"{key}={value}" for key, value in given.items() if key in keys])
+        for owner in {OWNERS[key] for key in given}:
+            settings = [f"{key}={value}" for key, value in given.items() if OWNERS[key] == owner]
+            if owner == "curation":
+                tree = read(CurateConfig, None, settings)
+            else:
+                tree = read(Config, None, settings if owner == "dino" else [f"objective.name={owner}", *settings])
             assert [problem for problem in out_of_bounds(tree) if problem.split()[0] in given] == []
 
 
@@ -121,7 +127,7 @@ def test_the_page_of_settings_has_every_one():
     finally:
         sys.path.pop(0)
     names = set(re.findall(r"^`([\w.]+)` .+\n:   \w", page, re.M))
-    assert (RUN_SETTINGS | CURATION_SETTINGS) - names == set()
+    assert OWNERS.keys() - names == set()
 
 
 def test_kubernetes_job_names_what_exists():
