@@ -3,15 +3,12 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from launching import LONGEST, REPOSITORY, TINY, Runs, losses
+from launching import REPOSITORY, TINY, Runs, losses
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoModel
@@ -22,8 +19,13 @@ pytestmark = pytest.mark.slow
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS_OF_README = ["train", "knn", "visualize", "export"]
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
-OMNIGLOT = "configs/omniglot_cpu.yaml"
+OMNIGLOT = (  # of docs/evaluating.md and the recipe's header
+    "dino train omniglot_cpu data.root=images_background.zip",
+    "dino omniglot --weights runs/omniglot --data images_background.zip --out runs/omniglot",
+)
+SCRIPTS = {"train": "train/pretrain.py", "curate": "train/curate.py"}  # others are those of eval/
 SMALL = [setting for setting in TINY if not setting.startswith("data.kind")]
 
 
@@ -46,84 +48,53 @@ def places(tmp_path_factory) -> dict[str, str]:
     return {
         "path/to/images": str(images),
         "path/to/labelled": str(labelled),
-        "runs/pictures": str(folder / "pictures"),
-        "runs/embeddings.parquet": str(folder / "embeddings.parquet"),
-        "runs/exported": str(folder / "exported"),
         "images_background.zip": str(archive),
-        **{f"runs/{name}": str(folder / name) for name in ("mine", "dinov2", "continued", "student", "balanced")},
-        "runs/curated": str(folder / "curated"),
-        "runs/curated/manifest.parquet": str(folder / "curated" / "manifest.parquet"),
-        "runs/omniglot": str(folder / "omniglot"),
+        **{f"runs/{name}": str(folder / name) for name in ("mine", "pictures", "exported", "omniglot")},
     }
 
 
 def run(runs: Runs, command: str, places: dict[str, str]) -> str:
-    """What a command prints: one that a launcher starts in a process of its own if it is a dry run, all others here."""
+    """What a command prints."""
     words = shlex.split(command)
-    if "train/pretrain.py" in words and "--help" not in words:
+    if words[1] == "train":
         words += SMALL
-        words += ["train.epochs=1", f"run.dir={places['runs/omniglot']}"] if OMNIGLOT in words else ["train.steps=2"]
+        words += ["train.epochs=1", f"run.dir={places['runs/omniglot']}"] if command in OMNIGLOT else ["train.steps=2"]
     for name, place in places.items():
         words = [re.sub(rf"(?<![\w/]){re.escape(name)}(?![\w/])", place, word) for word in words]
-    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
-    assert words[:script] in (["accelerate", "launch"], ["python"])
-    if "--dry-run" in words:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", *words[script:]]
-        options = {"cwd": REPOSITORY, "env": runs.environment(), "capture_output": True, "text": True}
-        done = subprocess.run(launcher, stdin=subprocess.DEVNULL, timeout=LONGEST, **options)
-    else:
-        done = runs.here(REPOSITORY / words[script], *words[script + 1 :])
+    assert words[0] == "dino"
+    done = runs.here(REPOSITORY / SCRIPTS.get(words[1], f"eval/{words[1]}.py"), *words[2:])
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     return done.stdout
 
 
-def test_commands_are_found():
-    assert sum("train/pretrain.py" in command for command in COMMANDS) == 7
-    assert sum("train/curate.py" in command for command in COMMANDS) == 1
-    assert sum("eval/" in command for command in COMMANDS) == 6
+def test_commands_are_found_and_so_are_the_files_that_are_linked():
+    assert [command.split()[1] for command in COMMANDS if command.startswith("dino")] == COMMANDS_OF_README
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    assert len(links) > 10
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
 
 
-def test_pretraining_and_use(runs, places):
-    for command in COMMANDS:
-        if "train/" in command and OMNIGLOT not in command:
-            run(runs, command, places)
-    for name in ("mine", "dinov2", "continued", "student", "balanced"):
-        assert (Path(places[f"runs/{name}"]) / "backbone.safetensors").exists()
+def test_first_run_and_its_use(runs, places):
+    printed = {command.split()[1]: run(runs, command, places) for command in COMMANDS if command.startswith("dino")}
+    assert (Path(places["runs/mine"]) / "backbone.safetensors").exists()
+    assert "knn/top1_k10" in printed["knn"]
+    assert "10 classes" in printed["knn"]
+    for name in ("attention", "pca", "foreground", "neighbours", "map"):
+        with Image.open(Path(places["runs/pictures"]) / f"{name}.png") as picture:
+            assert picture.width > 200
+    assert "class tokens differ by at most" in printed["export"]
+    exported = AutoModel.from_pretrained(places["runs/exported"])
+    assert exported.config.hidden_size == 32
     code = next(block for language, block in BLOCKS if language == "python")
     found: dict = {}
     exec(code.replace("runs/mine", places["runs/mine"]), found)
     assert found["class_tokens"].shape == (2, 32)
     assert found["patches"].shape == (2, 4, 32)
-    assert "train.batch_size" in run(runs, "python train/pretrain.py --help", places)
-
-
-def test_judging(runs, places):
-    """Every readout of the run that `test_pretraining_and_use` has left; it makes one if run alone."""
-    if not (Path(places["runs/mine"]) / "backbone.safetensors").exists():
-        data = ("data.kind=folder", f"data.root={places['path/to/images']}")
-        runs.finish(f"run.dir={places['runs/mine']}", *data, "train.steps=2")
-    printed = {}
-    for command in COMMANDS:
-        if "eval/" in command and "omniglot" not in command:
-            printed[command.split()[1].split("/")[1]] = run(runs, command, places)
-    assert "knn/top1_k10" in printed["knn.py"]
-    assert "10 classes" in printed["knn.py"]
-    assert {"linear/sweep", "linear/logistic", "few/1_knn"} <= set(printed["linear.py"].split())
-    for name in ("attention", "pca", "foreground", "neighbours", "map"):
-        with Image.open(Path(places["runs/pictures"]) / f"{name}.png") as picture:
-            assert picture.width > 200
-    table = pq.read_table(places["runs/embeddings.parquet"])
-    assert table.num_rows == 400
-    assert len(table["embedding"][0]) == 32
-    assert "class tokens differ by at most" in printed["export.py"]
-    exported = AutoModel.from_pretrained(places["runs/exported"])
-    assert exported.config.hidden_size == 32
 
 
 def test_omniglot(runs, places):
-    for command in COMMANDS:
-        if "omniglot_cpu" in command or "eval/omniglot.py" in command:
-            printed = run(runs, command, places)
+    for command in OMNIGLOT:
+        printed = run(runs, command, places)
     out = Path(places["runs/omniglot"])
     results = json.loads((out / "results.json").read_text())
     assert [row[0] for row in results["rows"]] == ["chance", "raw pixels", "untrained ViT 32×2/4", out.name]
@@ -139,7 +110,7 @@ def test_demo_readout(runs, tmp_path):
     """What `make demo` does after training; the table's pre-trained row is there, and its report shows the table."""
     demo = tmp_path / "demo"
     runs.finish(f"run.dir={demo}", "train.steps=3")
-    printed = run(runs, f"python eval/digits.py --run {demo}", {})
+    printed = run(runs, f"dino digits --run {demo}", {})
     results = json.loads((demo / "results.json").read_text())
     assert list(results["accuracy"]) == ["raw pixels", "untrained ViT", "pretrained ViT"]
     assert results["accuracy"]["raw pixels"]["knn"]["mean"] == pytest.approx(0.912, abs=0.005)
