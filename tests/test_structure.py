@@ -90,7 +90,19 @@ def test_text_is_read_and_written_in_a_named_encoding(module):
         if isinstance(node, ast.Call) and "encoding" not in [keyword.arg for keyword in node.keywords]:
             called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
             mode = node.args[-1].value if node.args and isinstance(node.args[-1], ast.Constant) else ""
-            is_text = called == "open" and (not node.args or mode in ("r", "w", "a", "x"))
+            is_text = called == "open" and (not (node.args or node.keywords) or mode in ("r", "w", "a", "x"))
             if is_text or called == "write_text" or (called == "read_text" and not node.args):
                 nameless.append(ast.unparse(node))
     assert nameless == []
+
+
+@pytest.mark.parametrize("room", [module.removesuffix("/__init__") for module in FILES if module.endswith("/__init__")])
+def test_no_name_that_a_room_hands_on_is_that_of_another_file_of_it(room):
+    """Whoever imports that file would put it in place of the name, for all others too."""
+    names, sources = set(), set()
+    for node in ast.walk(ast.parse(FILES[f"{room}/__init__"].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module != f"dino.{room.replace('/', '.')}":
+            names |= {alias.asname or alias.name for alias in node.names}
+            sources.add((node.module or "").rpartition(".")[2])  # what the room itself imports lies beneath its names
+    files = {path.stem for path in (PACKAGE / room).glob("*.py")}
+    assert names & files <= sources

@@ -10,7 +10,7 @@ from typing import Any
 
 from dino.config.read import dump, get, leaves
 from dino.config.schema import Config
-from dino.data.fingerprint import difference
+from dino.data.identity import difference
 from dino.errors import UserError
 from dino.files import write_text
 from dino.run import RunDirectory, whole_checkpoints
@@ -163,7 +163,7 @@ def prepare(directory: RunDirectory, config: Config, step: int) -> None:
 
 
 def refuse_other_images(before: Mapping[str, Any], now: Mapping[str, str], checkpoint: Path) -> None:
-    """Raise a `UserError` if a checkpoint was made with other images; both by `dino.data.fingerprint.facts`."""
+    """Raise a `UserError` if a checkpoint was made with other images; both by `dino.data.identity.facts`."""
     if changed := difference(before, now):
         raise UserError(
             f"the images are not those that {checkpoint} was made with ({changed}): restore them, or start a new run "

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from dino.config.schema import Config
 from dino.data import Pool, fingerprint, samples_per_epoch
-from dino.data.fingerprint import facts as image_facts
+from dino.data.identity import facts as image_facts
 from dino.methods import METHODS, Outside
 from dino.methods.ema import synchronise_buffers
 from dino.models import Backbone

@@ -11,7 +11,7 @@ from test_best import SETTINGS
 
 import dino
 from dino.data import open_images
-from dino.data.fingerprint import difference, facts
+from dino.data.identity import difference, facts
 from dino.errors import UserError
 from dino.report.run import Reporter
 
