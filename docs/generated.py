@@ -31,15 +31,14 @@ def settings() -> str:
 def _settings() -> Iterator[str]:
     yield ABOUT_SETTINGS
     yield "## Training: `dino train`\n"
-    for name in METHODS:
-        config = Config(objective=method_settings(name))
-        groups = [field.name for field in dataclasses.fields(config)]
-        if name != "dino":
-            groups = ["objective"]
-        for group in groups:
-            title = f"`objective` with `objective.name={name}`" if group == "objective" else f"`{group}`"
-            yield from _group(config, group, title)
-    yield "An entry of `train.phases`:\n"
+    for group in dataclasses.fields(Config):
+        if group.name != "objective":
+            yield from _group(Config(), group.name, f"`{group.name}`")
+            continue
+        for name in METHODS:
+            config = Config(objective=method_settings(name))
+            yield from _group(config, "objective", f"`objective` with `objective.name={name}`")
+    yield "### an entry of `train.phases`\n"
     yield from _list(
         [(Leaf(field.name, (field.type,), field.metadata), field.default) for field in dataclasses.fields(Phase)]
     )
