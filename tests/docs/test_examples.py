@@ -78,4 +78,4 @@ def test_hugging_face(labelled, monkeypatch, capsys):
     run(monkeypatch, "finetune_huggingface.py", exported(monkeypatch, "huggingface"), labelled, 4)
     first, *_, last = losses(capsys.readouterr().out)
     assert last < first
-    assert load_file("finetuned/model.safetensors")["classifier.weight"].shape == (2, 16)
+    assert load_file("finetuned/model.safetensors")["classifier.weight"].shape == (2, 32)  # class token and mean patch
