@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import dino
 from dino.errors import UserError
+from dino.files import without_controls
 
 COMMANDS = {  # name to what it does; each is a file of dino/commands with a main()
     "train": "pre-train a vision backbone on a folder of unlabelled images",
@@ -56,6 +57,8 @@ def main(command: str | None = None) -> None:
 def run(work: Callable[[], None]) -> None:
     """Call `work`; print a `UserError` as `error: …` (once, whichever process has to say it) and exit with code 2."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(harmless)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
@@ -63,7 +66,7 @@ def run(work: Callable[[], None]) -> None:
         work()
     except UserError as error:
         if error.alone or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {without_controls(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -74,3 +77,9 @@ def run(work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what was saved, or else from the beginning", file=sys.stderr)
         sys.exit(130)
+
+
+def harmless(record: logging.LogRecord) -> bool:
+    """A filter that lets every message pass, without what steers a terminal: names of files can hold anything."""
+    record.msg, record.args = without_controls(record.getMessage()), None
+    return True

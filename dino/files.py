@@ -112,6 +112,11 @@ def shown(name: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
+def without_controls(text: str) -> str:
+    """Text of one or more lines in which everything else that steers a terminal is escaped."""
+    return "\n".join("\t".join(map(shown, line.split("\t"))) for line in text.split("\n"))
+
+
 def cache_directory() -> Path:
     """Where downloads are kept: DINO_CACHE, else ~/.cache/dino-pretrain (XDG_CACHE_HOME is honoured)."""
     if given := os.environ.get("DINO_CACHE"):

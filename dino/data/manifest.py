@@ -14,10 +14,11 @@ from dino.data.sources.several import absolute
 from dino.data.sources.source import Names
 from dino.data.sources.storage import is_remote
 from dino.errors import UserError
-from dino.files import replacing
+from dino.files import replacing, require_regular, shown
 
 METADATA_KEY = b"dino"
 BESIDE = '{"root": ".", "kind": "folder"}'
+MOST_DRAWS = 1000  # of an image in an epoch, on average
 COLUMNS = ["path", "kept", "weight"]
 
 
@@ -68,29 +69,55 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises `UserError` for what is no manifest, or has weights that cannot be sampled by.
     """
     try:
+        require_regular(Path(path))
         with pq.ParquetFile(path) as file:
-            if missing := set(COLUMNS) - set(file.schema_arrow.names):
-                raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
+            require_rows(file, path)
+            schema = file.schema_arrow
+        if missing := set(COLUMNS) - set(schema.names):
+            raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
+        # Text that repeats stays packed, as in the file, until it is known that no name comes twice.
+        packed = ["path"] if schema.field("path").type in (pa.string(), pa.large_string()) else []
+        with pq.ParquetFile(path, read_dictionary=packed) as file:
             table = file.read(columns=COLUMNS)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from error
+    except (OSError, pa.ArrowException, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a manifest: {shown(reason)}") from error
     try:
         facts = json.loads((table.schema.metadata or {}).get(METADATA_KEY, BESIDE))
         root, kind, samples = str(facts["root"]), str(facts["kind"]), float(facts.get("draws", 0))
-    except (KeyError, ValueError, TypeError) as error:
+        if not 0 <= samples < float("inf"):
+            raise ValueError(f"{samples} draws")
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: what it says of its images is damaged: write it by train/curate.py") from error
     if not pa.types.is_boolean(table["kept"].type):
         raise UserError(f"{path}: kept must be true or false, got {table['kept'].type}")
     names, weights = _kept(table, path)
     if root and not (Path(root).is_absolute() or is_remote(root) or root.startswith("[")):
         root = str(Path(path).resolve().parent / root)
-    return Manifest(root, kind, names, weights * ((samples or len(weights)) / weights.sum()))
+    samples = samples or len(weights)
+    if samples > MOST_DRAWS * len(weights):
+        raise UserError(f"{path}: an epoch would draw {samples:.3g} samples of {len(weights):,} images")
+    return Manifest(root, kind, names, weights / weights.sum() * samples)
+
+
+def require_rows(file: pq.ParquetFile, path: str | Path) -> None:
+    """Raise `UserError` for a file that becomes far larger when it is read, by what it says of its columns."""
+    facts, size = file.metadata, os.path.getsize(path)
+    unpacked = sum(
+        facts.row_group(group).column(column).total_uncompressed_size
+        for group in range(facts.num_row_groups)
+        for column in range(facts.num_columns)
+    )
+    if facts.num_rows > 8 * size + 1000 or unpacked > 100 * size + 2**26:
+        raise UserError(f"{path}: {facts.num_rows:,} rows of {unpacked:,} bytes in a file of {size:,} are no manifest")
 
 
 def _kept(table: pa.Table, path: str | Path) -> tuple[pa.Array, np.ndarray]:
     """Names and weights of the images that are kept with a weight above 0."""
     table = table.filter(table["kept"].fill_null(False))
     try:
+        if len(pc.unique(table["path"])) < len(table):
+            raise UserError(f"{path} names some images twice")
         names = table["path"].cast(pa.large_string()).combine_chunks()
         weights = table["weight"].to_numpy().astype(np.float64)
     except pa.ArrowException as error:
@@ -101,8 +128,12 @@ def _kept(table: pa.Table, path: str | Path) -> tuple[pa.Array, np.ndarray]:
     if len(wrong):
         raise UserError(
             f"{path}: the weight of {len(wrong):,} kept image(s) is {weights[wrong[0]]}, for example of "
-            f"{names[wrong[0]]}: weights are numbers from 0 on"
+            f"{shown(str(names[wrong[0]]))}: weights are numbers from 0 on"
         )
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not np.isfinite(total):
+        raise UserError(f"{path}: the weights, up to {weights.max():.3g}, add up to more than a number can be")
     above_zero = weights > 0
     if not above_zero.any():
         raise UserError(f"{path} keeps no image with a weight above 0")
@@ -120,7 +151,7 @@ def rows_of(manifest: Manifest, names: pa.Array, path: str | Path) -> np.ndarray
         missing = manifest.names.filter(rows.is_null())
         raise UserError(
             f"{path}: {len(missing):,} of {len(rows):,} images are not in {manifest.root or manifest.kind}, "
-            f"for example {missing[0]}: put them back, or curate what is there now"
+            f"for example {shown(str(missing[0]))}: put them back, or curate what is there now"
         )
     if len(rows.unique()) < len(rows):
         raise UserError(f"{path} names some images twice")

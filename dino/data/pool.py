@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import logging
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,8 +36,9 @@ class Labels(Sequence[str]):
     def __init__(self, labels: pa.DictionaryArray, indices: np.ndarray | None):
         codes = labels.indices.to_numpy() if indices is None else labels.indices.to_numpy()[indices]
         in_use, code_in_use = np.unique(codes, return_inverse=True)
-        names = Names(labels.dictionary, in_use)[:]
-        self.classes = sorted(names)
+        # One name may be written in two ways, é as one letter or as two: macOS and Linux differ in that.
+        names = [unicodedata.normalize("NFC", name) for name in Names(labels.dictionary, in_use)[:]]
+        self.classes = sorted(set(names))
         self.codes = np.searchsorted(self.classes, names).astype(np.int32)[code_in_use]
 
     def __len__(self) -> int:
@@ -155,6 +157,7 @@ def open_images(
     channels: int | str = "auto",
     transform: Transform | None = None,
     limits: Limits = LIMITS,
+    manifests: tuple[str, ...] = (),
 ) -> Pool:
     """Open a pool of images.
 
@@ -166,6 +169,7 @@ def open_images(
         transform: uint8 (C, H, W) to uint8 (C, H, W), done to every image that is read: cropping, resizing. What it
             gives must not differ from time to time, or no run can be repeated; augmentation is what views are for.
         limits: on an image's pixels, and on a file's bytes.
+        manifests: by which it was come here; none of them is opened again.
 
     Raises:
         UserError: nothing there, or no image in it.
@@ -179,14 +183,16 @@ def open_images(
     roots = roots_of(root)
     if len(roots) > 1 or roots[0] != root:
         kind = "auto" if kind == "several" else kind
-        pools = [open_images(part, kind, channels, limits=limits) for part in roots]
+        pools = [open_images(part, kind, channels, limits=limits, manifests=manifests) for part in roots]
         if len({pool.channels for pool in pools}) > 1:
             raise UserError(f"{root}: images of 1 and of 3 channels: say which to make of them with data.channels")
         return Pool(SeveralSource(roots, pools), "several", pools[0].channels, transform=transform, limits=limits)
     if kind == "manifest" or (kind == "auto" and is_manifest(root)):
         _require_root(root)
-        manifest = read_manifest(root)
-        pool = open_images(manifest.root, manifest.kind, channels, transform, limits)
+        if os.path.realpath(root) in manifests:
+            raise UserError(f"{root} is a manifest that leads to itself: curate its images anew")
+        manifest, manifests = read_manifest(root), (*manifests, os.path.realpath(root))
+        pool = open_images(manifest.root, manifest.kind, channels, transform, limits, manifests)
         return pool.subset(rows_of(manifest, pool.names.packed(), root), "manifest", manifest.weights)
     kind = _kind_of(root, kind)
     opener = SOURCES[kind]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dino.data import Pool, read_or_reason
 from dino.distributed import cores
-from dino.files import cache_directory, replacing
+from dino.files import cache_directory, replacing, shown
 from dino.models import Backbone
 from dino.models.weights import weights_digest
 from dino.precision import inference, inference_precision
@@ -138,7 +138,7 @@ def extract(
     parts = [Features(np.empty((0, blocks, width), np.float32), np.empty((0, width), np.float32), own_rows[:0])]
     for rows, batch in zip(batches, bar, strict=True):
         for index, reason in batch.reasons.items() if title is not None else ():
-            logger.warning("left out: %s: %s", images.names[index], reason)
+            logger.warning("left out: %s: %s", shown(images.names[index]), reason)
         if batch.inputs:
             with inference(device, precision):
                 tokens, patch_means = _outputs(backbone, torch.stack(batch.inputs).to(device), blocks)

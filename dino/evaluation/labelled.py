@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ def _codes_among(classes: list[str], images: Pool, data: str) -> np.ndarray:
     if images.labels is not None and known.issuperset(images.labels.classes):
         return np.searchsorted(classes, images.labels.classes)[images.labels.codes]
     root = os.path.basename(os.path.abspath(os.path.expanduser(data)))
-    paths = [[root, *name.split("/")[:-1]] for name in images.names]
+    paths = [unicodedata.normalize("NFC", f"{root}/{name}").split("/")[:-1] for name in images.names]
     for level in range(min(map(len, paths)) - 1, -1, -1):
         if known.issuperset(path[level] for path in paths):
             return np.searchsorted(classes, [path[level] for path in paths])

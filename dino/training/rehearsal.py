@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dino.data import read_or_reason
 from dino.errors import UserError
+from dino.files import shown
 from dino.report.facts import duration
 from dino.training.faults import raise_if_broken
 from dino.training.loader import Batches
@@ -82,7 +83,7 @@ def check_images(batches: Batches) -> None:
     for index in sample:
         _, reason = read_or_reason(batches.images, index)
         if reason:
-            unreadable.append(f"  {names[index]}: {reason}")
+            unreadable.append(f"  {shown(names[index])}: {reason}")
     print(f"read {len(sample):,} of {len(names):,} images, {len(unreadable)} unreadable")
     print(*unreadable[:20], sep="\n")
     if len(unreadable) > limit * len(sample):

@@ -4,6 +4,7 @@ import logging
 
 from dino.data import Pool, read_or_reason
 from dino.errors import UserError
+from dino.files import shown
 from dino.run import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Skipped:
         listing = f"; all are listed in {self.directory.skipped}" if self.directory else ""
         return UserError(
             f"{count} of {total:,} images ({count / total:.1%}) cannot be read, more than "
-            f"data.max_unreadable={self.limit:g} allows, for example {name}: {reason}{listing}. "
+            f"data.max_unreadable={self.limit:g} allows, for example {shown(name)}: {reason}{listing}. "
             "Mend or remove them, or raise data.max_unreadable"
         )
 

@@ -1,5 +1,6 @@
 """The manifest: what is written is what training samples by, and what cannot be sampled by is told."""
 
+import json
 import os
 
 import numpy as np
@@ -164,3 +165,53 @@ def test_what_is_no_manifest_is_told(path, content, message):
         pq.write_table(content if isinstance(content, pa.Table) else pa.table(content), path)
     with pytest.raises(UserError, match=message):
         open_images(path)
+
+
+class TestFromStrangers:
+    def test_one_that_leads_to_itself(self, pool, path, tmp_path):
+        other = tmp_path / "other.parquet"
+        write(other, path, kind="manifest")
+        write(path, other, kind="manifest")
+        for start in (path, other):
+            with pytest.raises(UserError, match="leads to itself"):
+                open_images(start)
+        write(write(pool, other), path, kind="manifest")
+        assert len(open_images(path).names) == 5
+
+    @pytest.mark.parametrize("draws", [1e18, float("nan"), float("inf"), -1, "many", [1], 10**400])
+    def test_draws_that_cannot_be(self, pool, path, draws):
+        table = pq.read_table(write(pool, path))
+        facts = json.dumps({"root": str(pool), "kind": "folder", "draws": draws}).encode()
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: facts}), path)
+        with pytest.raises(UserError, match=r"draw|damaged"):
+            open_images(path)
+
+    def test_weights_that_add_up_to_more_than_a_number(self, pool, path):
+        with pytest.raises(UserError, match="add up to more"):
+            pq.write_table(pa.table({"path": NAMES, "kept": [True] * 5, "weight": [1.7e308] * 5}), path)
+            open_images(path)
+
+    def test_rows_that_take_no_room_in_the_file(self, path):
+        """Two million equal rows in a few kilobytes: each would be a name of 10,000 letters."""
+        count = 2_000_000
+        name = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array(["x" * 10_000]))
+        columns = {"path": name, "kept": pa.array(np.ones(count, bool)), "weight": pa.array(np.ones(count))}
+        pq.write_table(pa.table(columns), path)
+        with pytest.raises(UserError, match="are no manifest"):
+            open_images(path)
+
+    def test_repeated_names_stay_packed(self, pool, path):
+        names = [*("y" * 100_000 for _ in range(400)), *(f"{index:0300x}" for index in range(2000))]
+        pq.write_table(pa.table({"path": names, "kept": [True] * 2400, "weight": [1.0] * 2400}), path)
+        with pytest.raises(UserError, match="twice"):
+            open_images(path)
+
+    def test_a_pipe_is_no_manifest(self, path):
+        os.mkfifo(path)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_manifest(path)
+
+    def test_names_that_steer_a_terminal_are_shown_as_text(self, pool, path):
+        with pytest.raises(UserError) as refused:
+            open_images(write(pool, path, names=["a\x1b[2J\n.png", *NAMES[1:]]))
+        assert "a\\x1b[2J\\n.png" in str(refused.value)
