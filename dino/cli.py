@@ -24,6 +24,7 @@ COMMANDS = {  # name to what it does; each is a file of dino/commands with a mai
     "embed": "write features of images to a table",
     "export": "write a backbone for timm, Hugging Face or ONNX",
     "report": "write a run's page anew, or lay runs side by side",
+    "dashboard": "make a W&B workspace for a run's project",
     "runs": "list runs with their state and best figures",
 }
 HELP = "usage: dino COMMAND …; dino COMMAND --help says more\n\n" + "\n".join(
