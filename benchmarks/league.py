@@ -106,11 +106,12 @@ def main() -> None:
     ]
     for seed in range(arguments.seeds):
         for condition in CONDITIONS:
-            plan += [task(arguments, condition, *pair, seed, ledger.best(*pair, arguments.search)) for pair in pairs]
+            plan += [task(arguments, condition, *pair, seed, ledger.best(*pair, arguments)) for pair in pairs]
     run_all(plan, ledger, arguments)
-    (arguments.out / "league.md").write_text(table(ledger.lines))
-    print(table(ledger.lines))
-    draw(ledger.lines, arguments.out / "league.png")
+    lines = [line for line in ledger.lines if line["scale"] == arguments.scale]
+    (arguments.out / "league.md").write_text(table(lines))
+    print(table(lines))
+    draw(lines, arguments.out / "league.png")
 
 
 class Ledger:
@@ -128,13 +129,12 @@ class Ledger:
     def has(self, wanted: dict[str, Any]) -> bool:
         return any(all(line[key] == value for key, value in wanted.items()) for line in self.lines)
 
-    def best(self, pool: str, method: str, searched: bool) -> int:
+    def best(self, pool: str, method: str, arguments: argparse.Namespace) -> int:
         """The trial with the best nearest neighbours; the first without a search."""
-        if not searched:
+        if not arguments.search:
             return 0
-        trials = [
-            line for line in self.lines if (line["condition"], line["set"], line["method"]) == ("search", pool, method)
-        ]
+        wanted = {"condition": "search", "set": pool, "method": method, "scale": arguments.scale}
+        trials = [line for line in self.lines if all(line[key] == value for key, value in wanted.items())]
         return max(trials, key=lambda line: line["knn"])["trial"]
 
 
@@ -221,7 +221,8 @@ def settings_of(pool: str, method: str, scale: float) -> dict[str, Any]:
     if method not in WITHOUT_TEACHER:  # the shorter a run, the faster a teacher (Grill et al. 2020, §3.3 and appendix)
         momentum = min(0.996, 1 - 0.05 / max(0.5, scale))
         settings |= {"objective.teacher_momentum": momentum, "objective.teacher_momentum_end": momentum}
-    return settings | ({"views.preset": "line_art"} if pool == "omniglot" else {})
+    drawings = {"views.preset": "line_art", "views.mean": "[0.92]", "views.std": "[0.27]"}  # as omniglot_cpu
+    return settings | (drawings if pool == "omniglot" else {})
 
 
 def seconds_of_steps(trainer: Trainer, steps: int) -> list[float]:
