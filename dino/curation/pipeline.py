@@ -16,6 +16,7 @@ from dino.curation.duplicates import Copies, find_copies
 from dino.curation.embed import Embedded, embed
 from dino.curation.settings import CurateConfig, Duplicates
 from dino.curation.stage import Stage
+from dino.curation.thumbnails import SIDE
 from dino.data import Pool, fingerprint, open_images, stamp
 from dino.data.manifest import printable
 from dino.distributed import cores
@@ -91,7 +92,7 @@ def embed_pool(work: Surroundings, images: Pool, name: str) -> Embedded:
     """Class tokens of a pool, in RUN/`name`."""
     settings, backbone, accelerator = work.config.embed, work.backbone, work.accelerator
     workers = min(16, cores() - 1) if settings.workers == "auto" else int(settings.workers)
-    content = [fingerprint(images), stamp(images), repr(backbone.preprocess)]
+    content = [fingerprint(images), stamp(images), repr(backbone.preprocess), f"thumbnails of {SIDE}"]
     key = [weights_digest(backbone), *content, str(accelerator.mixed_precision)]
     return embed(
         Stage(work.directory / name, key, accelerator), backbone, images, settings.batch_size, workers, accelerator
