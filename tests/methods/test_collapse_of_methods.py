@@ -10,6 +10,8 @@ from dino.config.schema import Config
 from dino.monitor.health import Health
 from dino.monitor.verdict import judge
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 LEARNING = {
     "views.local_crops": 0,
