@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dino.config.schema import Config
 from dino.data import Pool
 from dino.errors import UserError
-from dino.methods.dino_settings import AUTO_RULES, REMEDIES, Settings, problems
+from dino.methods.dino_settings import AUTO_RULES, REMEDIES, Settings, doubts, problems
 from dino.methods.distill import FrozenTeacher
 from dino.methods.ema import update_average
 from dino.methods.heads import DINOHead
@@ -189,6 +189,10 @@ class DINO(Method):
     @classmethod
     def problems(cls, config: Config) -> Iterator[str]:
         return problems(config)
+
+    @classmethod
+    def doubts(cls, config: Config) -> Iterator[str]:
+        return doubts(config)
 
     @classmethod
     def describe(cls, config: Config) -> str:

@@ -160,10 +160,27 @@ AUTO_RULES: dict[str, Rule] = {
     "objective.teacher_momentum_end": _teacher_momentum_end,
     "objective.freeze_last_layer_steps": _freeze_last_layer,
 }
-REMEDIES = {  # published, for what the verdict may find
+REMEDIES = {  # published, for what the verdict may find; it leaves out what is so already
     "uniform": "a lower objective.teacher_temperature (0.02), objective.centering=sinkhorn, half of optim.lr with a "
-    "longer optim.warmup_steps; on small sets fewer objective.prototypes and objective.teacher_momentum=0.99",
-    "peaked": "objective.centering=sinkhorn, or a faster center (objective.center_momentum=0.9), and a higher "
-    "objective.teacher_temperature",
+    "longer optim.warmup_steps, on small sets fewer objective.prototypes, objective.teacher_momentum=0.99",
+    "peaked": "objective.centering=sinkhorn, a faster center (objective.center_momentum=0.9), a higher "
+    "objective.teacher_temperature (0.07)",
     "worse": "a lower optim.lr, a higher objective.teacher_momentum, milder views",
 }
+FEWEST_PROTOTYPES = 8
+
+
+def doubts(config: Config) -> Iterator[str]:
+    """What keeps runs from learning, each seen in benchmarks/verdicts.py (docs/health.md)."""
+    objective = config.objective
+    if objective.teacher_temperature >= objective.student_temperature:
+        yield (
+            f"objective.teacher_temperature={objective.teacher_temperature:g} is not below "
+            f"objective.student_temperature={objective.student_temperature:g}: targets must be the sharper ones"
+        )
+    if objective.centering == "center" and objective.center_momentum == 1:
+        yield "with objective.center_momentum=1 the center never moves: all images may come to have one target"
+    if objective.teacher_momentum < 0.5 and objective.distill is None:
+        yield f"with objective.teacher_momentum={objective.teacher_momentum:g} the teacher averages over no steps"
+    if objective.prototypes < FEWEST_PROTOTYPES:
+        yield f"objective.prototypes={objective.prototypes} tell no more kinds of images apart"

@@ -177,6 +177,11 @@ class Method:
         return iter(())
 
     @classmethod
+    def doubts(cls, config: Config) -> Iterator[str]:
+        """What in resolved settings keeps runs from learning, though it can be tried: the verdict names it."""
+        return iter(())
+
+    @classmethod
     def describe(cls, config: Config) -> str:
         """What is minimised, in words."""
         return config.objective.name

@@ -7,12 +7,24 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dino.config.schema import Config
+from dino.data import Pool, read_or_reason
 from dino.data.pool import Labels
 from dino.methods.method import Method, Seen
 from dino.monitor.indicators import INDICATORS, Indicator, Observed
+from dino.monitor.verdict import DISTINCT
 
 QUEUE = 2048  # newest class tokens, of this process, that rank and neighbours are taken from
+LOOKED_AT = 16  # images, whether they differ
+ALIKE = 0.5  # fraction of different ones, from which on it is said
 FEWEST = 64  # tokens, below which they say nothing
+
+
+def distinct_images(images: Pool) -> float:
+    """Which fraction of some images, spread over a pool, differ in a pixel; 1 where too few can be read to say so."""
+    count = len(images.names)
+    sample = [read_or_reason(images, index)[0] for index in range(0, count, -(-count // LOOKED_AT))]
+    contents = [(tuple(image.shape), image.numpy().tobytes()) for image in sample if image is not None]
+    return len(set(contents)) / len(contents) if len(contents) >= LOOKED_AT // 2 else 1.0
 
 
 class Health:
@@ -27,6 +39,7 @@ class Health:
         self.accelerator, self.config, self.method = accelerator, config, method
         self.measured = 0  # step of the newest measurement
         self.views = 0  # of all processes since then
+        self.distinct = 1.0  # fraction of the images that differ from each other, as `distinct_images` finds it
         device = accelerator.device
         self.labels, self.classes = None, 0
         if labels is not None:
@@ -82,7 +95,8 @@ class Health:
         if not values:
             return {}
         means = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean")
-        return dict(zip(values, means.tolist(), strict=True))
+        alike = {DISTINCT: self.distinct} if self.distinct <= ALIKE else {}
+        return {**dict(zip(values, means.tolist(), strict=True)), **alike}
 
     def names(self) -> list[str]:
         """The indicators of this run, by the names of the metrics, once enough was seen for all of them."""

@@ -12,7 +12,7 @@ from dino.data.identity import facts as image_facts
 from dino.methods import METHODS, Outside
 from dino.methods.ema import synchronise_buffers
 from dino.models import Backbone
-from dino.monitor.health import QUEUE, Health
+from dino.monitor.health import QUEUE, Health, distinct_images
 from dino.report.run import Reporter
 from dino.run import RunDirectory
 from dino.training import faults, launch, resume
@@ -104,6 +104,7 @@ class Trainer:
         self._prepare_directory(start)
         batches = Batches(config, self.images, accelerator, start, config.train.steps, directory)
         self.rebalancer.steer(batches.stream, start)
+        self.health.distinct = distinct_images(self.images) if accelerator.is_main_process else 1.0
         reporter = Reporter(directory, config, self.images, accelerator.is_main_process)
         backbone = whole_backbone(self.method.result, accelerator)
         width, best = self.method.student.backbone.embed_dim, Best(directory, config.train.keep_best)

@@ -6,6 +6,7 @@ Most of a short run is the import of torch: commands that need no process of the
 import importlib.util
 import io
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -140,7 +141,8 @@ def judged(runs, place) -> dict[str, tuple[CompletedProcess, dict]]:
     variables = {"WANDB_MODE": "offline", "WANDB_DIR": str(place.folder / "wandb"), "WANDB_SILENT": "true"}
     for name in ("knn", "linear"):
         out = place.folder / f"{name}.json"
-        words = (f"eval/{name}.py", "--weights", place.weights, "--data", place.images, "--out", out)
+        beside = () if name == "knn" else ("--no-untrained",)
+        words = (f"eval/{name}.py", "--weights", place.weights, "--data", place.images, "--out", out, *beside)
         done = finish(runs, *words, "--wandb", "letters", **variables, DINO_CACHE=str(place.folder / "cache"))
         results[name] = done, json.loads(out.read_text())[str(place.weights)]
     return results
@@ -184,6 +186,7 @@ class TestProbes:
         assert results == {"knn/top1_k10": pytest.approx(peer.fit(train, of_train).score(test, truth))}
         assert 1 / 3 < results["knn/top1_k10"] < 1
         assert f"{place.weights}: 16 to learn from, 8 to test, 3 classes\n  knn/top1_k10  " in done.stdout
+        assert re.search(r"chance: always the largest class +37\.5 %\n  untrained: knn/top1_k10 +\d", done.stdout)
 
     def test_linear_gives_every_probe(self, judged):
         done, results = judged["linear"]
@@ -204,7 +207,9 @@ class TestProbes:
             assert figure in file.read_bytes()
             assert b"letters" in file.read_bytes()
 
-    @pytest.mark.parametrize(("name", "options"), [("knn", []), ("linear", ["--probes", "logistic", "few"])])
+    @pytest.mark.parametrize(
+        ("name", "options"), [("knn", []), ("linear", ["--probes", "logistic", "few", "--no-untrained"])]
+    )
     def test_two_processes_give_the_same(self, runs, place, judged, name, options):
         out = place.folder / f"{name}-of-two.json"
         words = (f"eval/{name}.py", "--weights", place.weights, "--data", place.images, "--out", out, *options)

@@ -33,8 +33,9 @@ ILL = {
 illnesses = pytest.mark.parametrize("state", ILL)
 
 
-def config_of(prototypes: int = K) -> Config:
-    config = load(None, [f"objective.prototypes={prototypes}", f"train.steps={STEPS}", "train.batch_size=8"])
+def config_of(prototypes: int = K, *settings: str) -> Config:
+    fixed = [f"objective.prototypes={prototypes}", f"train.steps={STEPS}", "train.batch_size=8"]
+    config = load(None, [*fixed, *settings])
     return resolve(config, PoolFacts(images=64, channels=3, kind="folder"))[0]
 
 
@@ -78,7 +79,10 @@ def test_two_measures_in_a_row_are_needed_and_a_run_that_recovers_is_healthy_aga
     assert verdict(line(10), line(500, **ill), line(510, **ill), line(520), line(530)) == ("healthy", "")
 
 
-@illnesses
+BEYOND_DOUBT = {"collapsed: uniform", "collapsed: constant", "collapsed: features"}
+
+
+@pytest.mark.parametrize("state", sorted(ILL.keys() - BEYOND_DOUBT))
 def test_the_first_tenth_is_not_judged_by_itself_nor_with_what_comes_after(state):
     """Two measures after it are needed, though many before it were as bad."""
     ill = ILL[state]
@@ -88,6 +92,84 @@ def test_the_first_tenth_is_not_judged_by_itself_nor_with_what_comes_after(state
     assert verdict(*start, line(110, **ill), line(120, **ill)).state == state
 
 
+@pytest.mark.parametrize("state", sorted(BEYOND_DOUBT))
+def test_what_no_healthy_run_shows_is_told_in_the_first_tenth(state):
+    assert verdict(line(10), line(20, **ILL[state])).state == "warming up"
+    assert verdict(line(10), line(20, **ILL[state]), line(30, **ILL[state])).state == state
+
+
+EARLY = {  # what healthy runs showed in their first tenth (benchmarks/verdicts.py), though a run must not end so
+    "nearly uniform": {"health/entropy_ratio": 0.992, "health/kl_to_center": 0.008 * math.log(K)},
+    "few dimensions": {"health/rank_me": 3.0, "health/feature_std": 0.08},
+    "loss at ln K": {"loss/dino": math.log(K)},
+}
+
+
+@pytest.mark.parametrize("kind", EARLY)
+def test_a_run_may_begin_as_it_must_not_end(kind):
+    assert verdict(*(line(step, **EARLY[kind]) for step in (10, 20, 30, 100))) == ("warming up", "")
+
+
+DOUBTFUL = {
+    "objective.teacher_temperature=0.5": "objective.teacher_temperature=0.5 is not below",
+    "objective.center_momentum=1.0": "the center never moves",
+    "objective.teacher_momentum=0.0": "averages over no steps",
+    "objective.prototypes=2": "objective.prototypes=2 tell no more",
+}
+
+
+@pytest.mark.parametrize("setting", DOUBTFUL)
+def test_settings_with_which_nothing_is_learned_are_named_at_once_and_as_the_cause(setting):
+    config = config_of(K, setting, "objective.centering=center")
+    named = judge([line(10), line(20)], config, WIDTH)
+    assert named.state == "doubtful settings"
+    assert DOUBTFUL[setting] in named.advice
+    ill = ILL["collapsed: features"]
+    collapsed = judge([line(10), line(500, **ill), line(510, **ill)], config, WIDTH)
+    assert collapsed.state == "collapsed: features"
+    assert "The likely cause: " in collapsed.advice
+    assert DOUBTFUL[setting] in collapsed.advice
+
+
+def test_a_rate_far_above_what_is_advised_is_a_cause_but_no_fault_by_itself():
+    config = config_of(K, "optim.lr=0.03")
+    assert judge([line(10), line(500), line(600)], config, WIDTH).state == "healthy"
+    ill = ILL["collapsed: uniform"]
+    advice = judge([line(10), line(500, **ill), line(600, **ill)], config, WIDTH).advice
+    assert "optim.lr=0.03 is 240 times what is advised for batches of 8" in advice
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out", "still_there"),
+    [
+        (["objective.centering=sinkhorn"], "objective.centering=sinkhorn", "objective.teacher_temperature (0.02)"),
+        (["objective.teacher_temperature=0.02"], "a lower objective.teacher_temperature", "half of optim.lr"),
+        (["objective.teacher_momentum=0.99"], "objective.teacher_momentum=0.99", "fewer objective.prototypes"),
+        (["objective.centering=center"], "no such remedy", "objective.centering=sinkhorn"),
+    ],
+)
+def test_remedies_name_only_what_differs(settings, left_out, still_there):
+    ill = ILL["collapsed: uniform"]
+    advice = judge([line(10), line(500, **ill), line(600, **ill)], config_of(K, *settings), WIDTH).advice
+    assert left_out not in advice
+    assert still_there in advice
+
+
+def test_a_loss_that_stands_while_features_get_better_is_not_stuck():
+    """As DINOv2's of its class tokens does at first: its targets become as much harder."""
+    loss = ILL["stuck"]
+    better = {"health/rank_me": 1.5 * HEALTHY["health/rank_me"]}
+    assert verdict(line(10), line(500, **loss), line(600, **loss)).state == "stuck"
+    assert verdict(line(10), line(500, **loss, **better), line(600, **loss, **better)).state == "healthy"
+
+
+def test_images_that_are_all_alike_are_named():
+    alike = {"health/distinct_images": 1 / 16}
+    judged = verdict(line(10, **alike), line(20, **alike))
+    assert judged.state == "images alike"
+    assert "only 6% of those looked at differ" in judged.advice
+
+
 VARIETY = {  # runs of different kinds that learn: nothing of it is an illness
     "as usual": {},
     "certain teacher": {"health/entropy_ratio": 0.03, "health/kl_to_center": 6.2},
@@ -95,6 +177,7 @@ VARIETY = {  # runs of different kinds that learn: nothing of it is an illness
     "one image in each batch for a prototype": {"health/prototypes_in_use": 1.0, "health/kl_to_center": 6.9},
     "a twentieth of the prototypes": {"health/prototypes_in_use": 0.06},
     "few dimensions": {"health/rank_me": 9.0, "health/feature_std": 0.25},
+    "a narrow network on few images": {"health/rank_me": 7.5, "health/feature_std": 0.64},
     "all dimensions": {"health/rank_me": 191.0, "health/feature_std": 1.01},
     "loss near zero": {"loss/dino": 0.2},
     "loss above ln K": {"loss/dino": 1.05 * math.log(K)},

@@ -41,7 +41,7 @@ FEATURES = (
         "effective rank of the class tokens",
         ("tokens",),
         _rank_me,
-        lambda sizes: (min(8.0, sizes.width / 8), sizes.width),
+        lambda sizes: (min(4.0, sizes.width / 16), sizes.width),
     ),
     Indicator(
         "health/feature_std",

@@ -69,7 +69,7 @@ TARGETS = (
         "the teacher's entropy over ln K; 1: uniform, 0: one prototype",
         ("targets",),
         _entropy_ratio,
-        lambda sizes: (0.02, 0.98),
+        lambda sizes: (0.02, 0.995),
     ),
     Indicator(
         "health/kl_to_center",
@@ -77,7 +77,7 @@ TARGETS = (
         "what targets tell of their image, in nats; 0: nothing",
         ("targets",),
         _kl_to_center,
-        lambda sizes: (0.02 * _logarithm(sizes), _logarithm(sizes)),
+        lambda sizes: (0.01 * _logarithm(sizes), _logarithm(sizes)),
     ),
     Indicator(
         "health/prototypes_in_use",
