@@ -57,7 +57,7 @@ def is_manifest(path: str) -> bool:
         return False
     try:
         return {"path", "kept"} <= set(pq.read_schema(path).names)
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, ValueError):  # ValueError: names that are not UTF-8
         return True
 
 
@@ -79,6 +79,7 @@ def read_manifest(path: str | Path) -> Manifest:
         packed = ["path"] if schema.field("path").type in (pa.string(), pa.large_string()) else []
         with pq.ParquetFile(path, read_dictionary=packed) as file:
             table = file.read(columns=COLUMNS)
+        table.validate(full=True)  # that text is UTF-8 is no more than said by a file
     except (OSError, pa.ArrowException, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as a manifest: {shown(reason)}") from error

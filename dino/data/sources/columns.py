@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dino.errors import UserError
+from dino.files import shown
 
 PATHS = ("path", "file_path", "filepath", "image_path", "file_name", "filename", "file", "image", "img", "url", "uri")
 LABELS = ("label", "labels", "class", "class_name", "target", "category", "cls")
@@ -19,16 +20,22 @@ def first_of(names: list[str], usual: tuple[str, ...]) -> str | None:
 
 
 def as_text(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Numbers and texts as texts, in one piece."""
+    """Numbers and texts as texts, in one piece; raises `UserError` for what is neither."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    return array.cast(pa.large_string())
+    try:
+        text = array.cast(pa.large_string())
+        text.validate(full=True)  # that it is UTF-8 is no more than said by a file
+    except pa.ArrowException as error:
+        kind = shown(str(array.type))
+        raise UserError(f"a column of type {kind} holds neither numbers nor text in UTF-8: leave it out") from error
+    return text
 
 
 def as_labels(column: pa.ChunkedArray | pa.Array | None) -> pa.DictionaryArray | None:
-    """Class names for every image; None where some have none, or there is one class."""
-    if column is None or column.null_count:
+    """Class names for every image; None where some have none or several, or there is one class."""
+    if column is None or column.null_count or pa.types.is_nested(column.type):
         return None
     labels = as_text(column).cast(pa.large_binary()).dictionary_encode()
     return labels if len(labels.dictionary) > 1 else None

@@ -25,6 +25,7 @@ from dino.data.sources.source import (
 )
 from dino.data.sources.storage import files_of, is_remote, read
 from dino.errors import UserError
+from dino.files import shown
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".txt", *TABLES, ".parquet")
@@ -81,16 +82,23 @@ class ListSource(FileSource):
 def read_table(path: str) -> pa.Table:
     """A text file as a table of one column, or a table; raises `UserError`."""
     try:
-        if path.endswith(".parquet"):
-            return pq.read_table(path)
-        if path.endswith(".txt"):
-            lines = Path(path).read_bytes().splitlines()
-            return pa.table({"path": pa.array([line.strip() for line in lines], pa.large_binary())})
-        ending = os.path.splitext(path)[1].lower()
-        options = pyarrow.csv.ParseOptions(delimiter=TABLES[ending])
-        return pyarrow.csv.read_csv(path, parse_options=options)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as a list of images: {str(error).splitlines()[0]}") from error
+        table = _read_table(path)
+        if not table.column_names:  # which raises ValueError for names that are not UTF-8
+            raise UserError(f"{path} has no columns")
+    except (OSError, pa.ArrowException, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a list of images: {shown(reason)}") from error
+    return table
+
+
+def _read_table(path: str) -> pa.Table:
+    if path.endswith(".parquet"):
+        return pq.read_table(path)
+    if path.endswith(".txt"):
+        lines = Path(path).read_bytes().splitlines()
+        return pa.table({"path": pa.array([line.strip() for line in lines], pa.large_binary())})
+    ending = os.path.splitext(path)[1].lower()
+    return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=TABLES[ending]))
 
 
 def _refuse_repeated(names: pa.Array, root: str) -> None:

@@ -20,10 +20,11 @@ from dino.data.sources.columns import IMAGES, LABELS, WEIGHTS, as_labels, as_tex
 from dino.data.sources.source import FileSource, Kind, digest_of, no_image, packed, require_bytes
 from dino.data.sources.storage import File, files_of, is_pattern, is_remote, most_common_ending, opened, short_names
 from dino.errors import UserError
+from dino.files import shown
 
 ENDINGS = (".parquet",)
 KEPT = 256 << 20  # bytes of row groups that a process keeps
-LARGEST_GROUP = 2 << 30  # bytes of images in a row group
+LARGEST_GROUP = 2 << 30  # bytes of a row group
 
 
 class ParquetSource(FileSource):
@@ -47,7 +48,7 @@ class ParquetSource(FileSource):
                     self.small = [field.name for field in schema if not _holds_bytes(field.type)]
                 elif opened_file.schema_arrow.names != schema.names:
                     raise UserError(f"{file.path} has other columns than {self.files[0].path}")
-                groups += [(number, group, rows) for group, rows in enumerate(_groups(opened_file, file, self.image))]
+                groups += [(number, group, rows) for group, rows in enumerate(_groups(opened_file, file))]
                 tables.append(opened_file.read(columns=self.small))
         assert schema is not None
         if not self.image:
@@ -85,8 +86,8 @@ class ParquetSource(FileSource):
         try:
             with _open(self.files[number]) as file:
                 column = file.read_row_group(group_of_file, columns=[self.image]).column(0)
-        except (OSError, UserError, pa.ArrowException) as error:
-            raise UnreadableImage(f"{self.files[number].path}: {error}") from error
+        except UserError as error:
+            raise UnreadableImage(str(error)) from error
         if len(column) != rows:
             raise UnreadableImage(f"{self.files[number].path} is not what it was")
         return column
@@ -98,6 +99,8 @@ class ParquetSource(FileSource):
         if name not in self.small:
             return None
         column = self.table[name].combine_chunks()
+        if pa.types.is_nested(column.type):
+            return None
         if not (classes := self.classes.get(name)) or not pa.types.is_integer(column.type):
             return as_text(column)
         numbers = column.to_numpy(zero_copy_only=False)  # NaN where there is none; −1 in test sets without labels
@@ -143,28 +146,28 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: list(map(str, facts["names"])) for name, facts in features.items() if "names" in facts}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 @contextmanager
 def _open(file: File) -> Iterator[pq.ParquetFile]:
-    """Raises `UserError` where it is none."""
-    with opened(file) if is_remote(file.path) else pa.OSFile(file.path) as stream:
-        try:
-            parquet = pq.ParquetFile(stream)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file.path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-        yield parquet
+    """Raises `UserError` where it is none, or turns out to be damaged while it is open."""
+    try:
+        with opened(file) if is_remote(file.path) else pa.OSFile(file.path) as stream:
+            yield pq.ParquetFile(stream)
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file.path} cannot be read as Parquet: {shown(reason)}") from error
 
 
-def _groups(opened_file: pq.ParquetFile, file: File, image: str) -> list[int]:
+def _groups(opened_file: pq.ParquetFile, file: File) -> list[int]:
     """Rows of each row group; raises `UserError` where one is too large to be held."""
     rows = []
     for number in range(opened_file.num_row_groups):
+        # Of the group's columns nothing is asked: where those are damaged, pyarrow ends the process.
         group = opened_file.metadata.row_group(number)
-        columns = (group.column(column) for column in range(group.num_columns))
-        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == image)
+        size = group.total_byte_size
         if size > LARGEST_GROUP:
             raise UserError(
                 f"{file.path} has row groups of {size / 2**30:.1f} GiB, each of which would be read for one image: "
