@@ -27,7 +27,7 @@ ILL = {
     "collapsed: constant": {"health/entropy_ratio": 0.0, "health/kl_to_center": 0.0, "loss/dino": 0.0},
     "collapsed: features": {"health/feature_std": 0.01},
     "stuck": {"loss/dino": math.log(K) - 0.001},
-    "few prototypes": {"health/prototypes_in_use": 0.01},
+    "few prototypes": {"health/prototypes_in_use": 0.01, "health/kl_to_center": 0.015 * math.log(K)},
     "getting worse": {"health/knn": 0.1},
 }
 illnesses = pytest.mark.parametrize("state", ILL)
@@ -233,3 +233,9 @@ def test_a_number_of_an_earlier_version_has_its_new_name(tmp_path):
     """Runs of before are judged and shown as those of today."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "health/kl_to_centre": 0.5, "health/centre_norm": 2.0}\n')
     assert RunDirectory(tmp_path).read_metrics() == [{"step": 1, "health/kl_to_center": 0.5, "health/center_norm": 2.0}]
+
+
+def test_few_prototypes_that_tell_images_apart_are_no_illness():
+    """As with a moving center (benchmarks/verdicts.py): 3 to 25 of 512 in use, and neighbours become better."""
+    few = {"health/prototypes_in_use": 0.006, "health/kl_to_center": 0.17}
+    assert verdict(line(10), line(600, **few), line(610, **few)).state == "healthy"
