@@ -38,7 +38,7 @@ def test_help_says_key_type_bounds_default_and_meaning_of_every_setting(monkeypa
     for line in (
         "train.batch_size (a whole number; at least 1; default 256)",
         "train.steps (a whole number or 'auto'; at least 1; default auto)",
-        "optim.name (adamw | sgd | muon; default adamw)",
+        "optim.name (adamw | sgd | muon | lars; default adamw)",
         "objective.student_temperature (a number; above 0; default 0.1)",
         "views.global_size (a whole number; pixels; default 224)",
         "model.init (text or none; default none)",

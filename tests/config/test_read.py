@@ -186,7 +186,7 @@ class TestRefusals:
             ("views.preset=dino2", ", line_art, got 'dino2'; did you mean 'dinov2'?"),
             ("objective.centering=centr", "got 'centr'; did you mean 'center'?"),
             ("objective.name=dinov2", "got 'dinov2'; did you mean 'dino'?"),
-            ("optim.name=adam", "must be one of adamw, sgd, muon, got 'adam'; did you mean 'adamw'?"),
+            ("optim.name=adam", "must be one of adamw, sgd, muon, lars, got 'adam'; did you mean 'adamw'?"),
             ("data.cache=devise", "got 'devise'; did you mean 'device'?"),
             ("data.kind=omniglot_training", "got 'omniglot_training'; did you mean 'omniglot_train'?"),
             ("train.precision=bfloat16", "got 'bfloat16'; did you mean 'bf16'?"),

@@ -19,7 +19,7 @@ GOOD = {
     "health/rank_me": 12.0,
     "health/feature_std": 0.9,
 }
-UNIFORM = GOOD | {"health/entropy_ratio": 0.999}
+UNIFORM = GOOD | {"health/entropy_ratio": 0.999, "health/kl_to_center": 0.0}
 
 
 class Scripted:

@@ -106,6 +106,7 @@ class Pool:
 
     def __init__(self, images: int = 8, shape: tuple[int, ...] = (3, 20, 24), unreadable: tuple[int, ...] = ()):
         self.pixels = noise(images, *shape)
+        self.channels = shape[0]
         self.names = [str(index) for index in range(images)]
         self.unreadable = unreadable
 
