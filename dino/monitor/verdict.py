@@ -17,7 +17,7 @@ DISTINCT = "health/distinct_images"  # which is there only where images are alik
 # Limits of a collapse, and what they are in the first tenth of a run: of the teacher's entropy over ln K, of what
 # targets tell over ln K, of rank and deviation.
 UNIFORM, EARLY_UNIFORM = 0.995, 0.998
-TOLD, EARLY_TOLD, FEW_TOLD = 0.01, 0.002, 0.02
+TOLD, EARLY_TOLD = 0.01, 0.002
 PEAKED = 0.8
 EARLY_RANK, EARLY_DEVIATION = 2.5, 0.05
 NEIGHBOURS = {  # indicators that must not fall, and what a fall means
@@ -135,7 +135,7 @@ def _failing(measured: list[dict], recent: list[dict], config: Config, width: in
     in_use, told = "health/prototypes_in_use", "health/kl_to_center"
     few = all(in_use in line and line[in_use] < ranges[in_use][0] for line in recent)
     # With a moving center, runs that learn use few prototypes at a time; then these differ between images.
-    tell_little = outputs is not None and all(line.get(told, 0) < FEW_TOLD * math.log(outputs) for line in recent)
+    tell_little = outputs is not None and all(line.get(told, 0) < TOLD * math.log(outputs) for line in recent)
     if few and tell_little and not _has_risen(measured, recent):
         return Found("few prototypes", "nearly all views choose the same few prototypes", "peaked")
     if all_above("health/queue_age"):

@@ -27,7 +27,11 @@ ILL = {
     "collapsed: constant": {"health/entropy_ratio": 0.0, "health/kl_to_center": 0.0, "loss/dino": 0.0},
     "collapsed: features": {"health/feature_std": 0.01},
     "stuck": {"loss/dino": math.log(K) - 0.001},
-    "few prototypes": {"health/prototypes_in_use": 0.01, "health/kl_to_center": 0.015 * math.log(K)},
+    "few prototypes": {
+        "health/prototypes_in_use": 0.01,
+        "health/kl_to_center": 0.005 * math.log(K),
+        "health/entropy_ratio": 0.9,
+    },
     "getting worse": {"health/knn": 0.1},
 }
 illnesses = pytest.mark.parametrize("state", ILL)
