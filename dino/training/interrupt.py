@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
-ACKNOWLEDGEMENT = b"\nfinishing this step, then saving; the same again leaves without\n"
 
 
 class Stop(IntEnum):
@@ -42,10 +41,14 @@ class Interrupt:
 
     A signal is answered at once; the same one a second time ends the process, as without this class. Used as a context:
     what handled the signals before does so again afterwards.
+
+    Attributes:
+        step: that is being taken, from 1 on; the answer names it.
     """
 
-    def __init__(self, accelerator: Accelerator, time_limit: float | None):
+    def __init__(self, accelerator: Accelerator, time_limit: float | None, step: int = 1):
         self.accelerator = accelerator
+        self.step = step
         self.deadline = None if time_limit is None else time.monotonic() + 60 * time_limit
         self.signalled = False
         # Accelerate's launcher does not hand a SIGTERM on; that it is gone shows in this process's parent.
@@ -68,7 +71,9 @@ class Interrupt:
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)
         if self.accelerator.is_main_process:
-            os.write(2, ACKNOWLEDGEMENT)  # not print: what it interrupts may be a print
+            later = "" if self.accelerator.num_processes == 1 else " and those up to the next logged one"
+            text = f"\nfinishing step {self.step}{later}, then saving; the same again leaves without\n"
+            os.write(2, text.encode())  # not print: what it interrupts may be a print
 
     def reason(self, too_many_unreadable: bool, synchronise: bool, is_gone: bool = False) -> Stop:
         """Why to stop now, if at all.

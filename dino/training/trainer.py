@@ -110,7 +110,7 @@ class Trainer:
         width, best = self.method.student.backbone.embed_dim, Best(directory, config.train.keep_best)
         steps, stop = start, Stop.NO
         with (
-            Interrupt(accelerator, config.train.time_limit) as interrupt,
+            Interrupt(accelerator, config.train.time_limit, start + 1) as interrupt,
             Metrics(accelerator, config, directory, width, start) as metrics,
             closing(metrics.timing(batches)) as micro_batches_by_step,
         ):
@@ -125,6 +125,7 @@ class Trainer:
                 rebalances = self.rebalancer.is_due(steps)
                 too_many, gone = logs and batches.skipped.are_too_many(), (logs or saves) and is_gone(directory)
                 stop = interrupt.reason(too_many, logs or saves, gone)
+                interrupt.step = min(steps + 1, config.train.steps)
                 if stop == Stop.GONE:
                     raise save_elsewhere(directory, config, steps, self._save, accelerator.is_main_process)
                 if logs or saves or stop or rebalances:

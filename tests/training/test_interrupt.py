@@ -37,13 +37,14 @@ def _no_launcher(monkeypatch):
 def test_a_signal_asks_and_does_not_kill(number, synchronise, capfd):
     """Until the end of the run: then whoever handled it before does so again."""
     before = signal.getsignal(number)
-    with Interrupt(Processes(), None) as interrupt:
+    with Interrupt(Processes(), None, 11) as interrupt:
         assert interrupt.reason(False, synchronise) == Stop.NO
+        interrupt.step = 12
         os.kill(os.getpid(), number)
         assert interrupt.reason(False, synchronise) == Stop.SIGNAL
         assert interrupt.reason(False, synchronise) == Stop.SIGNAL
     assert signal.getsignal(number) == before
-    assert capfd.readouterr().err.count("finishing this step, then saving; the same again leaves without") == 1
+    assert capfd.readouterr().err.count("finishing step 12, then saving; the same again leaves without") == 1
 
 
 def test_what_is_ignored_stays_so():
@@ -105,7 +106,7 @@ class TestSeveralProcesses:
         assert Interrupt(Processes(Stop.SIGNAL, Stop.NO), None).reason(False, synchronise=True) == Stop.SIGNAL
         assert Interrupt(Processes(Stop.UNREADABLE), 0.0).reason(False, synchronise=True) == Stop.UNREADABLE
 
-    def test_none_stops_alone_between_the_steps_at_which_all_ask(self):
+    def test_none_stops_alone_between_the_steps_at_which_all_ask(self, capfd):
         """It would leave the others waiting for its gradients for ever."""
         processes = Processes(Stop.NO)
         with Interrupt(processes, 0.0) as interrupt:
@@ -114,6 +115,7 @@ class TestSeveralProcesses:
             assert processes.gathered == 0
             assert interrupt.reason(False, synchronise=True) == Stop.SIGNAL
             assert processes.gathered == 1
+        assert "finishing step 1 and those up to the next logged one, then saving" in capfd.readouterr().err
 
 
 def test_farewell_says_where_the_results_are(tmp_path):
