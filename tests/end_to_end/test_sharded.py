@@ -6,6 +6,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from launching import REPOSITORY, backbone, checkpoint, checkpoints, copy_run, error_of, metrics, steps_logged
 
 import dino
+from dino.seal import Damaged, verified
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +79,17 @@ def test_a_sharded_run_resumes_bit_identically(runs, done, tmp_path):
     names = ("student", "teacher", "optimizer")
     files = [[(checkpoint(path, 12) / f"{name}.safetensors").read_bytes() for name in names] for path in (run, whole)]
     assert files[0] == files[1]
+
+
+def test_its_checkpoints_are_sealed(done, tmp_path):
+    run = copy_run(done["sharded"][0], tmp_path / "run", 8)
+    assert verified(checkpoint(run, 8))["step"] == 8
+    damaged = checkpoint(run, 8) / "teacher.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(Damaged, match=r"teacher\.safetensors has changed since it was written"):
+        verified(checkpoint(run, 8))
 
 
 def test_its_backbone_is_whole_and_its_page_written(done):
