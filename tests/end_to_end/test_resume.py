@@ -76,7 +76,7 @@ def test_stopped_by_signals_and_time_limit_it_goes_on_bit_identical(runs, whole,
     run = tmp_path / "run"
     command = [*SINKHORN, f"run.dir={run}"]
 
-    process = runs.start(*command, "data.workers=2")
+    process = runs.start(*command, "data.workers=2", launcher="python")
     process.wait_until(lambda: len(steps_logged(run)) >= 3)
     reached = len(steps_logged(run))
     assert process.end(signal.SIGTERM) == 0
@@ -86,7 +86,7 @@ def test_stopped_by_signals_and_time_limit_it_goes_on_bit_identical(runs, whole,
     assert (run / "backbone.safetensors").exists()
 
     stopped = checkpoints(run)[-1]
-    process = runs.start(*command, "data.workers=2")
+    process = runs.start(*command, "data.workers=2", launcher="python")
     process.wait_until(lambda: steps_logged(run)[-1] >= stopped + 3)
     assert process.end(signal.SIGINT, everybody=True) == 0, process.errors.read_text()  # Ctrl-C reaches workers too
     assert checkpoints(run)[-1] == steps_logged(run)[-1]
@@ -105,7 +105,9 @@ def test_stopped_by_signals_and_time_limit_it_goes_on_bit_identical(runs, whole,
 def test_sigterm_to_all_processes_of_the_run_leaves_a_checkpoint(runs, tmp_path):
     """Slurm and service managers signal the whole group: a worker that dies first must not take the run along."""
     run = tmp_path / "run"
-    process = runs.start(*SINKHORN, "data.workers=2", "train.checkpoint_every=1000", f"run.dir={run}")
+    process = runs.start(
+        *SINKHORN, "data.workers=2", "train.checkpoint_every=1000", f"run.dir={run}", launcher="python"
+    )
     process.wait_until(lambda: len(steps_logged(run)) >= 3)
     assert process.end(signal.SIGTERM, everybody=True) == 0, process.errors.read_text()
     assert checkpoints(run) == [steps_logged(run)[-1]]
