@@ -149,6 +149,8 @@ def run_all(tasks: list[dict[str, Any]], ledger: Ledger, arguments: argparse.Nam
     with ProcessPoolExecutor(arguments.at_once, mp_context=context) as workers:
         runs = [workers.submit(run, wanted, str(arguments.out)) for wanted in left]
         for number, finished in enumerate(as_completed(runs), 1):
+            if finished.exception() is not None:
+                workers.shutdown(cancel_futures=True)  # what is wrong is told now, not after all the others
             ledger.add(finished.result())
             minutes = (time.perf_counter() - began) / 60
             rest = minutes / number * (len(left) - number)
@@ -161,7 +163,8 @@ def prepare(name: str, archive: Path, out: Path) -> None:
     file = out / "data" / f"{name}.npz"
     if file.exists():
         return
-    pool, generator = open_images(str(archive)), np.random.default_rng(0)
+    kind = "omniglot" if name == "omniglot" else "auto"
+    pool, generator = open_images(str(archive), kind), np.random.default_rng(0)
     classes = np.array([Path(path).parts[1 if name == "omniglot" else -2] for path in pool.names])
     is_test = np.array(["/test/" in path for path in pool.names])
     order = generator.permutation(len(classes))
