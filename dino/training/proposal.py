@@ -25,16 +25,13 @@ MOST_EPOCHS = 100
 BATCH, MEASURED = 64, 16  # images of a step, and of one that is timed
 LEAST, LONGEST = 3, 10.0  # steps that are timed, and seconds after which no more are
 FREE = ("data.", "run.", "tracking.", "monitor.")  # settings that say nothing of what is to be trained
-KEYS = (
-    *("model.arch", "model.patch_size", "views.global_size", "views.local_size", "views.local_crops"),
-    "objective.prototypes",
-)
+KEYS = ("model.arch", "model.patch_size", "views.global_size", "views.local_size", "views.local_crops")
 CHOICES: tuple[tuple[Any, ...], ...] = (  # values of KEYS, from small to large
-    ("vit_tiny", 4, 32, 16, 4, 4096),
-    ("vit_tiny", 8, 64, 32, 4, 4096),
-    ("vit_tiny", 8, 96, 48, 4, 4096),
-    ("vit_small", 8, 96, 48, 4, 8192),
-    ("vit_small", 16, 224, 96, 8, 65536),
+    ("vit_tiny", 4, 32, 16, 4),
+    ("vit_tiny", 8, 64, 32, 4),
+    ("vit_tiny", 8, 96, 48, 4),
+    ("vit_small", 8, 96, 48, 4),
+    ("vit_small", 16, 224, 96, 8),
 )
 SIZE = KEYS.index("views.global_size")
 
