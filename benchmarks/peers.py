@@ -25,14 +25,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from kit import print_table
+from objectives import read_omniglot, readouts
 
 import dino
 from dino import cli
-from dino.data import open_images
-from dino.evaluation import omniglot
-from dino.evaluation.features import extract
 from dino.evaluation.labelled import labelled_features
-from dino.evaluation.probes import knn, logistic
 from dino.models import Backbone, random_like
 
 HERE = Path(__file__).parent
@@ -170,15 +167,6 @@ def peer(
     return backbone, {"steps": facts["steps"], "took": round(facts["minutes"], 2)}
 
 
-def read_omniglot(backbone: Backbone, data: str) -> dict[str, float]:
-    drawings = omniglot.drawings(open_images(data, "omniglot"))
-    tokens = extract(
-        backbone, drawings.images, drawings.indices, lambda image: omniglot.article_input(image, backbone)
-    ).class_tokens
-    train, test, labels = drawings.train, drawings.test, drawings.labels
-    return readouts(tokens[train], labels[train], tokens[test], labels[test])
-
-
 def read_folder(backbone: Backbone, data: str, test: str | None = None) -> dict[str, float]:
     found = labelled_features(backbone, data, test, "auto", 0, Accelerator(cpu=True))
     return readouts(found.train.class_tokens, found.train_labels, found.test.class_tokens, found.test_labels)
@@ -193,13 +181,6 @@ READ: dict[str, Callable[[Backbone, str], dict[str, float]]] = {
     "caltech": read_folder,
     "cifar": read_cifar,
 }
-
-
-def readouts(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {
-        "knn": float((knn(train, train_labels, test, 1) == labels).mean()),
-        "logistic": float((logistic(train, train_labels, test).labels == labels).mean()),
-    }
 
 
 def show(lines: list[dict[str, Any]]) -> None:
