@@ -3,10 +3,11 @@
     python benchmarks/league.py --data DIR --out OUT --at-once 2
 
 DIR has omniglot_images_background.zip, caltech101_128px.zip and cifar10_jpeg.zip. Of each, 4,000 images without labels
-train a small ViT with a convolutional stem, with each method's published augmentation (handwriting: small affine changes for all) and its
-settings scaled to so small a run (METHODS, below). Frozen class tokens are read out on 1,000 other images: nearest
-neighbour and logistic regression from 2,000 labels, logistic regression from 10 labels a class; RankMe of the
-features; minutes of CPU time of one core for training; memory as `--dry-run` counts it, without the program.
+train a small ViT with a convolutional stem, with each method's published augmentation (handwriting: small affine
+changes for all) and its settings scaled to so small a run (METHODS, below). Frozen class tokens are read out on 1,000
+other images: nearest neighbour and logistic regression from 2,000 labels, logistic regression from 10 labels a class;
+RankMe of the features; minutes of CPU time of one core for training; memory as `--dry-run` counts it, without the
+program.
 
 A line for each finished run goes to OUT/league.jsonl; the same command goes on where it stopped. Table:
 OUT/league.md, picture: OUT/league.png. With --search every method and set gets the same four trials first (TRIALS:
