@@ -19,6 +19,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "data": {"required": True, "help": "folder, zip archive or another source of images"},
     "test": {"help": "the same of the test images"},
     "kind": {"default": "auto", "help": "as data.kind"},
+    "labels": {
+        "metavar": "L",
+        "help": "as data.labels: folders, folders:-1, a column's name, or a table: labels.csv, labels.csv:column",
+    },
     "precision": {"default": "auto", "choices": PRECISIONS, "help": "of features; auto: bf16 where the device has it"},
     "seed": {"type": int, "default": 0, "help": "of what is drawn at random"},
     "out": {"type": lambda text: Path(text).expanduser(), "help": "file or folder to write to"},

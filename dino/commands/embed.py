@@ -3,7 +3,7 @@
     dino embed --weights dinov2_vits14 --data path/to/images --out embeddings.parquet
     accelerate launch eval/embed.py --weights runs/mine --data path/to/images --out embeddings.npy --tokens both
 
-A .parquet file has a row for each image: its path, its label where folders give one, and its embedding. An .npy file
+A .parquet file has a row for each image: its path, its label where it has one, and its embedding. An .npy file
 holds the matrix alone, and a .txt file beside it the paths in the same order. Images that cannot be read are left out
 and named. `dino.embed` gives the same in Python.
 """
@@ -28,6 +28,7 @@ def main() -> None:
         heads={},
         data={},
         kind={},
+        labels={},
         precision={},
         out={"required": True, "help": "file.parquet or file.npy"},
     )
@@ -37,8 +38,15 @@ def main() -> None:
         raise UserError(f"--out {arguments.out} must end in .parquet or .npy")
     common.output_file(arguments.out)
     accelerator = common.accelerator()
-    options = {"kind": arguments.kind, "precision": arguments.precision, "heads": arguments.heads}
-    features = embed(arguments.weights, arguments.data, accelerator=accelerator, **options)
+    features = embed(
+        arguments.weights,
+        arguments.data,
+        accelerator=accelerator,
+        kind=arguments.kind,
+        precision=arguments.precision,
+        heads=arguments.heads,
+        labels=arguments.labels,
+    )
     if not accelerator.is_main_process:
         return
     if arguments.tokens == "both":

@@ -24,9 +24,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description,
         weights={"nargs": "+", "help": "released names, run directories, files"},
         heads={},
-        data={"help": "folder or zip archive, a folder for each class"},
+        data={"help": "folder, archive or another source of labelled images"},
         test={},
         kind={},
+        labels={},
         precision={},
         seed={"help": "of splits and heads"},
         out={"help": "JSON file of the results"},
@@ -86,6 +87,7 @@ def _features(backbone: Backbone, arguments: argparse.Namespace, accelerator: Ac
         accelerator,
         min(blocks, backbone.depth),
         arguments.precision,
+        arguments.labels,
     )
 
 

@@ -3,7 +3,7 @@
     dino knn --weights dino_vits16 --data imagenet/train --test imagenet/val
     accelerate launch eval/knn.py --weights runs/mine dinov2_vits14 --data path/to/labelled
 
-Folders are classes. Without --test, 30 % of each class are the test.
+Folders are classes, or what --labels says. Without --test, 30 % of each class are the test.
 """
 
 import argparse

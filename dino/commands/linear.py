@@ -3,7 +3,7 @@
     dino linear --weights dinov2_vits14 --data imagenet/train --test imagenet/val
     accelerate launch eval/linear.py --weights runs/mine dino_vits16 --data path/to/labelled --probes logistic few
 
-Folders are classes. Without --test, 30 % of each class are the test.
+Folders are classes, or what --labels says. Without --test, 30 % of each class are the test.
 """
 
 import argparse

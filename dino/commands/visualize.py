@@ -3,8 +3,8 @@
     dino visualize --weights dinov2_vits14 --data path/to/images --out pictures/
     dino visualize --weights runs/mine --data path/to/images --size 448 --rows 8 --out pictures/
 
-Writes attention.png, pca.png, foreground.png, neighbours.png, map.png and page.html, which holds them all. With folders
-as classes, the map is coloured by them.
+Writes attention.png, pca.png, foreground.png, neighbours.png, map.png and page.html, which holds them all. Where
+classes are known, the map is coloured by them.
 """
 
 from dataclasses import replace
@@ -32,7 +32,13 @@ NEIGHBOURS, MAPPED = 8, 2000
 @torch.no_grad()
 def main() -> None:
     options = common.parser(
-        __doc__, weights={}, heads={}, data={}, kind={}, out={"required": True, "help": "folder for the pictures"}
+        __doc__,
+        weights={},
+        heads={},
+        data={},
+        kind={},
+        labels={},
+        out={"required": True, "help": "folder for the pictures"},
     )
     options.add_argument(
         "--size",
@@ -43,7 +49,8 @@ def main() -> None:
     arguments = options.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone(arguments.weights, arguments.heads).to(device)
-    images = open_images(arguments.data, arguments.kind, backbone.spec.in_chans)
+    channels, levels = backbone.spec.in_chans, backbone.preprocess.levels
+    images = open_images(arguments.data, arguments.kind, channels, levels=levels, labels=arguments.labels)
     samples = readable(images, arguments.rows)
     sections = []
     if backbone.has_patches:

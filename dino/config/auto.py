@@ -22,6 +22,8 @@ class PoolFacts:
     kind: str
     bytes: int = 0  # of all of them, decoded
     canvas: int = 0  # bytes of a canvas on which any of them fits
+    mean: list[float] | None = None  # of each channel, where it was measured; see `is_measured`
+    std: list[float] | None = None
 
 
 Rule = Callable[[Config, PoolFacts], tuple[object, str]]
@@ -62,7 +64,7 @@ def keep_resolved(config: Config, earlier: Config) -> Config:
     resumed = copy.deepcopy(config)
     if config.objective.name != earlier.objective.name:
         return resumed  # another run, which is refused with all that differs
-    for key in rules(config):
+    for key in (*rules(config), "data.range"):
         follows_epochs = key == "train.steps" and config.train.epochs != earlier.train.epochs
         if key not in OF_THIS_MACHINE and get(config, key) in (AUTO, None) and not follows_epochs:
             assign(resumed, key, get(earlier, key))
@@ -106,11 +108,21 @@ def _workers(config: Config, pool: PoolFacts) -> tuple[int, str]:
     return max(1, cores() // 4), "training itself needs the cores"
 
 
+def is_measured(config: Config, channels: int) -> bool:
+    """Whether means and deviations are asked of the images: everywhere but where others' numbers are the custom."""
+    views, has_custom = config.views, config.data.bits == "8" and channels in (1, 3)
+    return any(value == AUTO or (value is None and not has_custom) for value in (views.mean, views.std))
+
+
 def _mean(config: Config, pool: PoolFacts) -> tuple[list[float], str]:
+    if pool.mean is not None and is_measured(config, pool.channels):
+        return pool.mean, "measured on a sample of the images"
     return ([0.485, 0.456, 0.406], "ImageNet's") if pool.channels == 3 else ([0.5] * pool.channels, "middle of range")
 
 
 def _std(config: Config, pool: PoolFacts) -> tuple[list[float], str]:
+    if pool.std is not None and is_measured(config, pool.channels):
+        return pool.std, "measured on a sample of the images"
     return ([0.229, 0.224, 0.225], "ImageNet's") if pool.channels == 3 else ([0.5] * pool.channels, "half the range")
 
 

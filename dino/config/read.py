@@ -52,8 +52,8 @@ class Leaf(NamedTuple):
 
     @property
     def may_be_auto(self) -> bool:
-        """Whether it is a number, or `auto` until it is resolved."""
-        return str in self.types and (int in self.types or float in self.types)
+        """Whether it is a number or numbers, or `auto` until it is resolved."""
+        return str in self.types and any(kind in self.types for kind in (int, float, list[float]))
 
     @property
     def type_name(self) -> str:
@@ -61,7 +61,7 @@ class Leaf(NamedTuple):
         if self.choices:
             return " | ".join(self.choices)
         if self.may_be_auto:
-            return f"{TYPE_NAMES[self.types[0]]} or '{AUTO}'"
+            return f"{_type_name(self.types[0])} or '{AUTO}'"
         return " or ".join(_type_name(kind) for kind in self.types)
 
 

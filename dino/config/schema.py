@@ -19,6 +19,21 @@ class DataConfig:
         AUTO, "how data.root is read; auto: by what it is; omniglot_train: without the drawings kept for testing"
     )
     channels: Auto[int] = setting(AUTO, "channels of an image; auto: 1 for omniglot and digits, else 3", low=1)
+    bits: str = setting(
+        "8",
+        "grey levels that are kept: 8 (others are scaled to these), 16, or float: numbers as files have them (TIFF, "
+        ".npy, DICOM), which data.range makes levels",
+        ("8", "16", "float"),
+    )
+    range: list[float] | None = setting(
+        None,
+        "numbers that become black and white, beyond which is cut off; none: 0 and 65535, of float measured once",
+    )
+    labels: str | None = setting(
+        None,
+        "where an image's class stands, for online k-NN: folders, folders:1 (from the top), folders:-1 (its own), a "
+        "column's name, or a table: labels.csv, labels.csv:column; none: where the source finds it",
+    )
     order: str = setting(
         "random", "random, or shards: one after the other, mixed within data.window images", ("random", "shards")
     )

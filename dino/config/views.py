@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dino.config.setting import setting
+from dino.config.setting import Auto, setting
 
 
 @dataclass
@@ -81,7 +81,11 @@ class ViewsConfig:
     augment: dict[str, float] = setting(
         {}, "amounts (probability or strength) of augmentations by name, instead of the preset's: {blur: 0.3}"
     )
-    mean: list[float] | None = setting(None, "channel means to subtract; none: ImageNet's for 3 channels, else 0.5")
-    std: list[float] | None = setting(
-        None, "channel standard deviations to divide by; none: ImageNet's for 3 channels, else 0.5", above=0
+    mean: Auto[list[float]] | None = setting(
+        None,
+        "channel means to subtract; none: ImageNet's for colour of 8 bits, 0.5 for grey of 8 bits, else as auto; auto: "
+        "measured on a sample of the images",
+    )
+    std: Auto[list[float]] | None = setting(
+        None, "channel standard deviations to divide by; none and auto: as views.mean", above=0
     )

@@ -69,7 +69,14 @@ def curate_by(config: CurateConfig) -> Curation:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     backbone = load_backbone(config.weights).to(accelerator.device)
     limits = Limits(config.data.max_pixels, config.data.max_bytes)
-    images = open_images(config.data.root, config.data.kind, backbone.spec.in_chans, limits=limits)
+    images = open_images(
+        config.data.root,
+        config.data.kind,
+        backbone.spec.in_chans,
+        limits=limits,
+        levels=backbone.preprocess.levels,
+        labels=config.data.labels,
+    )
     directory = Path(config.run.dir)
     refuse_other_directories(directory, config)
     threads = config.run.cpu_threads

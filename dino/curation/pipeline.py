@@ -94,6 +94,8 @@ def embed_pool(work: Surroundings, images: Pool, name: str) -> Embedded:
     workers = min(16, cores() - 1) if settings.workers == "auto" else int(settings.workers)
     content = [fingerprint(images), stamp(images), repr(backbone.preprocess), f"thumbnails of {SIDE}"]
     key = [weights_digest(backbone), *content, str(accelerator.mixed_precision)]
+    if images.levels.bits != "8":
+        key.append(repr(images.levels))
     return embed(
         Stage(work.directory / name, key, accelerator), backbone, images, settings.batch_size, workers, accelerator
     )
@@ -101,7 +103,7 @@ def embed_pool(work: Surroundings, images: Pool, name: str) -> Embedded:
 
 def embed_other(work: Surroundings, root: str, name: str, channels: int) -> Embedded:
     """Class tokens of a test set or of seeds, of which some images must be readable."""
-    embedded = embed_pool(work, open_images(root, "auto", channels), name)
+    embedded = embed_pool(work, open_images(root, "auto", channels, levels=work.backbone.preprocess.levels), name)
     unreadable = int((~embedded.readable).sum())
     if unreadable == len(embedded.readable):
         raise UserError(f"{root}: none of its {unreadable:,} images can be read: {embedded.reasons[0]}")

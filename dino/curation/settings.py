@@ -12,6 +12,7 @@ from dino.precision import PRECISIONS
 class Data:
     root: str = setting("", "as data.root of a run: folder, archive, list, shards, manifest.parquet; several as [a, b]")
     kind: str = setting(AUTO, "how data.root is read; auto: by what it is")
+    labels: str | None = setting(None, "as data.labels of a run, for the report and the manifest")
     max_pixels: int = setting(64_000_000, "images of more pixels are not decoded", low=1)
     max_bytes: int = setting(256 * 2**20, "image files of more bytes are not read, packed or not", low=1)
 

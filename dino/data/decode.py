@@ -1,7 +1,5 @@
-"""One image file to pixels: every format Pillow reads, brought to 8 bits and the channels asked for."""
+"""One image file to pixels, brought to the levels and the channels asked for."""
 
-import io
-import math
 import warnings
 
 import numpy as np
@@ -10,39 +8,49 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
-from dino.data.formats import Limits, UnreadableImage, open_picture, reason_of, require_pixels, without_metadata
-from dino.data.picture import orientation_of, picture_array, to_8_bits
+from dino.data.formats import Limits, UnreadableImage, open_picture, reason_of, without_metadata
+from dino.data.levels import AS_BYTES, Levels
+from dino.data.numbers import is_only_numbers, numbers_of, shape_of
+from dino.data.picture import orientation_of, picture_array
 
 SMALLEST_SIDE = 4
 LIMITS = Limits()
 
 
 def decode(
-    content: bytes, channels: int, name: str = "", enough: float | None = None, limits: Limits = LIMITS
+    content: bytes,
+    channels: int,
+    name: str = "",
+    enough: float | None = None,
+    limits: Limits = LIMITS,
+    levels: Levels = AS_BYTES,
 ) -> Tensor:
     """Decode an image file.
 
     Upright by its EXIF orientation; transparency is laid on white, or on what leaves more contrast; CMYK, palettes and
-    greyscale are converted; 16 bits are scaled to 8. An `.npy` file holds an (H, W, C) array of uint8 or uint16, for
-    images of any number of channels. Broken metadata make no difference.
+    greyscale are converted. An `.npy` file holds an (H, W, C) array of any number of channels. Broken metadata make no
+    difference.
 
     Args:
-        channels: 1 (luminance), 3 (RGB), or the number an `.npy` file has.
+        channels: 1 (luminance), 3 (RGB), or the number an `.npy` or TIFF file has.
         name: of the file; only its ending matters.
         enough: pixels; a JPEG that has more is reduced to 1/2, 1/4 or 1/8 of its sides, in a fraction of the time, as
             long as it keeps as many.
         limits: on the size that its header tells.
+        levels: how many are kept.
 
     Returns:
-        (channels, H, W) uint8, in memory pixel by pixel; raises `UnreadableImage` with the reason.
+        (channels, H, W) of `levels.dtype`, 0 … 255, in memory pixel by pixel; raises `UnreadableImage` with the reason.
     """
     if not content:
         raise UnreadableImage("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and the like: the pixels are what counts
-            if name.lower().endswith(".npy"):
-                return to_tensor(_file_array(content, limits), channels)
+            if levels.bits != "8" or name.lower().endswith(".npy") or is_only_numbers(content, channels):
+                numbers = numbers_of(content, name, channels, limits, windowed=levels.bits != "float")
+                require_shape(numbers.transpose(2, 0, 1).shape, channels)
+                return to_tensor(levels.of(numbers), channels)
             try:
                 return _picture(content, channels, enough, limits)
             except UnreadableImage:
@@ -58,14 +66,16 @@ def decode(
         raise UnreadableImage(reason_of(error)) from error
 
 
-def size_of(content: bytes, channels: int, name: str = "", limits: Limits = LIMITS) -> tuple[int, int, int] | None:
+def size_of(
+    content: bytes, channels: int, name: str = "", limits: Limits = LIMITS, levels: Levels = AS_BYTES
+) -> tuple[int, int, int] | None:
     """The shape (C, H, W) that `decode` would give, by the file's header; None where that is broken or too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if name.lower().endswith(".npy"):
-                height, width, depth = _header(content, limits)[0]
-                return depth, height, width
+            is_numbers = levels.bits != "8" or name.lower().endswith(".npy") or is_only_numbers(content, channels)
+            if is_numbers and (shape := shape_of(content, name, channels, limits)) is not None:
+                return shape
             with open_picture(content, limits) as image:
                 is_turned = image.format in ("JPEG", "MPO") and orientation_of(image) >= 5  # others would be decoded
                 return channels, *((image.width, image.height) if is_turned else (image.height, image.width))
@@ -115,26 +125,3 @@ def require_shape(shape: tuple[int, ...], channels: int) -> None:
         raise UnreadableImage(f"it has {depth} channels, data.channels is {channels}")
     if min(height, width) < SMALLEST_SIDE:
         raise UnreadableImage(f"{width}×{height} pixels are too few: at least {SMALLEST_SIDE} a side are needed")
-
-
-def _header(content: bytes, limits: Limits) -> tuple[tuple[int, int, int], bool, np.dtype, int]:
-    """Of an `.npy` file: (H, W, C), whether columns come first (Fortran's order), type, and where its pixels begin."""
-    file = io.BytesIO(content)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    reader = readers.get(np.lib.format.read_magic(file))
-    if reader is None:
-        raise UnreadableImage("it is an .npy file of a version that is not read")
-    shape, by_columns, kind = reader(file)
-    if len(shape) not in (2, 3) or kind.newbyteorder("=") not in (np.uint8, np.uint16):
-        raise UnreadableImage(f"an .npy image is (H, W, C) of uint8 or uint16, this is {shape} of {kind}")
-    require_pixels(shape[1], shape[0], limits)
-    height, width, depth = (*shape, 1)[:3]
-    return (height, width, depth), by_columns, kind, file.tell()
-
-
-def _file_array(content: bytes, limits: Limits) -> np.ndarray:
-    """What an `.npy` file holds, as (H, W, C) uint8."""
-    shape, by_columns, kind, start = _header(content, limits)
-    pixels = np.frombuffer(content, kind, count=math.prod(shape), offset=start)
-    array = pixels.reshape(shape, order="F" if by_columns else "C")
-    return array if kind == np.uint8 else to_8_bits(array)

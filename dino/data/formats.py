@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs", ".heic"),
-    *(".heif", ".hif", ".tga", ".pcx", ".sgi", ".qoi", ".dds", ".psd", ".npy"),
+    *(".heif", ".hif", ".tga", ".pcx", ".sgi", ".qoi", ".dds", ".psd", ".npy", ".dcm", ".dicom"),
 )
 # What Pillow may take a file for. Others are no pictures, start programs (EPS), or hide a second size (ICO).
 FORMATS = (

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from dino.data.formats import UnreadableImage
+from dino.data.levels import to_8_bits
 
 STRIP = 1 << 20  # pixels that are converted at a time
 BACKGROUNDS = (255, 0, 128)
@@ -14,12 +15,10 @@ CONTRAST = 32  # levels by which ink differs from what it lies on, or it is lost
 
 def picture_array(image: Image.Image, channels: int) -> np.ndarray:
     """A picture, upright and opaque, as (H, W, 1 or 3) uint8 in memory of its own."""
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or gain map after it
-        raise UnreadableImage(f"it is animated or has several pages ({frames} frames)")
+    require_one_frame(image)
     image.load()
     if image.mode == "F":
-        raise UnreadableImage("its pixels are 32-bit fractions of unknown range: save it with 8 or 16 bits")
+        raise UnreadableImage("its pixels are 32-bit fractions of unknown range: set data.bits=float")
     mode = "L" if channels == 1 else "RGB"
     background = background_of(image, mode) if image.has_transparency_data else None
     array = np.empty((image.height, image.width, len(mode)), np.uint8)
@@ -32,6 +31,13 @@ def picture_array(image: Image.Image, channels: int) -> np.ndarray:
         pixels = np.asarray(strip if strip.mode == mode else strip.convert(mode))
         array[rows] = pixels.reshape(array[rows].shape)
     return upright(array, orientation_of(image))
+
+
+def require_one_frame(image: Image.Image) -> None:
+    """Raise `UnreadableImage` for a film, or a document of several pages."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview or gain map after it
+        raise UnreadableImage(f"it is animated or has several pages ({frames} frames)")
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -72,12 +78,6 @@ def background_of(image: Image.Image, mode: str) -> int:
             is_lost = (darkest > level - CONTRAST) & (lightest < level + CONTRAST)
             lost[number] += float(alpha[is_lost].sum())
     return BACKGROUNDS[0] if lost[0] <= ink / 2 else BACKGROUNDS[int(lost.argmin())]
-
-
-def to_8_bits(array: np.ndarray) -> np.ndarray:
-    """0 … 65,535 to 0 … 255, rounded; what is beyond is cut off."""
-    # Whole numbers throughout: (v · 255 + 32,767) / 65,535 is v / 257 rounded, and fits 32 bits.
-    return ((array.clip(0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:

@@ -22,8 +22,9 @@ SAMPLE = 16  # images whose sizes stand for all
 class Canvas(NamedTuple):
     """Images of one batch on canvases of one size."""
 
-    pixels: Tensor  # (B, C, H, W) uint8 on the device; beyond an image's own size its canvas holds its background
-    background: Tensor  # (B, C) uint8 on the device, the median of each image's border
+    # (B, C, H, W) uint8, or fp32 where finer levels are kept, on the device; beyond an image's own size its background
+    pixels: Tensor
+    background: Tensor  # (B, C) of the same type, the median of each image's border
     sizes: np.ndarray  # (B, 2) height and width of each image
 
 
@@ -35,7 +36,7 @@ class ResidentImages:
     """
 
     def __init__(self, images: Pool, device: torch.device, show_progress: bool = True):
-        count, pixels = len(images.names), Growing()
+        count, pixels = len(images.names), Growing(images.levels.dtype)
         sizes, background, readable = [], [], []
         self.unreadable: list[tuple[int, str]] = []
         for index, (image, reason) in enumerate(_read_all(images, show_progress)):
@@ -81,7 +82,7 @@ class ResidentImages:
 
 
 def border_colour(image: Tensor) -> Tensor:
-    """The median of an image's border, per channel: (C, H, W) uint8 to (C,) uint8."""
+    """The median of an image's border, per channel: (C, H, W) to (C,), of any type."""
     pixels = image.numpy()
     border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
     middle = (border.shape[1] - 1) // 2
@@ -89,13 +90,13 @@ def border_colour(image: Tensor) -> Tensor:
 
 
 class Growing:
-    """Bytes that become more, one behind the other; never twice in memory, as where pieces are put together."""
+    """Pixels that become more, one behind the other; never twice in memory, as where pieces are put together."""
 
-    def __init__(self) -> None:
-        self._buffer, self._used = np.empty(1 << 20, np.uint8), 0
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._buffer, self._used = torch.empty(1 << 20, dtype=dtype).numpy().copy(), 0
 
     def append(self, piece: np.ndarray) -> None:
-        """(N,) uint8."""
+        """(N,) of the type."""
         end = self._used + len(piece)
         if end > len(self._buffer):  # the system moves its pages; what is not used yet takes none
             self._buffer.resize(max(end, 2 * len(self._buffer)), refcheck=False)
@@ -135,7 +136,7 @@ def _decoded(images: Pool, indices: range) -> Decoded:
         return Decoded(0, 0)
     sizes = np.array(shapes)
     of_all = int(sizes.prod(axis=1).sum()) * len(images.names) // len(shapes)
-    return Decoded(of_all, int(sizes.max(axis=0).prod()))
+    return Decoded(images.levels.dtype.itemsize * of_all, images.levels.dtype.itemsize * int(sizes.max(axis=0).prod()))
 
 
 def _read_all(images: Pool, show_progress: bool) -> Iterator[tuple[Tensor | None, str]]:

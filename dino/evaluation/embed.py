@@ -43,6 +43,7 @@ def embed(
     accelerator: Accelerator | None = None,
     precision: str = "auto",
     heads: int | None = None,
+    labels: str | None = None,
 ) -> Embeddings:
     """Embed images with any weights.
 
@@ -58,16 +59,17 @@ def embed(
         accelerator: shares the images among its processes; each of them gets all features.
         precision: fp32, bf16, or auto: bf16 where the device has units for it.
         heads: attention heads, for files that do not tell.
+        labels: as `data.labels`.
 
     Raises:
-        UserError: no such weights, or no image that can be read.
+        UserError: no such weights or labels, or no image that can be read.
     """
     if isinstance(weights, Backbone):
         backbone = weights
     else:
         device = accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu"
         backbone = load_backbone(os.fspath(weights), heads).to(device)
-    images = open_images(data, kind, backbone.spec.in_chans)
+    images = open_images(data, kind, backbone.spec.in_chans, levels=backbone.preprocess.levels, labels=labels)
     features = extract(
         backbone,
         images,

@@ -42,25 +42,27 @@ def labelled_features(
     accelerator: Accelerator,
     blocks: int = 1,
     precision: str = "auto",
+    labels_by: str | None = None,
 ) -> Labelled:
-    """Embed a pool whose folders are its classes.
+    """Embed a pool of known classes.
 
     Args:
         data: to learn from; and, without `test_data`, to test on too: what lies in its folders train/ and val/ (or
             test/), as it has them, or else 30 % drawn with `seed` from every class alike.
         blocks, precision: see `extract`.
+        labels_by: as `data.labels`, of both; images that have none are left out.
 
     Raises:
         UserError: no classes, or too few images to split.
     """
-    images = open_images(data, kind, backbone.spec.in_chans)
+    images = _opened(data, kind, backbone, labels_by)
     if images.labels is None:
-        raise UserError(f"{shown(data)} has no classes: put each class's images into a folder of its own")
+        raise UserError(_no_classes(data, images))
     classes, roles = images.labels.classes, images.roles
     features = _features(backbone, images, accelerator, blocks, precision)
     labels = images.labels.codes[features.rows]
     if test_data is not None:
-        test_images = open_images(test_data, kind, backbone.spec.in_chans)
+        test_images = _opened(test_data, kind, backbone, labels_by)
         test_features = _features(backbone, test_images, accelerator, blocks, precision)
         test_labels = _codes_among(classes, test_images, test_data)[test_features.rows]
         return Labelled(features, labels, test_features, test_labels, classes)
@@ -73,6 +75,22 @@ def labelled_features(
     else:
         train, test = _drawn(labels, classes, shown(data), seed)
     return Labelled(features.at(train), labels[train], features.at(test), labels[test], classes)
+
+
+def _opened(data: str, kind: str, backbone: Backbone, labels_by: str | None) -> Pool:
+    levels = backbone.preprocess.levels
+    return open_images(data, kind, backbone.spec.in_chans, levels=levels, labels=labels_by, labelled_only=True)
+
+
+def _no_classes(data: str, images: Pool) -> str:
+    """What is said of a pool of which no class is known."""
+    has_folder = [("/" in name) for name in images.names]
+    ways = "put each class's images into a folder of its own, or say with --labels which column or table has them"
+    if any(has_folder) and not all(has_folder):
+        stray = shown(images.names[has_folder.index(False)])
+        count = f"{len(has_folder) - sum(has_folder):,} image(s) lie"
+        return f"{shown(data)} has no classes: {count} beside the folders, for example {stray}: move or remove them"
+    return f"{shown(data)} has no classes: {ways}"
 
 
 def _drawn(labels: np.ndarray, classes: list[str], data: str, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """From pixels to what a backbone's weights expect."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from dino.data.levels import AS_BYTES, Levels
 from dino.data.picture import picture_array
 
 LONGEST = 4  # times the shorter side
@@ -22,20 +23,22 @@ class Preprocess:
         image_size: side in pixels that the weights expect.
         mean, std: per channel, of pixels in [0, 1].
         resize: to which the shorter side is brought before the crop; None: image_size.
+        levels: how many grey levels the weights were trained with.
     """
 
     image_size: int
     mean: Sequence[float]
     std: Sequence[float]
     resize: int | None = None
+    levels: Levels = field(default=AS_BYTES, repr=False)
 
     def __call__(self, images: Tensor | Image.Image) -> Tensor:
-        """(…, C, H, W) uint8, or a PIL image, to (…, C, image_size, image_size) fp32, normalised."""
+        """(…, C, H, W) levels from 0 to 255, or a PIL image, to (…, C, image_size, image_size) fp32, normalised."""
         if isinstance(images, Image.Image):
             images = torch.from_numpy(picture_array(images, len(self.mean))).permute(2, 0, 1)
-        return functional.normalize(
-            functional.to_dtype(self.crop(images), torch.float32, scale=True), self.mean, self.std
-        )
+        pixels = self.crop(images)
+        pixels = pixels / 255 if pixels.is_floating_point() else functional.to_dtype(pixels, torch.float32, scale=True)
+        return functional.normalize(pixels, self.mean, self.std)
 
     def crop(self, images: Tensor) -> Tensor:
         """The shorter side resized by antialiased bicubic resampling, then the centre.
@@ -48,4 +51,6 @@ class Preprocess:
         if max(height, width) > longest:
             images = functional.center_crop(images, [min(height, longest), min(width, longest)])
         resized = functional.resize(images, [self.resize or self.image_size], InterpolationMode.BICUBIC, antialias=True)
+        if resized.is_floating_point():  # bicubic weights overshoot
+            resized = resized.clamp(0, 255)
         return functional.center_crop(resized, [self.image_size])

@@ -9,7 +9,7 @@ import torch
 
 from dino.config.read import dump
 from dino.config.schema import Config
-from dino.data import Limits, Pool, open_images
+from dino.data import Pool, pool_of
 from dino.errors import UserError
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
@@ -101,9 +101,7 @@ class Reporter:
 def write_report(directory: RunDirectory) -> None:
     """The report of a run that has ended, from what lies in its directory."""
     config = directory.read_config()
-    limits = Limits(config.data.max_pixels, config.data.max_bytes)
-    images = open_images(config.data.root, config.data.kind, config.data.channels, limits=limits)
-    Reporter(directory, config, images).write_now(load_backbone(directory.path), "ended", alive=False)
+    Reporter(directory, config, pool_of(config.data)).write_now(load_backbone(directory.path), "ended", alive=False)
 
 
 def _curves(config: Config, images: Pool, metrics: list[dict], width: int) -> Iterator[Section]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from dino.config.schema import Config
+from dino.config.schema import Config, ViewsConfig
 from dino.errors import UserError
 from dino.methods import METHODS
 from dino.models import Backbone, save_backbone
@@ -15,8 +16,7 @@ from dino.training.phases import views_at
 
 def described(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
     """What files of a checkpoint say of the backbones in them, so that they can be loaded by themselves."""
-    views = config.views
-    preprocessing = {"image_size": views.global_size, "mean": views.mean, "std": views.std}
+    preprocessing = _preprocessing(config, config.views)
     backbones = {name: getattr(module, "backbone", None) for name, module in modules.items()}
     return {
         name: describe(backbone, preprocessing, {}, layout="checkpoint")
@@ -31,8 +31,7 @@ def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, 
     Raises:
         UserError: it cannot be written.
     """
-    views = views_at(config, max(0, step - 1))
-    preprocessing = {"image_size": views.global_size, "mean": views.mean, "std": views.std}
+    preprocessing = _preprocessing(config, views_at(config, max(0, step - 1)))
     training = {
         "objective": METHODS[config.objective.name].describe(config),
         "arch": config.model.arch,
@@ -51,3 +50,10 @@ def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, 
             f"{folder / BACKBONE_FILE} could not be written after step {step} ({error.strerror or error}); checkpoints "
             "are whole. Make room on the disk and start the same command again"
         ) from error
+
+
+def _preprocessing(config: Config, views: ViewsConfig) -> dict[str, Any]:
+    preprocessing = {"image_size": views.global_size, "mean": views.mean, "std": views.std}
+    if config.data.bits != "8":
+        preprocessing |= {"bits": config.data.bits, "range": config.data.range}
+    return preprocessing

@@ -22,6 +22,8 @@ OF_THE_WEIGHTS = (  # settings that the weights decide
     "model.position_interpolation",
     "model.position_size",
     "data.channels",
+    "data.bits",
+    "data.range",
     "views.mean",
     "views.std",
 )
@@ -54,6 +56,8 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
     values = family_of(backbone.spec).settings(backbone.spec, config.model) | {"data.channels": backbone.spec.in_chans}
     for key in ("mean", "std"):
         values[f"views.{key}"] = list(getattr(backbone.preprocess, key))
+    if (levels := backbone.preprocess.levels).bits != "8":  # weights of 8 bits can go on with finer levels
+        values |= {"data.bits": levels.bits, "data.range": levels.range and list(levels.range)}
     followed, reasons = follow(config, values, f"model.init={name}")
     check(followed, weights_known=True)
     return followed, backbone, reasons

@@ -9,7 +9,7 @@ import torch
 
 from dino.config.auto import PoolFacts, resolve
 from dino.config.schema import Config
-from dino.data import Pool, open_images, read_or_reason, samples_per_epoch
+from dino.data import Pool, pool_of, read_or_reason, samples_per_epoch
 from dino.errors import UserError
 from dino.report.facts import duration
 from dino.run import RunDirectory
@@ -59,7 +59,7 @@ def propose(config: Config) -> UserError:
     Raises:
         UserError: the images are too few, or cannot be read.
     """
-    images = open_images(config.data.root, config.data.kind, config.data.channels)
+    images = pool_of(config.data)
     side, count = typical_side(images), samples_per_epoch(images)
     batch = min(BATCH, count)
     choices = [CHOICES[0], *(choice for choice in CHOICES[1:] if choice[SIZE] <= 1.5 * side)]

@@ -1,6 +1,7 @@
 """The settings of a pre-training run: read, and checked across all rooms."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def _problems_of_training(config: Config) -> Iterator[str]:
     for key, scale in (("views.global_scale", views.global_scale), ("views.local_scale", views.local_scale)):
         if len(scale) != 2 or scale[0] > scale[1]:
             yield f"{key} must be two fractions of the area, 0 < least <= greatest <= 1, got {scale}"
+    ends = config.data.range
+    if ends is not None and (len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]):
+        yield f"data.range must be two numbers, the least before the greatest, got {ends}"
+    if ends is not None and config.data.bits == "8":
+        yield "data.range is for data.bits=16 or float: data.bits=8 keeps the levels that files of 8 bits have"
     if len(optim.betas) != 2:
         yield f"optim.betas must be two numbers in [0, 1), got {optim.betas}"
     if train.batch_size % max(train.accumulation, 1):

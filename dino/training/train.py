@@ -4,10 +4,10 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from dino.config.auto import PoolFacts, cache_room, keep_resolved, resolve
+from dino.config.auto import keep_resolved, resolve
 from dino.config.read import follow
 from dino.config.schema import Config
-from dino.data import Limits, decoded, open_images, samples_per_epoch
+from dino.data import pool_of
 from dino.data.sources.several import as_root
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
@@ -15,6 +15,7 @@ from dino.run import RunDirectory
 from dino.run_lock import held
 from dino.training import launch, resume
 from dino.training.initial import follow_weights
+from dino.training.pool_facts import measured
 from dino.training.settings import load
 from dino.training.summary import summary
 from dino.training.trainer import Trainer
@@ -117,10 +118,10 @@ def run_training(config: Config, data_set: Any = None, transform: Any = None, dr
         config, outside_reasons = follow(config, outside.settings, outside.source)
         reasons |= outside_reasons
     source = config.data.root if data_set is None else data_set
-    limits = Limits(config.data.max_pixels, config.data.max_bytes)
-    images = open_images(source, config.data.kind, config.data.channels, transform, limits)
-    pool = PoolFacts(samples_per_epoch(images), images.channels, images.kind, *decoded(images, cache_room()))
-    config, auto_reasons = resolve(keep_resolved(config, earlier) if earlier else config, pool)
+    config = keep_resolved(config, earlier) if earlier else config
+    images = pool_of(config.data, source, transform)
+    config, pool = measured(config, images, accelerator.is_main_process)
+    config, auto_reasons = resolve(config, pool)
     if earlier:
         resume.refuse_other_config(directory, config, earlier, checkpoint is not None)
 

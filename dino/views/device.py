@@ -11,7 +11,7 @@ from dino.data import Canvas
 from dino.views.crop import Resampling, crop_batch, crop_singly, draw_boxes, resampling_of, taps_of
 from dino.views.draws import Numbers
 from dino.views.ops import AUGMENTATIONS, Augmentation, Draw, Prepared, Stage
-from dino.views.plan import CACHED, Part, Upload, apply, apply_parts, in_one_part, in_parts_for_a_cache, to_bytes
+from dino.views.plan import CACHED, Part, Upload, apply, apply_parts, in_one_part, in_parts_for_a_cache, to_levels
 from dino.views.view import Group, MultiCrop
 
 
@@ -36,7 +36,7 @@ class DeviceViews:
         self.views, self.groups, self.singly = spec.views, spec.groups, singly
 
     def crop(self, canvas: Canvas, keys: np.ndarray) -> list[Tensor]:
-        """Crops by size, (V·B, C, size, size) uint8, view by view: moved, cropped, resized and flipped.
+        """Crops by size, (V·B, C, size, size) of the canvas's type, view by view: moved, cropped, resized and flipped.
 
         Args:
             canvas: B images.
@@ -84,16 +84,17 @@ class DeviceViews:
             for start in range(0, len(boxes), max(1, most)):
                 rows = slice(start, start + max(1, most))
                 of_rows = None if resampling is None else Resampling(*(weights[rows] for weights in resampling))
-                crops.append(crop(self._moved(canvas, plan, rows), boxes[rows], view.size, of_rows))
+                moved = self._moved(canvas, plan, rows)
+                crops.append(crop(moved, boxes[rows], view.size, of_rows, canvas.pixels.dtype))
             cropped = torch.cat(crops)
         else:
-            cropped = crop(canvas.pixels, boxes, view.size, resampling)
+            cropped = crop(canvas.pixels, boxes, view.size, resampling, canvas.pixels.dtype)
         for part in plan.parts:
             cropped = apply(cropped, part.steps, view)
         return cropped
 
     def _moved(self, canvas: Canvas, plan: Plan, rows: slice) -> Tensor:
-        """For some of the V·B crops an image that was moved for each: fp32, in whole levels."""
+        """For some of the V·B crops an image that was moved for each: fp32, in whole levels where the canvas is."""
         images = torch.arange(len(plan.boxes), device=canvas.pixels.device)[rows] % len(canvas.pixels)
         part = Canvas(
             canvas.pixels.index_select(0, images).float(),
@@ -103,14 +104,14 @@ class DeviceViews:
         for augmentation, draw in plan.moves:
             moved = augmentation.apply_to_images(part, {name: values[rows] for name, values in draw.items()})
             part = part._replace(pixels=moved)
-        return part.pixels.round_()
+        return part.pixels.round_() if canvas.pixels.dtype == torch.uint8 else part.pixels
 
 
-def crop(pixels: Tensor, boxes: np.ndarray, size: int, resampling: Resampling | None) -> Tensor:
-    """Crops in uint8, by matrix products or, where there are none, singly."""
+def crop(pixels: Tensor, boxes: np.ndarray, size: int, resampling: Resampling | None, dtype: torch.dtype) -> Tensor:
+    """Crops of a type, by matrix products or, where there are none, singly."""
     if resampling is None:
-        return crop_singly(to_bytes(pixels), boxes, size)
-    return to_bytes(crop_batch(pixels.float(), resampling))
+        return to_levels(crop_singly(pixels if pixels.dtype == dtype else to_levels(pixels, dtype), boxes, size), dtype)
+    return to_levels(crop_batch(pixels.float(), resampling), dtype)
 
 
 def draws_of(stage: Stage, group: Group, numbers: Numbers) -> dict[Augmentation, Draw]:

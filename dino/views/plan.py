@@ -143,19 +143,21 @@ def apply(pixels: Tensor, steps: Iterable[Step], view: View) -> Tensor:
 
 
 def apply_parts(pixels: Tensor, parts: Iterable[Part], view: View) -> Tensor:
-    """Crops (n, C, size, size) uint8 with each part changed in fp32; `pixels` are left alone."""
+    """Crops (n, C, size, size) with each part changed in fp32; `pixels` are left alone, and so is their type."""
     changed = pixels
     for rows, steps in parts:
         if rows is None:
-            return to_bytes(apply(pixels.float(), steps, view))
+            return to_levels(apply(pixels.to(torch.float32, copy=True), steps, view), pixels.dtype)
         changed = pixels.clone() if changed is pixels else changed
         indices = torch.from_numpy(rows)
-        put(changed, indices, to_bytes(apply(pixels.index_select(0, indices).float(), steps, view)))
+        put(changed, indices, to_levels(apply(pixels.index_select(0, indices).float(), steps, view), pixels.dtype))
     return changed
 
 
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Levels, which are overwritten, to the nearest ones of uint8."""
+def to_levels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Levels, which are overwritten, within 0 … 255: to the nearest ones of uint8, or in fp32 as they are."""
+    if dtype != torch.uint8:
+        return pixels.clamp_(0, 255)
     if pixels.dtype == torch.uint8:
         return pixels
     levels = pixels.round_().clamp_(0, 255)

@@ -211,7 +211,7 @@ WHOLE = encode(noise(64, 64, 3), "PNG")
         (frames("TIFF"), "x.tif", "2 frames"),
         (encode(np.random.default_rng(0).random((8, 8), np.float32), "TIFF"), "x.tif", "fractions"),
         (npy(np.zeros((8, 8, 3), np.float32)), "x.npy", "float32"),
-        (npy(np.zeros((8, 8, 3), np.int16)), "x.npy", "int16"),
+        (npy(np.full((8, 8, 3), -1, np.int16)), "x.npy", "int16, some below 0"),
         (npy(np.zeros((2, 8, 8, 3), np.uint8)), "x.npy", r"\(2, 8, 8, 3\)"),
         (npy(np.zeros(64, np.uint8)), "x.npy", r"\(64,\)"),
         (npy(noise(8, 8, 2)), "x.npy", r"2 channels, data\.channels is 3"),

@@ -10,7 +10,7 @@ from oracle import moved, oracle_crops, row
 from dino.views import DeviceViews, MultiCrop, View
 from dino.views.crop import crop_batch, crop_singly, draw_boxes, line_weights, resampling_of, taps_of
 from dino.views.draws import Numbers
-from dino.views.plan import to_bytes
+from dino.views.plan import to_levels
 
 SHAPES = [(3, 20, 24), (1, 64, 80), (5, 100, 75), (3, 4, 4), (3, 8, 90), (2, 333, 61)]
 
@@ -66,7 +66,7 @@ class TestCrops:
     def test_matrix_products_are_the_kernel_for_bytes_up_to_rounding(self, shape, low, high, largest, mean):
         images, boxes = noise(20, *shape, low=low, high=high), boxes_of(shape, 20)
         for size in (12, 24, 96):
-            products = to_bytes(by_products(images.float(), boxes, size)).float()
+            products = to_levels(by_products(images.float(), boxes, size), torch.uint8).float()
             difference = (products - crop_singly(images, boxes, size).float()).abs()
             assert difference.max() <= largest
             assert difference.mean() < mean

@@ -74,6 +74,9 @@ class ListSource(FileSource):
     def column(self, name: str) -> pa.Array | None:
         return as_text(self.table[name]) if name in self.table.column_names else None
 
+    def columns(self) -> list[str]:
+        return self.table.column_names
+
     def _path(self, index: int) -> str:
         path = Names(self.names)[index]
         return path if is_remote(path) else os.path.join(os.path.dirname(self.root), path)

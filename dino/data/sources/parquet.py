@@ -108,6 +108,9 @@ class ParquetSource(FileSource):
         indices = pa.array(np.where(named, numbers, 0).astype(np.int64), mask=~named)
         return pa.array(classes, pa.large_string()).take(indices)
 
+    def columns(self) -> list[str]:
+        return [field.name for field in self.table.schema if not pa.types.is_nested(field.type)]
+
 
 class _Kept:
     """The row groups that this process has read last; in another process there are none."""

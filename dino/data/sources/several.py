@@ -10,6 +10,7 @@ import pyarrow as pa
 import yaml
 from torch import Tensor
 
+from dino.data.sources.columns import as_text
 from dino.data.sources.source import Names, Source, below, digest_of, packed
 from dino.data.sources.storage import files_of, is_pattern, is_remote, most_common_ending
 from dino.errors import UserError
@@ -24,6 +25,7 @@ class Member(Protocol):
     weights: np.ndarray | None
 
     def content(self, index: int) -> bytes | Tensor: ...
+    def column(self, name: str) -> pa.Array | None: ...
 
 
 class SeveralSource(Source):
@@ -56,6 +58,17 @@ class SeveralSource(Source):
     def read(self, index: int) -> bytes | Tensor:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.pools[number].content(index - int(self.starts[number]))
+
+    def column(self, name: str) -> pa.Array | None:
+        """Of all roots, null where one has none of that name."""
+        parts: list[pa.Array] = []
+        for pool in self.pools:
+            part = pool.column(name)
+            parts.append(pa.nulls(len(pool.names), pa.large_string()) if part is None else as_text(part))
+        return None if all(part.null_count == len(part) for part in parts) else pa.concat_arrays(parts)
+
+    def columns(self) -> list[str]:
+        return sorted({name for pool in self.pools for name in pool.source.columns()})
 
     def stamp(self) -> str:
         return digest_of(pool.source.stamp() for pool in self.pools)

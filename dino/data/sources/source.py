@@ -45,6 +45,10 @@ class Source(Protocol):
         """(N,) text that the source has of its images under a name of its own; None: it has nothing of that name."""
         return None
 
+    def columns(self) -> list[str]:
+        """The names of its columns, for a message."""
+        return []
+
 
 class LeftOut:
     """What was found beside the images of a source: how much of each kind, and an example or two."""

@@ -72,6 +72,9 @@ class TarSource(FileSource):
         values = [self._json(index).get(name) for index in range(len(self.names))]
         return None if all(value is None for value in values) else pa.array(map(_text, values), pa.string())
 
+    def columns(self) -> list[str]:
+        return list(self._json(0))
+
     def _json(self, index: int) -> dict[str, Any]:
         offset, length = self.json[index].tolist()
         if not 0 < length <= LONGEST_JSON:

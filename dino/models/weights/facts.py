@@ -6,13 +6,16 @@ write oneself.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from safetensors import SafetensorError, safe_open
 
+from dino.data.levels import Levels
 from dino.errors import UserError
 from dino.files import read_json
 from dino.models.backbone import Backbone
@@ -46,7 +49,8 @@ def describe(
     """The metadata of a file of weights, in one key: several would be written in random order.
 
     Args:
-        preprocessing: `image_size`, `mean`, `std`, and `resize` where it is another, that the weights expect.
+        preprocessing: `image_size`, `mean`, `std`, `resize` where it is another, and `bits` and `range` where these
+            are not 8 bits, that the weights expect.
         layout: whose names the tensors have, if not those of this project.
         other: settings of the spec that differ in the file.
     """
@@ -95,6 +99,7 @@ def spec_of(description: Mapping[str, Any]) -> tuple[Any, Preprocess]:
     preprocess = _preprocess(
         description["image_size"], description["mean"], description["std"], description.get("resize")
     )
+    preprocess = replace(preprocess, levels=_levels(description))
     if len(preprocess.mean) != spec.in_chans:
         raise ValueError(f"mean has {len(preprocess.mean)} values for {spec.in_chans} channels")
     return spec, preprocess
@@ -202,3 +207,16 @@ def _preprocess(image_size: Any, mean: Any, std: Any, resize: Any) -> Preprocess
     if len(mean) != len(std) or min(std) <= 0:
         raise ValueError("std has a value above 0 for each of mean's")
     return Preprocess(image_size, list(mean), list(std), resize)
+
+
+def _levels(description: Mapping[str, Any]) -> Levels:
+    """Which grey levels a description tells of; raises ValueError for what is none."""
+    bits, ends = description.get("bits", "8"), description.get("range")
+    if bits not in ("8", "16", "float"):
+        raise ValueError(f"bits cannot be {str(bits)[:100]!r}")
+    if ends is None:
+        return Levels(bits)
+    are_numbers = isinstance(ends, list) and all(type(end) in (int, float) and math.isfinite(end) for end in ends)
+    if not are_numbers or len(ends) != 2 or ends[0] >= ends[1]:
+        raise ValueError(f"range cannot be {str(ends)[:100]!r}")
+    return Levels(bits, (float(ends[0]), float(ends[1])))

@@ -18,4 +18,4 @@ class Solarize(Augmentation):
     name = "solarize"
 
     def apply(self, pixels: Tensor, draw: Prepared, view: View) -> Tensor:
-        return torch.minimum(pixels.round_(), 255 - pixels)
+        return torch.minimum(pixels, 255 - pixels)
