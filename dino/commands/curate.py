@@ -4,25 +4,44 @@
     accelerate launch train/curate.py data.root=path/to/images weights=dinov2_vits14 run.dir=runs/curated
     accelerate launch train/pretrain.py data.root=runs/curated/manifest.parquet run.dir=runs/mine
 
+    dino curate data.root=path/to/images weights=dinov2_vits14 run.dir=runs/look rebalance.method=none --report-only
+    dino curate data.root=path/to/images weights=dinov2_vits14 run.dir=runs/unique rebalance.method=none --copy unique/
+
 The run leaves RUN/manifest.parquet, a row for each image with what became of it and why, and report.html. Started again
 by the same command, it goes on where it stopped; after a change of settings, with the first stage that they touch.
 """
+
+from pathlib import Path
 
 from accelerate import PartialState
 
 from dino.commands import common
 from dino.config import read as configuration
 from dino.config.recipes import recipe_and_settings
-from dino.curation.curate import curate_by
+from dino.curation.curate import curate_by, sources
+from dino.curation.kept import WAYS, check_target, write_kept
 from dino.curation.settings import CurateConfig
 
 
 def main() -> None:
-    arguments = common.settings_parser(__doc__, CurateConfig()).parse_intermixed_args()
+    parser = common.settings_parser(__doc__, CurateConfig())
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--report-only", action="store_true", help="write report.html, and no manifest.parquet")
+    output.add_argument("--copy", metavar="FOLDER", type=Path, help="copy the images that are kept there")
+    output.add_argument("--link", metavar="FOLDER", type=Path, help="link to them from there (symbolic links)")
+    output.add_argument("--list", metavar="FILE", type=Path, help="write their paths there, a line each (.txt)")
+    arguments = parser.parse_intermixed_args()
     recipe, settings = recipe_and_settings(arguments.settings, arguments.config)
-    curation = curate_by(configuration.read(CurateConfig, recipe, settings))
+    config = configuration.read(CurateConfig, recipe, settings)
+    ways = {way: getattr(arguments, way).expanduser() for way in WAYS if getattr(arguments, way)}
+    for way, target in ways.items():
+        check_target(way, target, sources(config))
+    curation = curate_by(config, arguments.report_only)
     processes = PartialState()
     dropped = [f"{count:,} {reason}" for reason, count in curation.dropped.items()]
     processes.print(", ".join([f"{curation.images:,} images: {curation.kept:,} kept", *dropped]))
-    processes.print(f"{curation.manifest} and {curation.report}")
+    processes.print(str(curation.report) if arguments.report_only else f"{curation.manifest} and {curation.report}")
+    if processes.is_main_process:
+        for way, target in ways.items():
+            print(f"{target}: {write_kept(curation.manifest, way, target):,} images")
     processes.destroy_process_group()

@@ -62,8 +62,12 @@ def curate(
     return curate_by(configuration.read(CurateConfig, None, given))
 
 
-def curate_by(config: CurateConfig) -> Curation:
-    """Curate by settings, alone or as one of several processes, each of which must call this."""
+def curate_by(config: CurateConfig, report_only: bool = False) -> Curation:
+    """Curate by settings, alone or as one of several processes, each of which must call this.
+
+    Args:
+        report_only: write no manifest.
+    """
     check(config)
     forget_earlier_runs()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -92,7 +96,8 @@ def curate_by(config: CurateConfig) -> Curation:
     columns, copies = curated.columns, curated.copies
     manifest, report = directory / "manifest.parquet", directory / "report.html"
     if accelerator.is_main_process:
-        write_manifest(manifest, columns, config.data.root, images.kind)
+        if not report_only:
+            write_manifest(manifest, columns, config.data.root, images.kind)
         facts = {
             "images": f"{len(images.names):,} from {config.data.root or config.data.kind}",
             "weights": config.weights,

@@ -5,6 +5,7 @@ import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +109,10 @@ class Pool:
     def content(self, index: int) -> bytes | Tensor:
         """As the source has it: a file's bytes, or pixels; raises `UnreadableImage`."""
         return self.source.read(int(index if self.indices is None else self.indices[index]))
+
+    def location(self, index: int) -> Path | None:
+        """Of an image that is a file of its own on this machine."""
+        return self.source.location(int(index if self.indices is None else self.indices[index]))
 
     def column(self, name: str) -> pa.Array | None:
         """(N,) what the source has of its images under a name of its own; None: nothing."""

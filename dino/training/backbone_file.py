@@ -53,7 +53,7 @@ def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, 
 
 
 def _preprocessing(config: Config, views: ViewsConfig) -> dict[str, Any]:
-    preprocessing = {"image_size": views.global_size, "mean": views.mean, "std": views.std}
+    preprocessing: dict[str, Any] = {"image_size": views.global_size, "mean": views.mean, "std": views.std}
     if config.data.bits != "8":
         preprocessing |= {"bits": config.data.bits, "range": config.data.range}
     return preprocessing

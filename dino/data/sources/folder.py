@@ -30,6 +30,9 @@ class FolderSource(FileSource):
     def read(self, index: int) -> bytes:
         return read_file(self.root / Names(self.names)[index], self.max_bytes)
 
+    def location(self, index: int) -> Path:
+        return self.root.absolute() / Names(self.names)[index]
+
     def stats(self) -> np.ndarray:
         """(N, 2) int64: bytes of each file, and when it was written, in ns; −1 where it is gone."""
         names = Names(self.names)

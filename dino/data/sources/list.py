@@ -74,6 +74,10 @@ class ListSource(FileSource):
     def column(self, name: str) -> pa.Array | None:
         return as_text(self.table[name]) if name in self.table.column_names else None
 
+    def location(self, index: int) -> Path | None:
+        path = self._path(index)
+        return None if is_remote(path) else Path(path).absolute()
+
     def columns(self) -> list[str]:
         return self.table.column_names
 

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,7 @@ class Member(Protocol):
 
     def content(self, index: int) -> bytes | Tensor: ...
     def column(self, name: str) -> pa.Array | None: ...
+    def location(self, index: int) -> Path | None: ...
 
 
 class SeveralSource(Source):
@@ -69,6 +71,10 @@ class SeveralSource(Source):
 
     def columns(self) -> list[str]:
         return sorted({name for pool in self.pools for name in pool.source.columns()})
+
+    def location(self, index: int) -> Path | None:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.pools[number].location(index - int(self.starts[number]))
 
     def stamp(self) -> str:
         return digest_of(pool.source.stamp() for pool in self.pools)

@@ -45,6 +45,10 @@ class Source(Protocol):
         """(N,) text that the source has of its images under a name of its own; None: it has nothing of that name."""
         return None
 
+    def location(self, index: int) -> Path | None:
+        """Of an image that is a file of its own on this machine."""
+        return None
+
     def columns(self) -> list[str]:
         """The names of its columns, for a message."""
         return []
