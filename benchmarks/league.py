@@ -11,9 +11,8 @@ program.
 
 A line for each finished run goes to OUT/league.jsonl; the same command goes on where it stopped. Table:
 OUT/league.md, picture: OUT/league.png. With --search every method and set gets the same four trials first (TRIALS:
-half as long, another seed, judged by 1-NN of the second thousand labelled images among the first, so that nothing is
-chosen by test images), and then its best settings; all trials are in the ledger. --scale 10 makes runs ten times as
-long.
+another seed, judged by 1-NN of the second thousand labelled images among the first, so that nothing is chosen by test
+images), and then its best settings; all trials are in the ledger. --scale 10 makes runs ten times as long.
 """
 
 import argparse
@@ -143,8 +142,8 @@ class Ledger:
 
 
 def task(arguments: argparse.Namespace, condition: str, pool: str, method: str, seed: int, trial: int = 0) -> dict:
-    scale = arguments.scale / 2 if condition == "search" else arguments.scale
-    return {"condition": condition, "set": pool, "method": method, "seed": seed, "trial": trial, "scale": scale}
+    named = {"condition": condition, "set": pool, "method": method, "seed": seed, "trial": trial}
+    return named | {"scale": arguments.scale}
 
 
 def run_all(tasks: list[dict[str, Any]], ledger: Ledger, arguments: argparse.Namespace) -> None:
