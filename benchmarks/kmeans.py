@@ -5,7 +5,7 @@
 
 Points are drawn from a mixture of directions of uneven weight, as embeddings are. The ways are taken in turn, with as
 many iterations, seeding left out. The objective is the mean squared distance.
-faiss must be installed (faiss-cpu), or left out by --only.
+faiss must be installed (pip install faiss-cpu), or left out by --only.
 """
 
 import argparse

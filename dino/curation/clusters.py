@@ -5,19 +5,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
-from dino.curation.hierarchy import hierarchical_kmeans
-from dino.curation.points import Points, own_rows
+from dino.curation.parts import How, in_parts, save, whole
+from dino.curation.points import own_rows
 from dino.curation.settings import Clusters as Settings
 from dino.curation.stage import Stage
-from dino.distributed import gathered_rows
-from dino.files import replacing
-from dino.precision import inference_precision
+from dino.evaluation.neighbours import Rows
 
 MOST_CLUSTERS = 10_000  # that `auto` chooses
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Clusters(NamedTuple):
@@ -50,26 +46,12 @@ def cluster(
     counts = settings.counts or default_counts(len(indices))
     file = stage.folder / "clusters.npz"
     if stage.begin():
-        levels = hierarchical_kmeans(
-            Points(tokens[indices[own_rows(len(indices))]], accelerator.device, settings.spherical),
-            counts,
-            resamplings=settings.resamplings,
-            sample=settings.sample,
-            iterations=settings.iterations,
-            seed=seed,
-            precision=DTYPES[inference_precision(accelerator.device, settings.precision)],
-            progress=stage.folder,
-        )
-        arrays = {
-            "labels": gathered_rows(levels[0].labels).cpu().numpy(),
-            "distances": gathered_rows(levels[0].distances).cpu().numpy(),
-            "centroids": levels[0].centroids.cpu().numpy(),
-        }
-        for number, level in enumerate(levels[1:], 2):
-            arrays[f"level{number}"] = level.labels.cpu().numpy()
-        if accelerator.is_main_process:
-            with replacing(file) as partial, partial.open("wb") as opened:
-                np.savez(opened, **arrays)  # type: ignore[arg-type]
+        how = How(settings, seed, accelerator)
+        if settings.parts == 1:
+            arrays = whole(Rows(tokens, indices[own_rows(len(indices))]), counts, how, stage.folder)
+        else:
+            arrays = in_parts(tokens, indices, counts, how, stage)
+        save(file, arrays, how)
         stage.finish()
     saved = stage.arrays(file.name)
     labels, distances = np.full(len(tokens), -1), np.full(len(tokens), np.nan, np.float32)

@@ -115,8 +115,9 @@ def curate_by(config: CurateConfig, report_only: bool = False) -> Curation:
             settings=configuration.dump(config),
         )
     accelerator.wait_for_everyone()
-    reasons = [reason.split(":")[0] for reason in columns["dropped"] if reason]
-    dropped = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    reasons, numbers = page.reasons(columns["dropped"])
+    counts = np.bincount(numbers, minlength=len(reasons)).tolist()
+    dropped = {reason: count for reason, count in sorted(zip(reasons, counts, strict=True)) if reason and count}
     return Curation(manifest, report, len(images.names), int(np.sum(columns["kept"])), dropped)
 
 

@@ -7,16 +7,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from dino.config.schema import AUTO
 from dino.curation.embed import Embedded
+from dino.curation.inverted import best_cells, similar_pairs
 from dino.curation.points import own_rows
 from dino.curation.settings import Duplicates
 from dino.curation.thumbnails import confirmed
 from dino.distributed import gathered_rows, rank_and_size, reduced
-from dino.evaluation.neighbours import nearest
+from dino.evaluation.neighbours import Rows, nearest
+
+EACH_WITH_EACH = 250_000  # images, up to which all are compared with all
 
 
 class Copies(NamedTuple):
@@ -39,7 +45,7 @@ class Copies(NamedTuple):
 
 def find_copies(
     embedded: Embedded,
-    names: Sequence[str],
+    names: pa.Array,
     test_sets: Sequence[Embedded],
     settings: Duplicates,
     device: torch.device | str = "cpu",
@@ -47,13 +53,13 @@ def find_copies(
     """Equal pixels, near copies, and matches with test sets; every process must call this and gets all.
 
     Args:
-        names: (N,) of the images.
+        names: (N,) of the images, packed.
         test_sets: images that none of the pool's may match.
         device: where features are compared.
     """
     near, cosines, candidates = near_copies(embedded, embedded, settings, device)
     group = groups(len(embedded.hashes), np.concatenate([same_pixels(embedded.hashes), near]))
-    original = originals(group, embedded.sizes.prod(axis=1), np.array(names))
+    original = originals(group, embedded.sizes.prod(axis=1), pc.rank(names).to_numpy())
     original[~embedded.readable] = -1
     matches = np.zeros(len(group), dtype=np.int64)
     for number, test_set in enumerate(test_sets, 1):
@@ -78,19 +84,9 @@ def near_copies(
         return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.float32), 0
     among_themselves = first is second
     queries, keys = distinct(first.hashes), distinct(second.hashes)
-    rows = own_rows(len(queries))
-    indices_and_cosines = nearest(
-        first.tokens[queries[rows]],
-        second.tokens if len(keys) == len(second.tokens) else second.tokens[keys],
-        settings.neighbours,
-        itself=rows.start if among_themselves else None,
-        device=device,
-        queries_of_all=len(queries),
-    )
-    neighbours, similarities = (tensor.numpy() for tensor in indices_and_cosines)
-    row, rank = np.nonzero((similarities >= settings.near) & (neighbours >= 0))
-    pairs = np.stack([queries[rows][row], keys[neighbours[row, rank]]], axis=1)
-    cosines = similarities[row, rank]
+    queried = Rows(first.tokens, queries)
+    row, key, cosines = _similar(queried, queried if among_themselves else Rows(second.tokens, keys), settings, device)
+    pairs = np.stack([queries[row], keys[key]], axis=1)
     candidates = int(reduced(torch.tensor(len(pairs), device=device)))
     if settings.similarity:
         title = "confirming copies" if rank_and_size()[0] == 0 else None
@@ -105,6 +101,25 @@ def near_copies(
     return pairs, cosines, candidates
 
 
+def _similar(
+    queries: Rows, keys: Rows, settings: Duplicates, device: torch.device | str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(m,) queries, keys and cosines of pairs that are near to each other; every process gets another part of them."""
+    cells = settings.cells
+    if cells == AUTO:
+        cells = 0 if len(queries) * len(keys) <= EACH_WITH_EACH**2 else best_cells(len(keys), settings.probes)
+    if cells:
+        pairs = similar_pairs(queries, keys, settings.near, settings.neighbours, int(cells), settings.probes, device)
+        rows = own_rows(len(pairs.queries))
+        return pairs.queries[rows], pairs.keys[rows], pairs.cosines[rows]
+    rows = own_rows(len(queries))
+    itself = rows.start if queries is keys else None
+    indices_and_cosines = nearest(queries.part(rows), keys, settings.neighbours, itself=itself, device=device)
+    neighbours, cosines = (tensor.numpy() for tensor in indices_and_cosines)
+    row, rank = np.nonzero((cosines >= settings.near) & (neighbours >= 0))
+    return row + rows.start, neighbours[row, rank], cosines[row, rank]
+
+
 def groups(count: int, pairs: np.ndarray) -> np.ndarray:
     """(count,) the number of each image's connected component, of `pairs` (m, 2)."""
     ones = np.ones(len(pairs), dtype=bool)
@@ -113,7 +128,8 @@ def groups(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def originals(group: np.ndarray, pixels: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """(count,) which image of its group stands for each: the one of most pixels, of these the first by name."""
+    """(count,) which image of its group stands for each: the one of most pixels, of these the first by name, or by its
+    rank among names."""
     order = np.lexsort((names, -pixels, group))
     firsts = np.flatnonzero(np.diff(group[order], prepend=-1))
     of_group = np.empty(group.max(initial=-1) + 1, dtype=np.int64)
@@ -125,11 +141,11 @@ def same_pixels(hashes: np.ndarray) -> np.ndarray:
     """(m, 2) pairs that join images of equal hash; empty hashes are of images that could not be read."""
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
-    equal = (ordered[1:] == ordered[:-1]) & (ordered[1:] != "")
+    equal = (ordered[1:] == ordered[:-1]) & (ordered[1:] != b"")
     return np.stack([order[:-1][equal], order[1:][equal]], axis=1)
 
 
 def distinct(hashes: np.ndarray) -> np.ndarray:
     """Indices, ascending, of the first image of each hash; images that could not be read are none."""
     values, firsts = np.unique(hashes, return_index=True)
-    return np.sort(firsts[values != ""])
+    return np.sort(firsts[values != b""])

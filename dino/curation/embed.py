@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from numpy.lib.format import open_memmap
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from dino.curation.stage import Stage
 from dino.curation.thumbnails import SIDE, thumbnail
 from dino.data import Pool
+from dino.data.manifest import printable
 from dino.errors import UserError
 from dino.evaluation.features import Batch, read_batches
 from dino.files import read_json, replacing, write_text
@@ -26,6 +28,7 @@ from dino.models import Backbone, Preprocess
 from dino.precision import inference
 
 PART = 1024  # images
+DIGITS = 32  # of a hash
 LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -35,9 +38,9 @@ class Embedded(NamedTuple):
     Attributes:
         tokens: (N, D) fp16, class tokens; zeros where there is no image. A memory map.
         thumbnails: (N, 64, 64) uint8; a memory map.
-        hashes: (N,) of the pixels, as hexadecimal digits; empty where there is no image.
-        sizes: (N, 2), height and width in pixels.
-        reasons: (N,) why there is no image, or nothing.
+        hashes: (N,) bytes, of the pixels, as hexadecimal digits; empty where there is no image.
+        sizes: (N, 2) int32, height and width in pixels.
+        reasons: (N,) why there is no image, or nothing; each reason is held once.
         key: of the stage that has made this.
     """
 
@@ -45,13 +48,13 @@ class Embedded(NamedTuple):
     thumbnails: np.ndarray
     hashes: np.ndarray
     sizes: np.ndarray
-    reasons: np.ndarray
+    reasons: pa.DictionaryArray
     key: list[Any]
 
     @property
     def readable(self) -> np.ndarray:
         """(N,) bool."""
-        return self.hashes != ""
+        return self.hashes != b""
 
 
 class _Description(NamedTuple):
@@ -65,7 +68,7 @@ class _Description(NamedTuple):
 
 
 def _describe(image: Tensor, preprocess: Preprocess) -> _Description:
-    digest = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()[:32]
+    digest = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()[:DIGITS]
     return _Description(preprocess(image), thumbnail(image), digest, image.shape[1], image.shape[2])
 
 
@@ -91,15 +94,9 @@ def embed(
         for part in bar:
             _embed_part(stage, backbone, batches[part], reading, _facts_file(folder, part))
         stage.finish()
-    facts = [row for part in range(-(-count // PART)) for row in _facts(_facts_file(folder, part), stage)]
-    return Embedded(
-        tokens=_memory_map(folder / "tokens.npy", "r", stage),
-        thumbnails=_memory_map(folder / "thumbnails.npy", "r", stage),
-        hashes=np.array([digest for digest, _, _, _ in facts]),
-        sizes=np.array([[height, width] for _, height, width, _ in facts]),
-        reasons=np.array([reason for _, _, _, reason in facts]),
-        key=stage.key,
-    )
+    hashes, sizes, reasons = _all_facts(stage, count)
+    tokens, thumbnails = (_memory_map(folder / name, "r", stage) for name in ("tokens.npy", "thumbnails.npy"))
+    return Embedded(tokens, thumbnails, hashes, sizes, reasons, stage.key)
 
 
 def _create_files(folder: Path, count: int, width: int) -> None:
@@ -141,6 +138,19 @@ def _memory_map(file: Path, mode: Any, stage: Stage) -> np.memmap:
         return np.load(file, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file} is damaged ({error}): {stage.fix}") from error
+
+
+def _all_facts(stage: Stage, count: int) -> tuple[np.ndarray, np.ndarray, pa.DictionaryArray]:
+    """Hashes, sizes and reasons of all images, as `Embedded` has them; of one part at a time as Python's objects."""
+    hashes, sizes = np.zeros(count, f"S{DIGITS}"), np.zeros((count, 2), np.int32)
+    codes, texts = np.zeros(count, np.int32), {"": 0}
+    for part in range(-(-count // PART)):
+        facts = _facts(_facts_file(stage.folder, part), stage)
+        rows = slice(part * PART, part * PART + len(facts))
+        hashes[rows] = [digest for digest, _, _, _ in facts]
+        sizes[rows] = [(height, width) for _, height, width, _ in facts]
+        codes[rows] = [texts.setdefault(printable(reason), len(texts)) for _, _, _, reason in facts]
+    return hashes, sizes, pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(list(texts), pa.string()))
 
 
 def _facts(file: Path, stage: Stage) -> list[Any]:

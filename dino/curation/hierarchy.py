@@ -42,6 +42,7 @@ def hierarchical_kmeans(
     seed: int = 0,
     precision: torch.dtype = torch.float32,
     progress: Path | None = None,
+    title: str = "",
 ) -> list[Level]:
     """Levels from the finest on; every process must call this.
 
@@ -50,6 +51,7 @@ def hierarchical_kmeans(
         resamplings: how often each level is clustered anew on a few points of each cluster.
         sample: points of each cluster that this takes: the nearest to its centroid.
         progress: folder in which a killed call keeps what the next one goes on from.
+        title: what progress bars say before the level.
 
     Raises:
         UserError: levels that do not get smaller, or more clusters than points.
@@ -74,7 +76,7 @@ def hierarchical_kmeans(
                 seed=seed + turn,
                 precision=precision,
                 progress=None if progress is None else progress / f"level{number}-{turn}.safetensors",
-                title=f"level {number}, resampled {turn}" if turn else f"level {number}",
+                title=f"{title}level {number}" + (f", resampled {turn}" if turn else ""),
             )
             if turn:
                 clustering = kmeans(below, count, iterations=0, initial=clustering.centroids)
@@ -96,16 +98,16 @@ def nearest_members(points: Points, clustering: Clustering, count: int) -> Tenso
     """Of each cluster the `count` points nearest to its centroid, by their indices among all, in ascending order."""
     own_labels, own_distances = clustering.labels.cpu().numpy(), clustering.distances.cpu().numpy()
     order = np.lexsort((own_distances, own_labels))
-    candidates = torch.from_numpy(order[_rank_within(own_labels[order]) < count]).to(points.device)
+    candidates = torch.from_numpy(order[rank_within(own_labels[order]) < count]).to(points.device)
     labels = gathered_rows(clustering.labels[candidates]).cpu().numpy()
     distances = gathered_rows(clustering.distances[candidates]).cpu().numpy()
     indices = gathered_rows(candidates + points.first).cpu().numpy()
     order = np.lexsort((indices, distances, labels))
-    nearest = indices[order[_rank_within(labels[order]) < count]]
+    nearest = indices[order[rank_within(labels[order]) < count]]
     return torch.from_numpy(np.sort(nearest)).to(points.device)
 
 
-def _rank_within(sorted_labels: np.ndarray) -> np.ndarray:
+def rank_within(sorted_labels: np.ndarray) -> np.ndarray:
     """0, 1, 2 … within each run of equal labels."""
     starts = np.flatnonzero(np.diff(sorted_labels, prepend=sorted_labels[:1] - 1))
     lengths = np.diff(starts, append=len(sorted_labels))

@@ -25,6 +25,7 @@ from dino.files import replacing
 
 logger = logging.getLogger(__name__)
 SAMPLE = 16  # points a cluster, among which k-means++ looks for the first centroids
+SAMPLE_BYTES = 2**31  # of these points, in every process: of more clusters than a million or so, fewer points of each
 
 
 class Clustering(NamedTuple):
@@ -66,7 +67,7 @@ def kmeans(
     progress: Path | None = None,
     title: str = "k-means",
 ) -> Clustering:
-    """Lloyd's algorithm from k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster.
+    """Lloyd's algorithm from k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster, if it fits.
 
     An empty cluster is put where the point is that lies farthest from its own. Every process must call this.
 
@@ -130,7 +131,9 @@ def seeds(points: Points, clusters: int, seed: int) -> Tensor:
         (k, D), less the mean of all points; the same in every process.
     """
     generator = np.random.default_rng((seed, clusters))
-    indices = np.sort(generator.choice(points.total, min(points.total, SAMPLE * clusters), replace=False))
+    that_fit = SAMPLE_BYTES // (4 * points.values.shape[1])
+    sampled = min(points.total, max(clusters, min(SAMPLE * clusters, that_fit)))
+    indices = np.sort(generator.choice(points.total, sampled, replace=False))
     sample = points.at(torch.from_numpy(indices).to(points.device))
     squares = sample.square().sum(dim=1)
     rows = [int(generator.integers(len(sample)))]

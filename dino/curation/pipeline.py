@@ -1,12 +1,12 @@
 """A pool's way from images to a manifest: embed, de-duplicate, cluster, rebalance; each stage is kept on disk."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 
@@ -18,10 +18,10 @@ from dino.curation.settings import CurateConfig, Duplicates
 from dino.curation.stage import Stage
 from dino.curation.thumbnails import SIDE
 from dino.data import Pool, fingerprint, open_images, stamp
-from dino.data.manifest import printable
+from dino.data.manifest import printable, printable_names
 from dino.distributed import cores
 from dino.errors import UserError
-from dino.evaluation.neighbours import as_floats, nearest
+from dino.evaluation.neighbours import Rows, as_floats, nearest
 from dino.files import replacing
 from dino.models import Backbone
 from dino.models.weights import weights_digest
@@ -45,7 +45,7 @@ class Curated(NamedTuple):
     """What became of the N images of a pool.
 
     Attributes:
-        columns: of the manifest, (N,) each.
+        columns: of the manifest, (N,) each, as arrays of Arrow or NumPy.
         copies: what the columns do not say of them is for the report.
     """
 
@@ -108,7 +108,7 @@ def embed_other(work: Surroundings, root: str, name: str, channels: int) -> Embe
     if unreadable == len(embedded.readable):
         raise UserError(f"{root}: none of its {unreadable:,} images can be read: {embedded.reasons[0]}")
     if unreadable:
-        reason = embedded.reasons[~embedded.readable][0]
+        reason = embedded.reasons[int(np.argmin(embedded.readable))]
         work.accelerator.print(f"{root}: {unreadable:,} images cannot be read, for example: {reason}")
     return embedded
 
@@ -117,7 +117,7 @@ def _copies(stage: Stage, images: Pool, embedded: Embedded, test_sets: list[Embe
     """`find_copies`, or what an earlier call has written down."""
     file = stage.folder / "copies.npz"
     if stage.begin():
-        copies = find_copies(embedded, images.names, test_sets, settings, stage.accelerator.device)
+        copies = find_copies(embedded, images.names.packed(), test_sets, settings, stage.accelerator.device)
         if stage.accelerator.is_main_process:
             with replacing(file) as partial, partial.open("wb") as opened:
                 np.savez(opened, **copies._asdict())
@@ -156,7 +156,7 @@ def retrieved(
     """
     settings, tokens = config.rebalance, seeds.tokens[seeds.readable]
     if settings.retrieve == "samples":
-        neighbours, _ = nearest(tokens, embedded.tokens[candidates], settings.neighbours, device=device)
+        neighbours, _ = nearest(tokens, Rows(embedded.tokens, candidates), settings.neighbours, device=device)
         selected = np.zeros(len(embedded.tokens), dtype=bool)
         selected[candidates[rebalance.by_samples(neighbours.numpy(), len(candidates))]] = True
         return selected
@@ -174,31 +174,41 @@ def retrieved(
     return selected
 
 
-def reasons_to_drop(embedded: Embedded, copies: Copies, test_sets: list[str], weights: np.ndarray) -> list[str]:
+def reasons_to_drop(
+    embedded: Embedded, copies: Copies, test_sets: list[str], weights: np.ndarray
+) -> pa.DictionaryArray:
     """(N,) why each image is not drawn, empty where it is; `test_sets` are their roots."""
-    is_copy = copies.original != np.arange(len(weights))
-    unreadable = np.char.add("unreadable: ", embedded.reasons)
-    matches = np.char.add("matches ", np.array(["", *test_sets])[copies.matches])
-    conditions = [copies.original < 0, copies.matches > 0, is_copy, weights == 0]
-    texts: list[Any] = [unreadable, matches, "duplicate", "not chosen"]
-    return np.select(conditions, texts, default="").tolist()
+    unreadable = [f"unreadable: {reason}" for reason in embedded.reasons.dictionary.to_pylist()]
+    texts = ["", "not chosen", "duplicate", *(printable(f"matches {root}") for root in test_sets), *unreadable]
+    numbers = np.zeros(len(weights), np.int32)
+    numbers[weights == 0] = 1
+    numbers[copies.original != np.arange(len(weights))] = 2  # each of what follows goes before what is above it
+    matching, missing = copies.matches > 0, copies.original < 0
+    numbers[matching] = 2 + copies.matches[matching]
+    numbers[missing] = 3 + len(test_sets) + embedded.reasons.indices.to_numpy()[missing]
+    return pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(texts))
 
 
 def manifest_columns(
-    images: Pool, embedded: Embedded, copies: Copies, clusters: Clusters, weights: np.ndarray, reasons: list[str]
+    images: Pool,
+    embedded: Embedded,
+    copies: Copies,
+    clusters: Clusters,
+    weights: np.ndarray,
+    reasons: pa.DictionaryArray,
 ) -> dict[str, Any]:
     """The manifest's columns: one row an image of the pool, none missing."""
-    names = [printable(name) for name in images.names]
+    names = printable_names(images.names)
     columns: dict[str, Any] = {"path": names}
     if images.labels is not None:
-        columns["label"] = [printable(label) for label in images.labels]
-    columns |= {"height": embedded.sizes[:, 0], "width": embedded.sizes[:, 1], "hash": embedded.hashes.tolist()}
-    columns["duplicate_of"] = [
-        names[original] if original not in (-1, index) else None
-        for index, original in enumerate(copies.original.tolist())
-    ]
+        classes = pa.array([printable(name) for name in images.labels.classes])
+        columns["label"] = pa.DictionaryArray.from_arrays(pa.array(images.labels.codes), classes)
+    columns |= {"height": embedded.sizes[:, 0], "width": embedded.sizes[:, 1]}
+    columns["hash"] = pa.array(embedded.hashes, pa.large_binary()).cast(pa.large_string())
+    is_none = (copies.original < 0) | (copies.original == np.arange(len(names)))
+    columns["duplicate_of"] = names.take(pa.array(copies.original, mask=is_none))
     columns["dropped"] = reasons
     for number, labels in enumerate(clusters.of_images(), 1):
         columns[f"cluster_{number}"] = labels
-    columns["distance"] = [None if math.isnan(value) else value for value in clusters.distances.tolist()]
+    columns["distance"] = pa.array(clusters.distances, mask=np.isnan(clusters.distances))
     return columns | {"kept": weights > 0, "weight": weights}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dino.distributed import gathered_rows, rank_and_size, reduced
 from dino.errors import UserError
-from dino.evaluation.neighbours import as_floats
+from dino.evaluation.neighbours import Rows, as_floats
 
 BLOCK = 16384 if torch.cuda.is_available() else 4096  # points; a GPU wants fewer, larger products
 EXACT = 52  # bits of a sum
@@ -41,7 +41,8 @@ class Points:
     """This process's shard of all points, given out block by block.
 
     Args:
-        values: (n, D), floating; an array may be a memory map. The rows that `own_rows` says this process holds.
+        values: (n, D), floating; an array may be a memory map, or `Rows` of one. Those that `own_rows` says this
+            process holds.
         device: where the work is done.
         spherical: only directions count.
 
@@ -55,7 +56,7 @@ class Points:
         UserError: a value is not finite.
     """
 
-    def __init__(self, values: Tensor | np.ndarray, device: torch.device | str = "cpu", spherical: bool = False):
+    def __init__(self, values: Tensor | np.ndarray | Rows, device: torch.device | str = "cpu", spherical: bool = False):
         self.values, self.device, self.spherical, self.prepared = values, torch.device(device), spherical, False
         if 4 * values.shape[0] * values.shape[1] <= HELD:
             blocks = [block for _, block in self._blocks()]

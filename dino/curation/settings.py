@@ -29,6 +29,13 @@ class Duplicates:
         0.9, "cosine of features from which two images may be copies; 0: only images of equal pixels are", low=0, high=1
     )
     neighbours: int = setting(16, "nearest images of each image among which its copies are looked for", low=1)
+    cells: Auto[int] = setting(
+        AUTO,
+        "cells into which features are sorted, so that an image is compared with those of the nearest cells only; "
+        "0: each with each; auto: that up to 250,000 images, above it as many cells as cost least",
+        low=0,
+    )
+    probes: int = setting(8, "nearest cells of each image in which its neighbours are looked for", low=1)
     similarity: float = setting(
         0.95,
         "least correlation of the thumbnails of two images that are copies; 0: features alone decide",
@@ -57,6 +64,12 @@ class Clusters:
         10, "how often a level is clustered anew on the central points of its clusters, which evens clusters out", low=0
     )
     sample: int = setting(10, "central points of each cluster on which a level is clustered anew", low=1)
+    parts: int = setting(
+        1,
+        "random parts into which the pool is cut for the first level: each gets its share of the clusters by itself, "
+        "and the levels above join them; for pools whose first level takes too long, or does not fit",
+        low=1,
+    )
     precision: str = setting(
         "auto",
         "precision in which points are compared with centroids; auto: bf16 where the device has units for it",
@@ -120,6 +133,11 @@ def check(config: CurateConfig) -> None:
     errors = list(out_of_bounds(config))
     if not config.weights:
         errors.append("no weights to embed with: name a release, a run or a file with weights=…")
+    if config.clusters.counts and config.clusters.parts > config.clusters.counts[0]:
+        errors.append(
+            f"clusters.parts={config.clusters.parts} of clusters.counts={config.clusters.counts}: the first level must "
+            "have a cluster for each part"
+        )
     if config.rebalance.method == "retrieval" and not config.rebalance.seeds:
         errors.append("rebalance.method=retrieval needs images in rebalance.seeds")
     if config.rebalance.method == "retrieval" and config.rebalance.budget != AUTO:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dino.data.sources.several import absolute
-from dino.data.sources.source import Names
+from dino.data.sources.source import BLOCK, Names
 from dino.data.sources.storage import is_remote
 from dino.errors import UserError
 from dino.files import replacing, require_regular, shown
@@ -36,8 +36,18 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def printable_names(names: Names) -> pa.Array:
+    """(N,) all of them as text in Arrow; those that are UTF-8 need not become Python's strings."""
+    try:
+        return names.packed().cast(pa.large_string())
+    except pa.ArrowInvalid:
+        blocks = range(0, len(names), BLOCK)
+        texts = ([printable(name) for name in names[start : start + BLOCK]] for start in blocks)
+        return pa.concat_arrays([pa.array(block, pa.large_string()) for block in texts])
+
+
 def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) -> None:
-    """One row an image: `path`, `kept`, `weight` and whatever else is known.
+    """One row an image: `path`, `kept`, `weight` and whatever else is known, as arrays or lists.
 
     The pool's root is kept relative to the manifest where it lies below it, so that both can move together.
     """
@@ -48,7 +58,8 @@ def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) ->
     samples = float(np.asarray(columns["weight"], dtype=np.float64)[np.asarray(columns["kept"], dtype=bool)].sum())
     facts = json.dumps({"root": root, "kind": kind, "draws": samples}, sort_keys=True).encode()
     with replacing(path) as partial:
-        pq.write_table(pa.table(columns).replace_schema_metadata({METADATA_KEY: facts}), partial)
+        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: facts})
+        pq.write_table(table, partial, store_schema=False)  # how text is held here is no one else's concern
 
 
 def is_manifest(path: str) -> bool:
@@ -139,11 +150,7 @@ def _kept(table: pa.Table, path: str | Path) -> tuple[pa.Array, np.ndarray]:
 
 def rows_of(manifest: Manifest, names: pa.Array, path: str | Path) -> np.ndarray:
     """(M,) where the manifest's images are among a pool's (packed) names; any other name can reach no file."""
-    try:
-        in_pool = names.cast(pa.large_string())
-    except pa.ArrowInvalid:  # names that are not UTF-8
-        in_pool = pa.array([printable(name) for name in Names(names)], pa.large_string())
-    rows = pc.index_in(manifest.names, value_set=in_pool)
+    rows = pc.index_in(manifest.names, value_set=printable_names(Names(names)))
     if rows.null_count:
         missing = manifest.names.filter(rows.is_null())
         raise UserError(

@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine: exact, in chunks of matrix products, or by faiss where it is installed and pays."""
+"""Nearest neighbours by cosine, exactly: each query is compared with each key, in chunks of matrix products."""
 
 import numpy as np
 import torch
@@ -6,10 +6,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dino.errors import UserError
-
 CHUNK = 4096  # queries, and 16 times as many keys, at a time
-EXACT_UP_TO = 2_000_000**2  # comparisons
+
+
+class Rows:
+    """Some rows of (N, D) numbers, read when they are asked for: a memory map's stay on the disk until then.
+
+    Args:
+        indices: (n,) which rows, in which order; None: all.
+    """
+
+    def __init__(self, values: np.ndarray, indices: np.ndarray | None = None):
+        self.values, self.indices = values, indices
+        self.shape = (len(values) if indices is None else len(indices), *values.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return self.values[rows if self.indices is None else self.indices[rows]]
+
+    def part(self, rows: slice | np.ndarray) -> "Rows":
+        """Some of them, unread."""
+        indices = np.arange(len(self.values)) if self.indices is None else self.indices
+        return Rows(self.values, indices[rows])
 
 
 def as_floats(rows: Tensor | np.ndarray) -> Tensor:
@@ -23,31 +43,24 @@ def cosines(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def nearest(
-    queries: np.ndarray | Tensor,
-    keys: np.ndarray | Tensor,
+    queries: np.ndarray | Tensor | Rows,
+    keys: np.ndarray | Tensor | Rows,
     count: int,
     itself: int | None = None,
     device: torch.device | str = "cpu",
     title: str | None = "neighbours",
-    queries_of_all: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `count` keys that are most similar to each query.
 
     Args:
-        queries, keys: (Q, D) and (N, D), floating, of any length; arrays may be memory maps.
+        queries, keys: (Q, D) and (N, D), floating, of any length; arrays may be memory maps, or `Rows` of them.
         itself: index of the first query among the keys; queries are then not their own neighbours.
         title: what the progress bar says; None: there is none.
-        queries_of_all: queries of all processes, by which the way of searching is chosen; Q if not given.
 
     Returns:
         (Q, count) int64 indices of keys and (Q, count) fp32 cosines, the most similar first. Where there are fewer
         keys, −1 and −∞.
-
-    Raises:
-        UserError: too many keys for an exact search, and no faiss.
     """
-    if (queries_of_all or len(queries)) * len(keys) > EXACT_UP_TO:
-        return _by_faiss(queries, keys, count, itself)
     indices = torch.full((len(queries), count), -1)
     values = torch.full((len(queries), count), -torch.inf)
     for start in tqdm(range(0, len(queries), CHUNK), desc=title, unit="chunk", leave=False, disable=title is None):
@@ -59,7 +72,7 @@ def nearest(
 
 
 def _nearest_of_block(
-    queries: Tensor, keys: np.ndarray | Tensor, count: int, itself: int | None, device: torch.device | str
+    queries: Tensor, keys: np.ndarray | Tensor | Rows, count: int, itself: int | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """The nearest keys of a chunk of queries: the best so far are compared with each chunk of keys in turn."""
     best = torch.full((len(queries), count), -torch.inf, device=device)
@@ -77,42 +90,6 @@ def _nearest_of_block(
         indices = torch.cat([indices, of_block.indices + first], dim=1).gather(1, columns)
     indices[best == -torch.inf] = -1
     return indices, best
-
-
-def _by_faiss(
-    queries: np.ndarray | Tensor, keys: np.ndarray | Tensor, count: int, itself: int | None
-) -> tuple[Tensor, Tensor]:
-    """An inverted file of √N lists, of which 64 are searched: approximate."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError(
-            f"{len(keys):,} images are too many to compare each with each: pip install faiss-cpu (or faiss-gpu)"
-        ) from error
-    lists = int(len(keys) ** 0.5)
-    index = faiss.index_factory(keys.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
-    sample = np.random.default_rng(0).choice(len(keys), min(len(keys), 64 * lists), replace=False)
-    index.train(_unit(keys[np.sort(sample)]))
-    for start in range(0, len(keys), 16 * CHUNK):
-        index.add(_unit(keys[start : start + 16 * CHUNK]))
-    faiss.ParameterSpace().set_index_parameter(index, "nprobe", 64)
-    all_indices, all_values = [], []
-    for start in range(0, len(queries), CHUNK):
-        block = _unit(queries[start : start + CHUNK])
-        values, indices = (torch.from_numpy(part) for part in index.search(block, count + (itself is not None)))
-        if itself is not None:
-            own = indices == (itself + start + torch.arange(len(block)))[:, None]
-            values = values.masked_fill(own, -torch.inf)
-            values, order = values.sort(dim=1, descending=True, stable=True)
-            values, indices = values[:, :count], indices.gather(1, order)[:, :count]
-        missing = (indices < 0) | (values == -torch.inf)
-        all_indices.append(indices.masked_fill(missing, -1))
-        all_values.append(values.masked_fill(missing, -torch.inf))
-    return torch.cat(all_indices), torch.cat(all_values)
-
-
-def _unit(rows: np.ndarray | Tensor) -> np.ndarray:
-    return F.normalize(as_floats(rows), dim=1).cpu().numpy()
 
 
 def nearest_allowed(queries: Tensor, keys: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:

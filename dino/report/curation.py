@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from torch import Tensor
 
 from dino.data import Pool, read_or_reason
@@ -32,7 +33,7 @@ def write(
     """Write the page.
 
     Args:
-        columns: of the manifest, (N,) each.
+        columns: of the manifest, (N,) each, as arrays of Arrow or NumPy.
         pairs: (m, 2) indices of near copies.
         cosines: (m,) of their features.
         candidates: pairs that features proposed.
@@ -61,19 +62,31 @@ def _levels(columns: dict[str, Any]) -> Iterator[np.ndarray]:
 
 def _dropped(columns: dict[str, Any]) -> report.Table:
     """What became of the images, and why."""
-    examples: dict[str, list[str]] = {}
-    for name, text, original in zip(columns["path"], columns["dropped"], columns["duplicate_of"], strict=True):
-        reason, _, details = text.partition(":")
-        if reason == "duplicate":
-            name = f"{name} (of {original})"
-        elif reason == "unreadable":
-            name = f"{name} ({details.strip()})"
-        examples.setdefault(reason or "kept", []).append(name)
-    rows = [
-        [reason, f"{len(names):,}", "" if reason == "kept" else "; ".join(names[:EXAMPLES])]
-        for reason, names in sorted(examples.items(), key=lambda item: -len(item[1]))
-    ]
+    kinds, numbers = reasons(columns["dropped"])
+    counts = np.bincount(numbers, minlength=len(kinds))
+    rows = []
+    for kind in np.argsort(-counts, kind="stable"):
+        images = np.flatnonzero(numbers == kind)[:EXAMPLES] if kinds[kind] else []
+        if counts[kind]:
+            examples = "; ".join(_example(columns, int(image)) for image in images)
+            rows.append([kinds[kind] or "kept", f"{counts[kind]:,}", examples])
     return report.Table("What became of the images", "", ["", "images", "for example"], rows)
+
+
+def _example(columns: dict[str, Any], image: int) -> str:
+    """An image that was dropped, by name, with what is known of why."""
+    name, original = (columns[column][image].as_py() for column in ("path", "duplicate_of"))
+    reason, _, details = columns["dropped"][image].as_py().partition(":")
+    if reason == "duplicate":
+        return f"{name} (of {original})"
+    return f"{name} ({details.strip()})" if reason == "unreadable" else name
+
+
+def reasons(dropped: pa.DictionaryArray) -> tuple[list[str], np.ndarray]:
+    """Kinds of reasons, without their details, and (N,) the number of each image's among them; "" where it is kept."""
+    kinds = [text.partition(":")[0] for text in dropped.dictionary.to_pylist()]
+    names = list(dict.fromkeys(kinds))
+    return names, np.array([names.index(kind) for kind in kinds])[dropped.indices.to_numpy()]
 
 
 def _balance(columns: dict[str, Any]) -> report.Table:
@@ -82,8 +95,8 @@ def _balance(columns: dict[str, Any]) -> report.Table:
     for level, labels in enumerate(_levels(columns), 1):
         groups[f"clusters of level {level} ({labels.max(initial=0) + 1:,})"] = labels
     if "label" in columns:
-        names, numbers = np.unique(np.asarray(columns["label"]), return_inverse=True)
-        groups[f"labels ({len(names):,}), which curation did not see"] = numbers
+        numbers = columns["label"].indices.to_numpy()
+        groups[f"labels ({len(np.unique(numbers)):,}), which curation did not see"] = numbers
     rows = []
     for title, labels in groups.items():
         before, after = effective_number(_sizes(labels)), effective_number(_sizes(labels, columns["weight"]))
@@ -104,7 +117,7 @@ def _shares(columns: dict[str, Any]) -> Iterator[report.Picture]:
 
 def _clusters(images: Pool, columns: dict[str, Any]) -> Iterator[report.Picture]:
     """The largest, the smallest and some random clusters, each a row of its most central images."""
-    labels, distances = columns["cluster_1"], np.array(columns["distance"], dtype=float)
+    labels, distances = columns["cluster_1"], columns["distance"].to_numpy(zero_copy_only=False)
     sizes = _sizes(labels)
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]

@@ -1,11 +1,13 @@
 """Groups of copies and who stands for them, against plain definitions; copies and test sets from features to groups."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dino.curation.duplicates import distinct, find_copies, groups, originals, same_pixels
 from dino.curation.embed import Embedded
 from dino.curation.settings import Duplicates
+from dino.data.sources.source import packed
 
 
 def joined(count: int, pairs: np.ndarray) -> list[set[int]]:
@@ -57,20 +59,20 @@ class TestSamePixels:
     @pytest.mark.parametrize("seed", range(5))
     def test_join_images_of_equal_hash(self, seed):
         generator = np.random.default_rng(seed)
-        hashes = np.array(["", "aa", "ab", "b", *(f"{n}" for n in range(9))])[generator.integers(13, size=50)]
+        hashes = np.array(["", "aa", "ab", "b", *(f"{n}" for n in range(9))], "S32")[generator.integers(13, size=50)]
         pairs = same_pixels(hashes)
         assert (hashes[pairs[:, 0]] == hashes[pairs[:, 1]]).all()
         expected = [
-            {index} if own == "" else set(np.flatnonzero(hashes == own).tolist()) for index, own in enumerate(hashes)
+            {index} if own == b"" else set(np.flatnonzero(hashes == own).tolist()) for index, own in enumerate(hashes)
         ]
         assert joined(50, pairs) == expected
 
     def test_unreadable_ones_are_no_copies(self):
-        assert same_pixels(np.array(["", "", ""])).shape == (0, 2)
+        assert same_pixels(np.array(["", "", ""], "S32")).shape == (0, 2)
 
     @pytest.mark.parametrize("hashes", [[], ["a"], ["a", "b", "c"]])
     def test_none(self, hashes):
-        assert same_pixels(np.array(hashes, dtype=str)).shape == (0, 2)
+        assert same_pixels(np.array(hashes, "S32")).shape == (0, 2)
 
 
 def embedded(directions: list[float], hashes: list[str], drawings: list[int]) -> Embedded:
@@ -80,9 +82,9 @@ def embedded(directions: list[float], hashes: list[str], drawings: list[int]) ->
     return Embedded(
         tokens=np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16),
         thumbnails=np.stack(noise),
-        hashes=np.array(hashes),
+        hashes=np.array(hashes, "S32"),
         sizes=np.full((len(hashes), 2), 10),
-        reasons=np.array(["" if digest else "torn" for digest in hashes]),
+        reasons=pa.array(["" if digest else "torn" for digest in hashes]).dictionary_encode(),
         key=[],
     )
 
@@ -102,7 +104,7 @@ class TestFindCopies:
         ],
     )
     def test_of_a_pool(self, settings, original, near, candidates):
-        copies = find_copies(self.POOL, list("uvwxyz"), [], Duplicates(**settings))
+        copies = find_copies(self.POOL, packed("uvwxyz"), [], Duplicates(**settings))
         assert copies.original.tolist() == original
         assert copies.near.tolist() == near
         assert copies.candidates == candidates
@@ -112,9 +114,9 @@ class TestFindCopies:
     def test_of_test_sets(self):
         """By features and thumbnails as by hash; a copy of what matches matches, and the first test set is named."""
         near, equal = embedded([4], ["x"], [1]), embedded([200, 0], ["d", ""], [9, 9])
-        copies = find_copies(self.POOL, list("uvwxyz"), [near, equal, near], Duplicates())
+        copies = find_copies(self.POOL, packed("uvwxyz"), [near, equal, near], Duplicates())
         assert copies.matches.tolist() == [1, 1, 0, 1, 0, 2]
 
 
 def test_distinct_images_are_the_first_of_each_hash():
-    assert distinct(np.array(["b", "", "a", "b", "a", "c"])).tolist() == [0, 2, 5]
+    assert distinct(np.array(["b", "", "a", "b", "a", "c"], "S32")).tolist() == [0, 2, 5]

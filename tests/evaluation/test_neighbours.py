@@ -1,13 +1,9 @@
 """Nearest neighbours against each query compared with each key in turn."""
 
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from dino.errors import UserError
 from dino.evaluation import neighbours
 from dino.evaluation.neighbours import nearest
 
@@ -119,58 +115,3 @@ def test_chunks_change_nothing(monkeypatch):
     for chunk in (1, 4, 5):
         monkeypatch.setattr(neighbours, "CHUNK", chunk)
         assert_equal(nearest(asked, offered, 7), (whole[0].tolist(), whole[1].numpy()))
-
-
-def test_without_faiss_the_message_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
-    monkeypatch.setattr(neighbours, "EXACT_UP_TO", 20)
-    with pytest.raises(UserError, match=r"^11 images .* pip install faiss-cpu"):
-        nearest(drawn(2, 3), drawn(11, 3), 1)
-    assert_equal(nearest(drawn(2, 3), drawn(10, 3), 1), brute(drawn(2, 3), drawn(10, 3), 1))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="needs faiss, which is optional")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its bindings
-class TestFaiss:
-    """As many lists are searched as there are: what remains is fp16's rounding."""
-
-    @pytest.fixture(autouse=True)
-    def few_are_many(self, monkeypatch):
-        monkeypatch.setattr(neighbours, "EXACT_UP_TO", 10)
-        monkeypatch.setattr(neighbours, "CHUNK", 9)  # 144 keys
-
-    def assert_all_but_equal(self, found: tuple[torch.Tensor, torch.Tensor], expected: tuple) -> None:
-        np.testing.assert_allclose(found[1].numpy(), expected[1], rtol=0, atol=2e-3)
-        hits = [len(set(one) & set(other)) for one, other in zip(found[0].tolist(), expected[0], strict=True)]
-        assert sum(hits) > 0.98 * expected[1].size
-        assert (found[0].dtype, found[1].dtype) == (torch.int64, torch.float32)
-
-    @pytest.mark.parametrize("itself", [None, 0, 40, 860])
-    def test_all_but_equal_to_brute_force(self, itself):
-        offered = drawn(900, 16)
-        asked = offered[itself or 0 :][:40] * 7
-        found = nearest(asked, offered, 5, itself)
-        self.assert_all_but_equal(found, brute(asked, offered, 5, itself))
-        own = found[0] == ((itself or 0) + torch.arange(40))[:, None]
-        assert own.any(dim=1).all() if itself is None else not own.any()
-
-    def test_own_place_that_is_not_found(self):
-        """An approximate search may miss the query itself; here the keys have its opposite. None is lost by that."""
-        offered = drawn(300, 16)
-        found = nearest(-offered[50:90], offered, 5, 50)
-        self.assert_all_but_equal(found, brute(-offered[50:90], offered, 5, 50))
-        assert (found[0] >= 0).all()
-
-    @pytest.mark.parametrize("itself", [None, 0])
-    def test_fewer_than_asked_for(self, itself):
-        offered = drawn(12, 6)
-        places, _ = nearest(offered[:4], offered, 15, itself)
-        expected = brute(offered[:4], offered, 15, itself)[0]
-        assert [sorted(row) for row in places.tolist()] == [sorted(row) for row in expected]
-        assert (places[:, 12:] == -1).all()
-
-    @pytest.mark.parametrize("itself", [None, 0])
-    def test_fewer_than_asked_for_have_no_cosine(self, itself):
-        offered = drawn(12, 6)
-        places, cosines = nearest(offered[:4], offered, 15, itself)
-        assert (cosines[places == -1] == -torch.inf).all()
