@@ -77,6 +77,7 @@ class Pool:
         self.labels = None if self.source.labels is None else Labels(self.source.labels, self.indices)
         if self.weights is None and self.source.weights is not None:
             self.weights = self.source.weights if self.indices is None else self.source.weights[self.indices]
+        pa.default_memory_pool().release_unused()  # reading a table takes several times what is held of it
 
     @property
     def shards(self) -> np.ndarray:
