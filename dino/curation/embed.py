@@ -161,10 +161,10 @@ def _facts(file: Path, stage: Stage) -> list[Any]:
     return rows
 
 
-def _batches(part: int, count: int, batch_size: int) -> list[list[int]]:
+def _batches(part: int, count: int, batch_size: int) -> list[range]:
     """Indices of the images of each batch of a part."""
     first, last = part * PART, min(count, (part + 1) * PART)
-    return [list(range(start, min(start + batch_size, last))) for start in range(first, last, batch_size)]
+    return [range(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
 
 
 def _facts_file(folder: Path, part: int) -> Path:
@@ -173,7 +173,7 @@ def _facts_file(folder: Path, part: int) -> Path:
 
 
 def _embed_part(
-    stage: Stage, backbone: Backbone, batches: list[list[int]], reading: Iterator[Batch], facts_file: Path
+    stage: Stage, backbone: Backbone, batches: list[range], reading: Iterator[Batch], facts_file: Path
 ) -> None:
     """Embed a part's batches, which are the next of `reading`, and write down that it is done."""
     all_tokens = _memory_map(stage.folder / "tokens.npy", "r+", stage)

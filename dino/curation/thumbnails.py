@@ -107,16 +107,17 @@ def confirmed(
         title: what the progress bar says; None: there is none.
     """
     enough = np.zeros(len(pairs), dtype=bool)
-    small = _all_small(first)
-    other_small = small if second is first else _all_small(second)
+    asked, offered = np.unique(pairs[:, 0]), np.unique(pairs[:, 1])
+    small, other_small = _small(first, asked), _small(second, offered)
     with tqdm(total=len(pairs), desc=title, unit="pair", leave=False, disable=title is None) as bar:
         for start in range(0, len(pairs), CHUNK):
             part = pairs[start : start + CHUNK]
-            possible = _possible(small[part[:, 0]], other_small[part[:, 1]], min(least, UNLIKE))
+            one, other = np.searchsorted(asked, part[:, 0]), np.searchsorted(offered, part[:, 1])
+            possible = _possible(small[one], other_small[other], min(least, UNLIKE))
             rows = np.flatnonzero(possible)
             for some in np.split(rows, range(CACHED, len(rows), CACHED)):
-                one, other = (torch.from_numpy(side[part[some, n]]) for n, side in enumerate((first, second)))
-                enough[start + some] = _are_copies(one, other, least, least_of_parts).numpy()
+                both = (torch.from_numpy(side[part[some, n]]) for n, side in enumerate((first, second)))
+                enough[start + some] = _are_copies(*both, least, least_of_parts).numpy()
             bar.update(len(part))
     return enough
 
@@ -129,11 +130,11 @@ def _are_copies(one: Tensor, other: Tensor, least: float, least_of_parts: float)
     return similar
 
 
-def _all_small(thumbnails: np.ndarray) -> np.ndarray:
-    """(N, 64, 64) to (N, 8, 8) uint8."""
-    small = np.empty((len(thumbnails), SMALL, SMALL), np.uint8)
-    for start in range(0, len(thumbnails), CHUNK):
-        block = torch.from_numpy(np.array(thumbnails[start : start + CHUNK]))
+def _small(thumbnails: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """(n, 8, 8) uint8 of some (n,) of the thumbnails (N, 64, 64): most images of a large pool are in no pair."""
+    small = np.empty((len(images), SMALL, SMALL), np.uint8)
+    for start in range(0, len(images), CHUNK):
+        block = torch.from_numpy(np.array(thumbnails[images[start : start + CHUNK]]))
         small[start : start + CHUNK] = smaller(block, SMALL).round().numpy()
     return small
 

@@ -57,9 +57,11 @@ def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) ->
         root = pool.relative_to(beside).as_posix() if pool.is_relative_to(beside) else str(pool)
     samples = float(np.asarray(columns["weight"], dtype=np.float64)[np.asarray(columns["kept"], dtype=bool)].sum())
     facts = json.dumps({"root": root, "kind": kind, "draws": samples}, sort_keys=True).encode()
-    with replacing(path) as partial:
-        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: facts})
-        pq.write_table(table, partial, store_schema=False)  # how text is held here is no one else's concern
+    table = pa.table(columns)
+    # Without Arrow's own schema: how text is held here is no one else's concern, and readers get plain text.
+    with replacing(path) as partial, pq.ParquetWriter(partial, table.schema, store_schema=False) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({METADATA_KEY: facts})
 
 
 def is_manifest(path: str) -> bool:

@@ -84,7 +84,7 @@ class _Inputs(Dataset):
 
 
 def read_batches(
-    images: Pool, batches: Sequence[list[int]], transform: Callable[[Tensor], Any], workers: int = 0
+    images: Pool, batches: Sequence[Sequence[int]], transform: Callable[[Tensor], Any], workers: int = 0
 ) -> Iterator[Batch]:
     """Read and transform images, batch by batch.
 
@@ -93,7 +93,8 @@ def read_batches(
         transform: (C, H, W) uint8 to anything but text.
         workers: processes that read ahead; 0: none.
     """
-    loader = DataLoader(_Inputs(images, transform), batch_sampler=batches, num_workers=workers, collate_fn=list)
+    sampler: Any = batches  # of lists, it is declared, but ranges do as well, and cost nothing of a large pool
+    loader = DataLoader(_Inputs(images, transform), batch_sampler=sampler, num_workers=workers, collate_fn=list)
     for indices, results in zip(batches, loader, strict=True):
         batch = Batch([], [], {})
         for position, (index, result) in enumerate(zip(indices, results, strict=True)):
