@@ -14,6 +14,8 @@ Parquet list. Each stage runs in a process of its own, one after the other:
     recall     copies of the first 20,000 rows by cells and by comparing each with each
     clusters   `dino.curation.clusters.cluster`, --counts, --iterations, --resamplings
     parts      the same cut into --parts parts
+    overlap    draws of a fourth of the rows: how many are the same whole and in parts, or whole by another seed, and
+               how many directions they are worth (exp of the entropy)
     iteration  one iteration of k-means at k = 10,000, as the default has it, on a 50th of the rows
     draw       weights, the manifest written, read and opened as a pool, and one epoch of the sampler's order
 
@@ -123,7 +125,8 @@ class Memory:
 
 def make_tokens(file: Path, rows: int) -> None:
     """The embeddings, if they are not there."""
-    if file.exists():
+    directions = file.with_name("directions.npy")
+    if file.exists() and directions.exists():
         return
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(DIRECTIONS, WIDTH)).astype(np.float32)
@@ -131,14 +134,18 @@ def make_tokens(file: Path, rows: int) -> None:
     noise = generator.normal(size=(2 * BLOCK, WIDTH)).astype(np.float32)  # drawn once, taken anew from each place
     partial = file.with_suffix(".partial")
     values = open_memmap(partial, "w+", np.float16, (rows, WIDTH))
+    of_row = np.empty(rows, np.int16)
     for start in range(0, rows, BLOCK):
         count = min(BLOCK, rows - start)
         direction = generator.choice(DIRECTIONS, count, p=frequencies / frequencies.sum())
         block = centres[direction] + 1.2 * noise[generator.permutation(2 * BLOCK)[:count]]
         copied = np.arange(0, count - 1, COPIED)
+        direction[copied + 1] = direction[copied]
+        of_row[start : start + count] = direction
         block[copied + 1] = block[copied] + 0.45 * noise[generator.permutation(2 * BLOCK)[: len(copied)]]
         values[start : start + count] = block
     values.flush()
+    np.save(directions, of_row)
     partial.rename(file)
 
 
@@ -208,18 +215,34 @@ def coded(pairs: Any) -> np.ndarray:
     return pairs.queries * 2**32 + pairs.keys
 
 
-def clusters(arguments: argparse.Namespace, folder: Path, rows: int, parts: int = 1) -> dict[str, Any]:
-    settings = Settings(
-        counts=arguments.counts, iterations=arguments.iterations, resamplings=arguments.resamplings, parts=parts
-    )
-    stage = Stage(folder / ("clusters" if parts == 1 else "clusters_in_parts"), [rows, str(settings)], ALONE)
-    kept = kept_rows(folder, rows)
-    made = cluster(stage, opened(folder), kept, settings, 0, ALONE)
-    return quality(made, len(kept))
+def clusters(arguments: argparse.Namespace, folder: Path, rows: int) -> dict[str, Any]:
+    return quality(clustered(arguments, folder, rows, 1, 0))
 
 
 def in_parts(arguments: argparse.Namespace, folder: Path, rows: int) -> dict[str, Any]:
-    return clusters(arguments, folder, rows, arguments.parts)
+    return quality(clustered(arguments, folder, rows, arguments.parts, 0))
+
+
+def overlap(arguments: argparse.Namespace, folder: Path, rows: int) -> dict[str, Any]:
+    """Of a fourth of the rows, drawn by clusters: whole, whole by another seed, and in parts."""
+    budget = len(kept_rows(folder, rows)) // 4
+    weights, answer = [], {}
+    direction = np.load(folder / "directions.npy")
+    for name, parts, seed in (("whole", 1, 0), ("other_seed", 1, 1), ("parts", arguments.parts, 0)):
+        levels = clustered(arguments, folder, rows, parts, seed).levels
+        weights.append(rebalance.hierarchical(levels, budget, 1.0))
+        drawn = np.bincount(direction, weights=weights[-1], minlength=DIRECTIONS)
+        answer[f"directions_{name}"] = round(effective_number(drawn), 1)
+        answer[f"shared_{name}"] = round(float(np.minimum(weights[0], weights[-1]).sum() / budget), 4)
+    return answer | {"directions": round(effective_number(np.bincount(direction[kept_rows(folder, rows)])), 1)}
+
+
+def clustered(arguments: argparse.Namespace, folder: Path, rows: int, parts: int, seed: int) -> Clusters:
+    settings = Settings(
+        counts=arguments.counts, iterations=arguments.iterations, resamplings=arguments.resamplings, parts=parts
+    )
+    stage = Stage(folder / f"clusters-{parts}-{seed}", [rows, str(settings)], ALONE)
+    return cluster(stage, opened(folder), kept_rows(folder, rows), settings, seed, ALONE)
 
 
 def kept_rows(folder: Path, rows: int) -> np.ndarray:
@@ -230,7 +253,7 @@ def kept_rows(folder: Path, rows: int) -> np.ndarray:
     return np.flatnonzero(original == np.arange(rows))
 
 
-def quality(made: Clusters, kept: int) -> dict[str, Any]:
+def quality(made: Clusters) -> dict[str, Any]:
     """Mean squared distance to the centroid, and the effective number of clusters of the first level."""
     sizes = np.bincount(made.levels[0][made.levels[0] >= 0])
     return {"distance": round(float(np.nanmean(made.distances)), 5), "effective": round(effective_number(sizes), 1)}
@@ -248,7 +271,7 @@ def iteration(arguments: argparse.Namespace, folder: Path, rows: int) -> dict[st
 
 def draw(arguments: argparse.Namespace, folder: Path, rows: int) -> dict[str, Any]:
     """Weights, the manifest, and an epoch of the pool that it makes."""
-    kept, stage = kept_rows(folder, rows), folder / "clusters" / "clusters.npz"
+    kept, stage = kept_rows(folder, rows), folder / "clusters-1-0" / "clusters.npz"
     with np.load(stage) as saved:
         labels = np.full(rows, -1)
         labels[kept] = saved["labels"]
@@ -273,6 +296,7 @@ STAGES: dict[str, Callable[[argparse.Namespace, Path, int], dict[str, Any]]] = {
     "recall": recall,
     "clusters": clusters,
     "parts": in_parts,
+    "overlap": overlap,
     "iteration": iteration,
     "draw": draw,
 }

@@ -88,14 +88,14 @@ def in_parts(tokens: np.ndarray, indices: np.ndarray, counts: Sequence[int], how
         arrays = stage.arrays(file.name)
         labels[members], distances[members] = arrays["labels"] + first, arrays["distances"]
         centroids[first:last] = arrays["centroids"]
-    above: Arrays = {}
+    levels: Arrays = {"labels": labels, "distances": distances, "centroids": centroids}
     if len(counts) > 1:
         progress = _folder(stage.folder / "joined", how)
-        upper = whole(centroids[own_rows(count)], counts[1:], how, progress, "joining parts, ")
-        above = {"level2": upper["labels"]} | {
-            f"level{number + 1}": upper[f"level{number}"] for number in range(2, len(counts))
-        }
-    return {"labels": labels, "distances": distances, "centroids": centroids} | above
+        above = whole(centroids[own_rows(count)], counts[1:], how, progress, "joining parts, ")
+        levels["level2"] = above["labels"]
+        for number in range(2, len(counts)):
+            levels[f"level{number + 1}"] = above[f"level{number}"]
+    return levels
 
 
 def _folder(folder: Path, how: How) -> Path:

@@ -107,7 +107,10 @@ class Points:
         own = ((indices >= self.first) & (indices < self.first + len(self))).nonzero()[:, 0]
         for some in own.split(BLOCK):
             rows = indices[some] - self.first
-            values = self.values[rows if self.prepared else rows.cpu().numpy()]
+            if isinstance(self.values, Tensor):
+                values = self.values[rows.to(self.values.device)]
+            else:
+                values = self.values[rows.cpu().numpy()]
             points[some] = self._prepare(values) - self.mean.float()
         return reduced(points)
 

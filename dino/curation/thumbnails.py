@@ -112,12 +112,12 @@ def confirmed(
     with tqdm(total=len(pairs), desc=title, unit="pair", leave=False, disable=title is None) as bar:
         for start in range(0, len(pairs), CHUNK):
             part = pairs[start : start + CHUNK]
-            one, other = np.searchsorted(asked, part[:, 0]), np.searchsorted(offered, part[:, 1])
-            possible = _possible(small[one], other_small[other], min(least, UNLIKE))
+            of_small = np.searchsorted(asked, part[:, 0]), np.searchsorted(offered, part[:, 1])
+            possible = _possible(small[of_small[0]], other_small[of_small[1]], min(least, UNLIKE))
             rows = np.flatnonzero(possible)
             for some in np.split(rows, range(CACHED, len(rows), CACHED)):
-                both = (torch.from_numpy(side[part[some, n]]) for n, side in enumerate((first, second)))
-                enough[start + some] = _are_copies(*both, least, least_of_parts).numpy()
+                one, other = (torch.from_numpy(side[part[some, n]]) for n, side in enumerate((first, second)))
+                enough[start + some] = _are_copies(one, other, least, least_of_parts).numpy()
             bar.update(len(part))
     return enough
 
