@@ -107,6 +107,7 @@ class Points:
         own = ((indices >= self.first) & (indices < self.first + len(self))).nonzero()[:, 0]
         for some in own.split(BLOCK):
             rows = indices[some] - self.first
+            values: Tensor | np.ndarray
             if isinstance(self.values, Tensor):
                 values = self.values[rows.to(self.values.device)]
             else:
