@@ -66,9 +66,9 @@ def _dropped(columns: dict[str, Any]) -> report.Table:
     counts = np.bincount(numbers, minlength=len(kinds))
     rows = []
     for kind in np.argsort(-counts, kind="stable"):
-        images = np.flatnonzero(numbers == kind)[:EXAMPLES] if kinds[kind] else []
+        images = np.flatnonzero(numbers == kind)[: EXAMPLES if kinds[kind] else 0].tolist()
         if counts[kind]:
-            examples = "; ".join(_example(columns, int(image)) for image in images)
+            examples = "; ".join(_example(columns, image) for image in images)
             rows.append([kinds[kind] or "kept", f"{counts[kind]:,}", examples])
     return report.Table("What became of the images", "", ["", "images", "for example"], rows)
 
