@@ -137,7 +137,8 @@ def official(directory: str, module: str) -> ModuleType:
 
 def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) -> None:
     """Refuse to time two things that do not give the same."""
-    difference = float((ours - theirs).detach().abs().max() / theirs.abs().max().clamp(min=1e-12))
+    ours, theirs = ours.detach(), theirs.detach()
+    difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
     if difference > tolerance:
         raise UserError(f"{what} differs from the official code's by {difference:.1e}: nothing to compare")
     print(f"{what}: equal to the official code's to {difference:.1e}\n")

@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 import kit
 from torch import Tensor
-from training import Built, Official, build, parse
+from training import Built, Official, build, parser
 
 from dino import cli
 from dino.training.memory import Kept
 
 
 def main() -> None:
-    arguments = parse(__doc__ or "")
+    arguments = parser(__doc__ or "").parse_args()
     device = kit.begin(arguments)
     kept: dict[str, float] = {}
     for precision in arguments.precision:

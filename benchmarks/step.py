@@ -1,22 +1,27 @@
 """The training step: whole, in its parts, and beside the official one with the same weights and crops.
 
     python benchmarks/step.py --official ~/dino
-    python benchmarks/step.py --preset dinov2 --precision bf16
+    python benchmarks/step.py --dinov2 ~/dinov2 --batch 4
 
 Crops are noise that lies on the device: how they are made is measured by views.py. Operators are those that PyTorch
 dispatches in a step, without views, about as many as a GPU launches; syncs make the host wait for it.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import kit
 import numpy as np
 import torch
-from training import Built, Official, build, parse
+from official_dinov2 import OfficialDINOv2
+from training import Built, Official, build, parser
 
 from dino import cli
+from dino.models import attention
+from dino.precision import prefers_bf16
 from dino.training.optimizer import clip_gradients, set_rates, step_unless
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -26,18 +31,20 @@ Ways = dict[str, Callable[[], object]]
 
 
 def main() -> None:
-    arguments = parse(__doc__ or "")
+    arguments = parse()
     device = kit.begin(arguments)
     for precision in arguments.precision:
         built = build(arguments, precision, device)
         wholes: Ways = {}
         parts: Ways = {}
-        if arguments.official:
-            theirs = Official(arguments, built, precision)
+        if arguments.official or arguments.dinov2:
+            theirs = (OfficialDINOv2 if arguments.dinov2 else Official)(arguments, built, precision)
             theirs.check(built, 1e-5 if precision == "fp32" else 1e-3)
             wholes["official"] = theirs.step
             parts = {f"official {name}": part for name, part in theirs.parts().items()}
         wholes["ours"] = lambda built=built: built.step(0, [built.views])  # type: ignore[misc]
+        if precision == "bf16" and device.type == "cpu" and prefers_bf16(device):
+            wholes["ours, attention in fp32"] = patch.object(attention, "prefers_bf16", lambda _: False)(wholes["ours"])
         seconds = kit.alternate(wholes, arguments.rounds, device)
         kit.show(f"{precision}, whole step, {arguments.batch} images", seconds)
         kit.print_table(f"{precision}, counted", ["operators", "syncs"], [counted(*way) for way in wholes.items()])
@@ -105,6 +112,15 @@ class Parts:
     def update(self) -> None:
         step_unless(self.built.optimizer, torch.zeros((), dtype=torch.bool, device=self.total.device))
         self.built.optimizer.zero_grad()
+
+
+def parse() -> argparse.Namespace:
+    made = parser(__doc__ or "")
+    made.add_argument("--dinov2", metavar="DIR", help="instead: your clone of facebookresearch/dinov2; preset dinov2")
+    arguments = made.parse_args()
+    if arguments.dinov2:
+        arguments.preset = "dinov2"
+    return arguments
 
 
 if __name__ == "__main__":

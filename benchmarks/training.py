@@ -26,6 +26,7 @@ PRESETS = {
     "dino": ["objective.centering=center", "optim.clip_scope=parameter"],
     "dinov2": [
         *("objective.ibot_weight=1", "objective.koleo_weight=0.1", "objective.centering=sinkhorn"),
+        "objective.norm_last_layer=false",
         *("model.registers=4", "model.layer_scale=0.00001", "model.drop_path=0.3", "model.drop_path_kind=subset"),
         *("optim.layer_decay=0.9", "optim.patch_embed_lr=0.2", "optim.clip_scope=module"),
     ],
@@ -46,7 +47,7 @@ class Built(NamedTuple):
     views: list[Tensor]
 
 
-def parse(description: str) -> argparse.Namespace:
+def parser(description: str) -> argparse.ArgumentParser:
     parser = kit.parser(description, rounds=5)
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--prototypes", type=int, default=4096)
@@ -54,7 +55,7 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--preset", choices=PRESETS, default="dino")
     parser.add_argument("settings", nargs="*", help="more of the trainer's settings, as train.compile=true")
-    return parser.parse_args()
+    return parser
 
 
 def build(arguments: argparse.Namespace, precision: str, device: torch.device, *more: str) -> Built:
