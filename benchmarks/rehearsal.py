@@ -37,7 +37,9 @@ def main() -> None:
     command = [sys.executable, "-c", TRAIN, *arguments.words, f"run.dir={folder}", "tracking.backends=[]"]
     command.append("train.checkpoint_every=1000000")  # a short run would write one every few steps
     text = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout
-    (amount, unit), spans = re.findall(r"memory: about ([\d.]+) (MB|GB)", text)[-1], each_span(text)
+    estimated = megabytes(r"memory: about ([\d.]+) (MB|GB)", text)
+    in_steps = megabytes(r"at most ([\d.]+) (MB|GB)", text)
+    (each,) = re.findall(r"([\d.e+-]+) s each", text)  # of a run without phases
     began = time.perf_counter()
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     whole = time.perf_counter() - began
@@ -51,18 +53,19 @@ def main() -> None:
         steps = line["step"]
     rows = []
     for what, told, taken in (
-        ("memory, MB", float(amount) * UNITS[unit], int(peak) / 1e6),
-        (f"{steps} steps, s", spans * steps, seconds),
+        ("memory as estimated, MB", estimated, int(peak) / 1e6),
+        ("memory of the steps it took, MB", in_steps, int(peak) / 1e6),
+        (f"{steps} steps, s", float(each) * steps, seconds),
     ):
         rows.append([what, kit.number(told), kit.number(taken), f"{told / taken:.2f}"])
     kit.print_table("", ["told", "taken", "told / taken"], rows)
     print(f"the whole process: {whole:.1f} s")
 
 
-def each_span(text: str) -> float:
-    """Seconds a step, of a run without phases."""
-    (each,) = re.findall(r"([\d.e+-]+) s each", text)
-    return float(each)
+def megabytes(pattern: str, text: str) -> float:
+    """The last amount of memory that a text tells."""
+    amount, unit = re.findall(pattern, text)[-1]
+    return float(amount) * UNITS[unit]
 
 
 def parse() -> argparse.Namespace:
