@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dino.errors import UserError
 
 LARGEST_TEXT = 2**30  # bytes; no text of a run is as large
@@ -69,6 +71,20 @@ def read_json(path: Path, fix: str = "restore it") -> Any:
         return json.loads(read_text(path, fix))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {fix}") from error
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file.
+
+    Raises:
+        ValueError: it cannot be read, or is damaged.
+    """
+    try:
+        require_regular(file)
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception as error:  # OSError, BadZipFile, NotImplementedError, RuntimeError, MemoryError, zlib.error …
+        raise ValueError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 def require_regular(path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from dino.errors import UserError
-from dino.files import read_json, read_text, write_text
+from dino.files import read_arrays, read_json, read_text, write_text
 from dino.seal import file_digest, problem_of
 
 
@@ -60,9 +58,8 @@ class Stage:
         """The arrays of an .npz file; raises `UserError` where it is damaged."""
         file = self.folder / name
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                return dict(archive)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            return read_arrays(file)
+        except ValueError as error:
             raise UserError(f"{file} is damaged ({error}): {self.fix}") from error
 
     def _verify(self, done: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 
 from dino.data.formats import Limits, UnreadableImage, open_picture, reason_of, without_metadata
+from dino.data.large import directly, require_coefficients, require_memory
 from dino.data.levels import AS_BYTES, Levels
 from dino.data.numbers import is_only_numbers, numbers_of, shape_of
 from dino.data.picture import orientation_of, picture_array
@@ -86,10 +87,15 @@ def size_of(
 def _picture(content: bytes, channels: int, enough: float | None, limits: Limits) -> Tensor:
     with open_picture(content, limits) as image:
         if image.format in ("JPEG", "MPO"):  # MPO: a camera's JPEG with a preview after it
+            require_coefficients(image, channels, limits)
             reduced = enough is not None and reduce_jpeg(image, enough)
             if not reduced and (pixels := plain_jpeg(image, content, channels)) is not None:
                 return pixels
-        return to_tensor(picture_array(image, channels), channels)
+        array = directly(image, content, channels, limits)
+        if array is None:
+            require_memory(image, content, channels, limits)
+            array = picture_array(image, channels)
+        return to_tensor(array, channels)
 
 
 def reduce_jpeg(image: Image.Image, enough: float) -> bool:

@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 from dino.data.formats import UnreadableImage
 from dino.data.levels import to_8_bits
 
-STRIP = 1 << 20  # pixels that are converted at a time
+STRIP = 1 << 18  # pixels that are converted at a time
 BACKGROUNDS = (255, 0, 128)
 CONTRAST = 32  # levels by which ink differs from what it lies on, or it is lost
 
@@ -19,10 +19,16 @@ def picture_array(image: Image.Image, channels: int) -> np.ndarray:
     image.load()
     if image.mode == "F":
         raise UnreadableImage("its pixels are 32-bit fractions of unknown range: set data.bits=float")
-    mode = "L" if channels == 1 else "RGB"
-    background = background_of(image, mode) if image.has_transparency_data else None
-    array = np.empty((image.height, image.width, len(mode)), np.uint8)
-    for rows, strip in _strips(image):
+    array = np.empty((image.height, image.width, 1 if channels == 1 else 3), np.uint8)
+    write_opaque(image, array, image.has_transparency_data)
+    return upright(array, orientation_of(image))
+
+
+def write_opaque(picture: Image.Image | np.ndarray, array: np.ndarray, is_transparent: bool) -> None:
+    """Write a picture's pixels to `array`, (H, W, 1 or 3); an (H, W, 3 or 4) picture may begin where `array` does."""
+    mode = "L" if array.shape[2] == 1 else "RGB"
+    background = background_of(picture, mode) if is_transparent else None
+    for rows, strip in _strips(picture):
         if strip.mode.startswith("I"):
             strip = Image.fromarray(to_8_bits(np.asarray(strip)))
         if background is not None:
@@ -30,7 +36,6 @@ def picture_array(image: Image.Image, channels: int) -> np.ndarray:
             strip = Image.alpha_composite(canvas, strip.convert("RGBA"))
         pixels = np.asarray(strip if strip.mode == mode else strip.convert(mode))
         array[rows] = pixels.reshape(array[rows].shape)
-    return upright(array, orientation_of(image))
 
 
 def require_one_frame(image: Image.Image) -> None:
@@ -59,17 +64,17 @@ def upright(array: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def background_of(image: Image.Image, mode: str) -> int:
+def background_of(picture: Image.Image | np.ndarray, mode: str) -> int:
     """The grey level on which a transparent picture is laid: white, unless most of its ink would be lost on it.
 
     Ink is lost where it differs from the background by less than 32 levels in every channel; then it is black or a
     middle grey, whichever loses less.
     """
     ink, lost = 0.0, np.zeros(len(BACKGROUNDS))
-    for _, strip in _strips(image):
+    for rows, strip in _strips(picture):
         colours = strip.convert("RGBA")
         alpha = np.asarray(colours.getchannel("A"), dtype=np.float32)
-        if alpha.min() == 255 and colours.size == image.size:
+        if alpha.min() == 255 and rows == slice(None):
             return BACKGROUNDS[0]
         levels = np.asarray(colours.convert(mode)).reshape(*alpha.shape, -1)
         darkest, lightest = levels.min(axis=-1), levels.max(axis=-1)
@@ -80,12 +85,14 @@ def background_of(image: Image.Image, mode: str) -> int:
     return BACKGROUNDS[0] if lost[0] <= ink / 2 else BACKGROUNDS[int(lost.argmin())]
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+def _strips(picture: Image.Image | np.ndarray) -> Iterator[tuple[slice, Image.Image]]:
     """A picture's rows, some at a time, so that what is made of them on the way is small."""
-    step = max(1, STRIP // image.width)
-    if step >= image.height:
-        yield slice(None), image
+    is_array = isinstance(picture, np.ndarray)
+    width, height = picture.shape[1::-1] if is_array else picture.size
+    step = max(1, STRIP // width)
+    if step >= height:
+        yield slice(None), Image.fromarray(picture) if is_array else picture
         return
-    for top in range(0, image.height, step):
-        bottom = min(top + step, image.height)
-        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
+    for top in range(0, height, step):
+        rows = slice(top, min(top + step, height))
+        yield rows, Image.fromarray(picture[rows]) if is_array else picture.crop((0, top, width, rows.stop))

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from tqdm import tqdm
 
 from dino.data import Pool, read_or_reason
 from dino.distributed import cores
-from dino.files import cache_directory, replacing, shown
+from dino.files import cache_directory, read_arrays, replacing, shown
 from dino.models import Backbone
 from dino.models.weights import weights_digest
 from dino.precision import inference, inference_precision
@@ -209,9 +207,9 @@ def _read(file: Path) -> Features | None:
     if not file.is_file():
         return None
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            return Features(archive["blocks"], archive["patch_means"], archive["rows"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = read_arrays(file)
+        return Features(arrays["blocks"], arrays["patch_means"], arrays["rows"])
+    except (ValueError, KeyError) as error:
         logger.warning("%s is damaged (%s): its features are computed anew", file, error)
         return None
 

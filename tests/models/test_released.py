@@ -156,6 +156,12 @@ class TestTable:
         assert url.endswith(f"-{RELEASED['resnet50'].sha256}.pth")  # torch.hub's convention
         assert len(RELEASED["resnet50"].sha256) == 8
 
+    def test_digests_are_of_one_file_each(self):
+        digests = {name: entry.sha256 for name, entry in RELEASED.items() if entry.sha256}
+        assert len(set(digests.values())) == len(digests) == 10
+        assert all(re.fullmatch("[0-9a-f]{8}|[0-9a-f]{16}", digest) for digest in digests.values())
+        assert [name for name in FULL if name in digests] == []
+
     def test_no_two_share_a_file_in_the_cache(self):
         files = Counter(entry.url.rsplit("/", 1)[1] for entry in RELEASED.values())
         assert [file for file, count in files.items() if count > 1] == []

@@ -1,7 +1,6 @@
 """The image files in a zip archive."""
 
 import os
-import struct
 import threading
 import zipfile
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dino.data.formats import EXTENSIONS, UnreadableImage
+from dino.data.formats import EXTENSIONS, UnreadableImage, reason_of
 from dino.data.sources.source import FileSource, Kind, Names, folder_labels, require_bytes, sorted_files, stamp_of
 from dino.errors import UserError
 
@@ -31,8 +30,8 @@ class ZipSource(FileSource):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = self._images(archive.infolist())
-        except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, struct.error) as error:
-            raise UserError(f"{root} cannot be read as a zip archive: {error}") from error
+        except Exception as error:  # BadZipFile, OSError, NotImplementedError, ValueError, IndexError, struct.error …
+            raise UserError(f"{root} cannot be read as a zip archive: {reason_of(error)}") from error
         self.names = sorted_files(members, root, self.left_out)
         self.labels = folder_labels(self.names)
         self.members = np.empty(len(self.names), MEMBER)

@@ -23,7 +23,8 @@ class Released:
         url: of the file.
         spec: of the backbone in it.
         licence: of the weights.
-        sha256: the first characters of the file's digest, where the publisher gives them.
+        sha256: the first characters of the file's digest, where the publisher gives them, or, of DINO's and DINOv2's,
+            who give none, where projects that do not depend on each other wrote the same down; empty: not known.
         has_heads: a full checkpoint, with student, teacher and their heads.
     """
 
@@ -47,6 +48,18 @@ def _dinov2(arch: str, registers: int = 0) -> ViTSpec:
     return replace(plain, registers=registers, position_interpolation="size" if registers else "offset")
 
 
+# Of the files of the backbones alone; see `Released.sha256`.
+DIGESTS = {
+    "dino_vitb16": "bf34ad0f424b9029",
+    "dinov2_vits14": "b938bf1bc15cd2ec",
+    "dinov2_vitb14": "0b8b82f85de91b42",
+    "dinov2_vitl14": "d5383ea8f4877b24",
+    "dinov2_vitg14": "baf8467e50af2775",
+    "dinov2_vits14_reg": "f433177089a68182",
+    "dinov2_vitb14_reg": "73182a088cf94833",
+    "dinov2_vitl14_reg": "36e4deffbaef061a",
+    "dinov2_vitg14_reg": "746ecb8c6301c645",
+}
 RESNET50 = ResNetSpec("resnet50")
 RELEASED = {
     "dino_vits16": Released(f"{DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", _dino("vit_small", 16)),
@@ -65,10 +78,11 @@ RELEASED = {
     # Supervised, for comparison.
     "resnet50": Released(f"{TORCHVISION}/resnet50-0676ba61.pth", RESNET50, "BSD-3-Clause", "0676ba61"),
 }
+RELEASED |= {name: replace(RELEASED[name], sha256=digest) for name, digest in DIGESTS.items()}
 # Full checkpoints: student and teacher with their heads; `dino_vits16_full@student` names the student's backbone.
 RELEASED |= {
     f"{name}_full": replace(
-        entry, url=entry.url.replace("_pretrain.pth", "_pretrain_full_checkpoint.pth"), has_heads=True
+        entry, url=entry.url.replace("_pretrain.pth", "_pretrain_full_checkpoint.pth"), sha256="", has_heads=True
     )
     for name, entry in RELEASED.items()
     if name.startswith("dino_")
