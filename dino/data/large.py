@@ -30,7 +30,8 @@ MOST_IN_PYTHON = 5_000_000
 def require_memory(image: Image.Image, content: bytes, channels: int, limits: Limits) -> None:
     """Raise `UnreadableImage` for an opened picture that takes Pillow more memory, or far more time, than allowed."""
     pixels = image.width * image.height
-    if pixels > MOST_IN_PYTHON and {tile[0] for tile in image.tile} & IN_PYTHON:
+    decoders = {tile[0] for tile in getattr(image, "tile", ())}
+    if pixels > MOST_IN_PYTHON and decoders & IN_PYTHON:
         raise UnreadableImage(f"{image.format} of {pixels:,} pixels takes Pillow minutes to decode: save it as PNG")
     _require(pixels * _bytes_per_pixel(image, content, channels), image, limits)
 
@@ -38,7 +39,7 @@ def require_memory(image: Image.Image, content: bytes, channels: int, limits: Li
 def require_coefficients(image: Image.Image, channels: int, limits: Limits) -> None:
     """Raise `UnreadableImage` for an opened JPEG that takes too much memory before its first pixel is there."""
     if image.info.get("progressive"):
-        samples = [across * down for _, across, down, _ in image.layer]  # a block of each component
+        samples = [across * down for _, across, down, _ in getattr(image, "layer", ())]  # a block of each component
         coefficients = OF_COEFFICIENT * sum(samples) / max(samples)
         _require(math.ceil(image.width * image.height * (coefficients + channels)), image, limits)
 

@@ -87,12 +87,14 @@ def background_of(picture: Image.Image | np.ndarray, mode: str) -> int:
 
 def _strips(picture: Image.Image | np.ndarray) -> Iterator[tuple[slice, Image.Image]]:
     """A picture's rows, some at a time, so that what is made of them on the way is small."""
-    is_array = isinstance(picture, np.ndarray)
-    width, height = picture.shape[1::-1] if is_array else picture.size
+    width, height = picture.shape[1::-1] if isinstance(picture, np.ndarray) else picture.size
     step = max(1, STRIP // width)
     if step >= height:
-        yield slice(None), Image.fromarray(picture) if is_array else picture
+        yield slice(None), Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
         return
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
-        yield rows, Image.fromarray(picture[rows]) if is_array else picture.crop((0, top, width, rows.stop))
+        if isinstance(picture, np.ndarray):
+            yield rows, Image.fromarray(picture[rows])
+        else:
+            yield rows, picture.crop((0, top, width, rows.stop))
