@@ -1,5 +1,6 @@
 """Curate a pool of images, from Python or from the command line."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +12,18 @@ from accelerate import Accelerator
 from dino.config import read as configuration
 from dino.curation.pipeline import Surroundings, curate_pool
 from dino.curation.settings import CurateConfig, check
-from dino.data import Limits, open_images
+from dino.curation.trial import described, planted_and_found, warning
+from dino.data import Limits, Pool, open_images
 from dino.data.manifest import is_manifest, read_manifest, write_manifest
 from dino.data.sources.several import as_root, roots_of
 from dino.data.sources.storage import is_remote
 from dino.distributed import cores, forget_earlier_runs
 from dino.errors import UserError
 from dino.files import write_text
-from dino.models import load_backbone
+from dino.models import Backbone, load_backbone
 from dino.report import curation as page
+
+logger = logging.getLogger(__name__)
 
 
 class Curation(NamedTuple):
@@ -104,6 +108,7 @@ def curate_by(config: CurateConfig, report_only: bool = False) -> Curation:
             "drawn": f"{int(np.sum(columns['kept'])):,} images, {columns['weight'].sum():,.0f} draws",
             "method": f"{config.rebalance.method}, {config.rebalance.output}",
         }
+        facts |= _trial(backbone, images, config)
         page.write(
             report,
             images,
@@ -119,6 +124,16 @@ def curate_by(config: CurateConfig, report_only: bool = False) -> Curation:
     counts = np.bincount(numbers, minlength=len(reasons)).tolist()
     dropped = {reason: count for reason, count in sorted(zip(reasons, counts, strict=True)) if reason and count}
     return Curation(manifest, report, len(images.names), int(np.sum(columns["kept"])), dropped)
+
+
+def _trial(backbone: Backbone, images: Pool, config: CurateConfig) -> dict[str, str]:
+    """What the page says of the weights; the user is told where they are too weak."""
+    if not config.duplicates.near:
+        return {}
+    found = planted_and_found(backbone, images, config.duplicates)
+    if text := warning(found):
+        logger.warning(text)
+    return {"planted copies found": described(found)}
 
 
 def refuse_other_directories(directory: Path, config: CurateConfig) -> None:

@@ -90,13 +90,23 @@ def embed(
         batches = {part: _batches(part, count, batch_size) for part in missing}
         describe = functools.partial(_describe, preprocess=backbone.preprocess)
         reading = read_batches(images, [batch for part in missing for batch in batches[part]], describe, workers)
-        bar = tqdm(missing, desc="embedding", unit=f" × {PART} images", disable=not accelerator.is_main_process)
-        for part in bar:
-            _embed_part(stage, backbone, batches[part], reading, _facts_file(folder, part))
+        total, hidden = sum(len(batch) for part in missing for batch in batches[part]), not accelerator.is_main_process
+        bar = tqdm(total=total, desc="embedding", unit="image", leave=False, disable=hidden)
+        shown = _counted(reading, bar)
+        for part in missing:
+            _embed_part(stage, backbone, batches[part], shown, _facts_file(folder, part))
+        bar.close()
         stage.finish()
     hashes, sizes, reasons = _all_facts(stage, count)
     tokens, thumbnails = (_memory_map(folder / name, "r", stage) for name in ("tokens.npy", "thumbnails.npy"))
     return Embedded(tokens, thumbnails, hashes, sizes, reasons, stage.key)
+
+
+def _counted(reading: Iterator[Batch], bar: tqdm) -> Iterator[Batch]:
+    """The same batches, each counted once the next is asked for."""
+    for batch in reading:
+        yield batch
+        bar.update(len(batch.positions) + len(batch.reasons))
 
 
 def _create_files(folder: Path, count: int, width: int) -> None:

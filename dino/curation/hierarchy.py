@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dino.curation.kmeans import Clustering, kmeans
 from dino.curation.points import Points, own_rows
-from dino.distributed import gathered_rows
+from dino.distributed import gathered_rows, rank_and_size
 from dino.errors import UserError
 
 
@@ -62,13 +63,18 @@ def hierarchical_kmeans(
             "the one below, and the first at most as many as there are points"
         )
     levels: list[Level] = []
-    below = points
+    below, hidden = points, rank_and_size()[0] > 0
+    most = len(clusters) * (resamplings + 1) * iterations
+    bar = tqdm(total=most, desc=f"{title}clusters", unit="iteration", leave=False, disable=hidden)
     for number, count in enumerate(clusters, 1):
         clustering: Clustering | None = None
         for turn in range(resamplings + 1):
             part = below if clustering is None else _central_points(below, clustering, sample)
             if part.total < count:  # equal points: clusters are empty
                 break
+            bar.set_description(
+                f"{title}clusters, level {number} of {len(clusters)}, pass {turn + 1} of {resamplings + 1}"
+            )
             clustering = kmeans(
                 part,
                 count,
@@ -76,7 +82,7 @@ def hierarchical_kmeans(
                 seed=seed + turn,
                 precision=precision,
                 progress=None if progress is None else progress / f"level{number}-{turn}.safetensors",
-                title=f"{title}level {number}" + (f", resampled {turn}" if turn else ""),
+                bar=bar,
             )
             if turn:
                 clustering = kmeans(below, count, iterations=0, initial=clustering.centroids)
@@ -85,6 +91,7 @@ def hierarchical_kmeans(
         distances = clustering.distances if number == 1 else gathered_rows(clustering.distances)
         levels.append(Level(clustering.centroids, labels, distances))
         below = Points(clustering.centroids[own_rows(count)], points.device, points.spherical)
+    bar.close()
     return levels
 
 

@@ -66,6 +66,7 @@ def kmeans(
     initial: Tensor | None = None,
     progress: Path | None = None,
     title: str = "k-means",
+    bar: tqdm | None = None,
 ) -> Clustering:
     """Lloyd's algorithm from k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster, if it fits.
 
@@ -77,6 +78,7 @@ def kmeans(
         initial: (k, D) centroids to begin with instead.
         progress: file in which the centroids are kept after each iteration; a later call goes on from there.
         title: what the progress bar says.
+        bar: one that several calls share, whose total has all of this one's iterations; None: it has its own.
 
     Raises:
         UserError: more clusters than points.
@@ -91,18 +93,20 @@ def kmeans(
     elif not state.converged:
         assignment.update(state.before)  # so that it is known what changes next
     rank, _ = rank_and_size()
-    hidden = rank > 0 or not iterations
-    with tqdm(
-        total=iterations, initial=state.iteration, desc=title, unit="iteration", leave=False, disable=hidden
-    ) as bar:
+    hidden = rank > 0 or not iterations or bar is not None
+    with tqdm(total=iterations, desc=title, unit="iteration", leave=False, disable=hidden) as own_bar:
+        shown = own_bar if bar is None else bar
+        shown.update(state.iteration)
         while state.iteration < iterations and not state.converged:
             changed = assignment.update(state.centroids)
-            bar.set_postfix_str(f"{changed / points.total:.2%} changed", refresh=False)
-            bar.update()
+            shown.set_postfix_str(f"{changed / points.total:.2%} changed", refresh=False)
+            shown.update()
             moved = _moved_centroids(points, assignment, state.centroids) if changed else state.centroids
             state = _Progress(state.iteration + 1, state.centroids, moved, converged=not changed)
             if progress is not None and rank == 0:
                 _save(progress, state)
+    if bar is not None and bar.total:
+        bar.total -= max(0, iterations - state.iteration)  # those that were not needed: what is left is less
     assignment.settle(state.centroids)
     return _clustering(points, assignment.labels, state)
 

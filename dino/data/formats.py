@@ -19,6 +19,7 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO", "DIB", "TGA", "PCX", "SGI", "QOI"),
     *("DDS", "PSD"),
 )
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
 MOST_SCANS = 100  # of a JPEG; each takes as long as decoding it once, and cameras write about ten
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT")
@@ -51,6 +52,10 @@ def open_picture(content: bytes, limits: Limits) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow's own limit, beyond which it refuses whatever the settings say
     try:
         image = Image.open(io.BytesIO(content), formats=_formats())
+    except UnidentifiedImageError:
+        if content[4:8] == b"ftyp" and content[8:12] in HEIC:
+            raise UnreadableImage("it is HEIC, as phones write it, which is not read: export it as JPEG") from None
+        raise
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"it has more pixels than data.max_pixels={limits.pixels:,} allows") from error
     require_pixels(image.width, image.height, limits)

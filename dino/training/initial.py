@@ -22,11 +22,10 @@ OF_THE_WEIGHTS = (  # settings that the weights decide
     "model.position_interpolation",
     "model.position_size",
     "data.channels",
-    "data.bits",
-    "data.range",
     "views.mean",
     "views.std",
 )
+OF_FINER_LEVELS = ("data.bits", "data.range")  # and where they are of more than 8 bits
 
 
 def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Backbone | None, dict[str, str]]:
@@ -47,7 +46,7 @@ def follow_weights(config: Config, earlier: Config | None) -> tuple[Config, Back
         return config, None, {}
     if earlier is not None:
         followed, blank = copy.deepcopy(config), Config()
-        for key in OF_THE_WEIGHTS if earlier.model.init == name else ():
+        for key in (*OF_THE_WEIGHTS, *OF_FINER_LEVELS) if earlier.model.init == name else ():
             if get(config, key) == get(blank, key):
                 assign(followed, key, get(earlier, key))
         check(followed, weights_known=True)

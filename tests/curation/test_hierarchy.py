@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import worlds
 from clouds import held, normal
 from torch import Tensor
+from tqdm import tqdm
 
 from dino.curation import hierarchy
 from dino.curation import kmeans as kmeans_module
@@ -267,3 +268,20 @@ class TestProcesses:
     def test_nearest_members_are_those_of_all(self, processes, results):
         expected = brute_members(random_clustering(700, 9, levels=4, seed=5), 3)
         assert [of_rank["members"].tolist() for of_rank in results[processes]] == [expected] * processes
+
+
+def test_all_passes_of_all_levels_share_one_bar_that_ends_full(monkeypatch):
+    shown = []
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            if not self.disable:
+                shown.append(self)
+
+    for module in (hierarchy, kmeans_module):
+        monkeypatch.setattr(module, "tqdm", Bar)
+    points = Points(torch.randn(200, 4, generator=torch.manual_seed(0)), spherical=False)
+    hierarchical_kmeans(points, [20, 4], resamplings=3, iterations=30)
+    assert len(shown) == 1
+    assert 0 < shown[0].n == shown[0].total < 2 * 4 * 30
