@@ -18,6 +18,7 @@ ROOMS = (  # from the top; those of a line are of one level and know nothing of 
     ("models",),
     ("views",),
     ("data",),
+    ("tracking",),
     ("run", "run_lock"),  # the files of a run directory; a distillation reads the heads of one
     ("config", "seal"),
     ("distributed", "precision", "files"),

@@ -12,6 +12,7 @@ from dino.config.describe import describe
 from dino.distributed import cores
 from dino.errors import UserError
 from dino.precision import PRECISIONS
+from dino.tracking import check_trackers, tracked_runs
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "weights": {"required": True, "metavar": "W", "help": "released name, run directory or file"},
@@ -26,7 +27,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "precision": {"default": "auto", "choices": PRECISIONS, "help": "of features; auto: bf16 where the device has it"},
     "seed": {"type": int, "default": 0, "help": "of what is drawn at random"},
     "out": {"type": lambda text: Path(text).expanduser(), "help": "file or folder to write to"},
-    "wandb": {"metavar": "PROJECT", "help": "log to this W&B project too"},
+    "wandb": {
+        "metavar": "PROJECT",
+        "nargs": "?",
+        "const": "",
+        "help": "log to W&B too: to the runs that trained the weights, or as a run of its own to PROJECT",
+    },
 }
 
 
@@ -65,18 +71,18 @@ def settings_parser(description: str | None, blank: Any) -> argparse.ArgumentPar
     return made
 
 
-def accelerator(wandb: str | None = None, settings: dict[str, Any] | None = None) -> Accelerator:
-    """The processes that share an evaluation, on GPUs or on the CPU.
-
-    Args:
-        wandb: project to log to, or None.
-        settings: what W&B notes of the call.
-    """
+def accelerator() -> Accelerator:
+    """The processes that share an evaluation, on GPUs or on the CPU."""
     # Without being told so, Accelerate takes each of several CPU processes for the only one.
-    made = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if wandb else None)
-    if wandb:
-        made.init_trackers(wandb, config=settings)
-    return made
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def check_wandb(project: str | None, weights: Sequence[str]) -> None:
+    """Make sure, before the work, that its figures can go where `--wandb` says; raises `UserError`."""
+    if project is not None:
+        check_trackers(["wandb"])
+    if project == "":
+        tracked_runs(weights)
 
 
 def set_cpu_threads(threads: int | str) -> None:

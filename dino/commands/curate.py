@@ -1,8 +1,8 @@
 """Curate a pool of images: embed, de-duplicate, cluster, rebalance; what is left is trained on with data.kind=manifest.
 
     dino curate data.root=path/to/images weights=dinov2_vits14 run.dir=runs/curated
-    accelerate launch train/curate.py data.root=path/to/images weights=dinov2_vits14 run.dir=runs/curated
-    accelerate launch train/pretrain.py data.root=runs/curated/manifest.parquet run.dir=runs/mine
+    torchrun --nproc_per_node 8 train/curate.py data.root=path/to/images weights=dinov2_vits14 run.dir=runs/curated
+    torchrun --nproc_per_node 8 train/pretrain.py data.root=runs/curated/manifest.parquet run.dir=runs/mine
 
     dino curate data.root=path/to/images weights=dinov2_vits14 run.dir=runs/look rebalance.method=none --report-only
     dino curate data.root=path/to/images weights=dinov2_vits14 run.dir=runs/unique rebalance.method=none --copy unique/

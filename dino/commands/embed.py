@@ -1,7 +1,7 @@
 """Embed a pool of images with any weights, for use elsewhere.
 
     dino embed --weights dinov2_vits14 --data path/to/images --out embeddings.parquet
-    accelerate launch eval/embed.py --weights runs/mine --data path/to/images --out embeddings.npy --tokens both
+    torchrun --nproc_per_node 8 eval/embed.py --weights runs/mine --data path/to/images --out tokens.npy --tokens both
 
 A .parquet file has a row for each image: its path, its label where it has one, and its embedding. An .npy file
 holds the matrix alone, and a .txt file beside it the paths in the same order. Images that cannot be read are left out

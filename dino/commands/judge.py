@@ -14,6 +14,7 @@ from dino.commands import common
 from dino.evaluation.labelled import Labelled, labelled_features
 from dino.files import write_text
 from dino.models import Backbone, load_backbone, random_like
+from dino.tracking import Table, log_evaluations
 
 Probe = Callable[[Labelled, argparse.Namespace, torch.device], dict[str, Any]]
 
@@ -47,8 +48,10 @@ def judge(arguments: argparse.Namespace, probe: Probe, most_blocks: int = 1) -> 
         most_blocks: of how many of the last blocks it takes the class token, where the backbone has so many.
     """
     common.output_file(arguments.out)
-    accelerator = common.accelerator(arguments.wandb, {"data": arguments.data, "weights": arguments.weights})
-    results = {}
+    common.check_wandb(arguments.wandb, arguments.weights)
+    accelerator = common.accelerator()
+    results: dict[str, dict[str, Any]] = {}
+    rows: list[list[Any]] = []
     for name in arguments.weights:
         backbone = load_backbone(name, arguments.heads).to(accelerator.device)
         data = _features(backbone, arguments, accelerator, most_blocks)
@@ -62,16 +65,19 @@ def judge(arguments: argparse.Namespace, probe: Probe, most_blocks: int = 1) -> 
         sizes = f"{len(data.train_labels):,} to learn from, {len(data.test_labels):,} to test"
         print(f"{name}: {sizes}, {len(data.classes)} classes")
         results[name] = probe(data, arguments, accelerator.device)
-        rows = [[what, as_text(value)] for what, value in results[name].items()]
-        largest = float(np.bincount(data.test_labels).max() / len(data.test_labels))
-        rows.append(["chance: always the largest class", as_text(largest)])
+        figures = dict(results[name])
+        figures["chance: always the largest class"] = float(np.bincount(data.test_labels).max() / len(data.test_labels))
         if untrained is not None:
-            figures = probe(untrained, arguments, accelerator.device)
-            rows += [[f"untrained: {what}", as_text(value)] for what, value in figures.items()]
-        common.print_table(rows)
-        accelerator.log({f"{name}/{what}": value for what, value in results[name].items()})
+            beside = probe(untrained, arguments, accelerator.device)
+            figures |= {f"untrained: {what}": value for what, value in beside.items()}
+        common.print_table([[what, as_text(value)] for what, value in figures.items()])
+        rows += [[name, what, value] for what, value in figures.items() if not isinstance(value, str)]
         if arguments.out:
             write_text(arguments.out, json.dumps(results, indent=1) + "\n")
+    if arguments.wandb is not None and accelerator.is_main_process:
+        settings = {key: str(value) for key, value in vars(arguments).items()}
+        tables = {f"evaluation/{probe.__module__.rpartition('.')[2]}": Table(["weights", "figure", "accuracy"], rows)}
+        log_evaluations(accelerator, arguments.wandb, settings, tables, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

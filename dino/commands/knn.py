@@ -1,7 +1,7 @@
 """k nearest neighbours on frozen features, as DINO evaluates: cosine, votes weighted by e^(similarity / 0.07).
 
     dino knn --weights dino_vits16 --data imagenet/train --test imagenet/val
-    accelerate launch eval/knn.py --weights runs/mine dinov2_vits14 --data path/to/labelled
+    torchrun --nproc_per_node 8 eval/knn.py --weights runs/mine dinov2_vits14 --data path/to/labelled
 
 Folders are classes, or what --labels says. Without --test, 30 % of each class are the test.
 """

@@ -1,7 +1,7 @@
 """Linear probes of frozen features: DINOv2's sweep of heads, logistic regression, and few labels.
 
     dino linear --weights dinov2_vits14 --data imagenet/train --test imagenet/val
-    accelerate launch eval/linear.py --weights runs/mine dino_vits16 --data path/to/labelled --probes logistic few
+    torchrun --nproc_per_node 8 eval/linear.py --weights runs/mine --data path/to/labelled --probes logistic few
 
 Folders are classes, or what --labels says. Without --test, 30 % of each class are the test.
 """

@@ -28,6 +28,7 @@ from dino.models import Backbone, load_backbone, random_like
 from dino.report.charts import bars, confusion_matrix
 from dino.report.run import write_report
 from dino.run import RunDirectory
+from dino.tracking import Table, log_evaluations
 
 Results = dict[str, Any]
 
@@ -52,6 +53,7 @@ class Protocol(NamedTuple):
 
 def main() -> None:
     arguments = parse()
+    common.check_wandb(arguments.wandb, arguments.weights)
     images = open_images(str(arguments.data or download()), "omniglot")
     if warning := omniglot.check_drawings(images.names):
         print(f"warning: {warning}")
@@ -70,6 +72,8 @@ def main() -> None:
             print(f"{protocol}: {name}: {PROTOCOLS[protocol].bar(outcome)[0]}")
             save(arguments.out, results)
     show(arguments.out, results)
+    if arguments.wandb is not None:
+        send(arguments, results)
 
 
 def parse() -> argparse.Namespace:
@@ -82,6 +86,7 @@ def parse() -> argparse.Namespace:
             "help": "Omniglot's images_background, folder or zip archive; else downloaded",
         },
         out={"required": True, "help": "folder for results.json and pictures"},
+        wandb={},
     )
     parser.add_argument("--published", action="store_true", help=f"also {', '.join(omniglot.PUBLISHED)}")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="article")
@@ -150,6 +155,21 @@ def show(out: Path, results: Results) -> None:
     if directory.config.exists():
         write_report(directory)
     print(f"\n{out / 'results.json'}\n{out / 'chart.png'}")
+
+
+def send(arguments: argparse.Namespace, results: Results) -> None:
+    """Tables, and each of the weights' accuracies by protocol, to W&B."""
+    measured = {name: protocol for name, protocol in PROTOCOLS.items() if results[name]}
+    tables, figures = {}, {}
+    for name, protocol in measured.items():
+        columns, *rows = protocol.table(results)
+        tables[f"evaluation/omniglot_{name}"] = Table(columns, rows)
+    for weights in arguments.weights:
+        title = Path(weights).name
+        of_one = {name: protocol.bar(results[name][title])[0] for name, protocol in measured.items()}
+        figures[weights] = {f"omniglot/{name}": accuracy for name, accuracy in of_one.items()}
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    log_evaluations(common.accelerator(), arguments.wandb, settings, tables, figures)
 
 
 def percent(value: float | None, mark: str = "") -> str:

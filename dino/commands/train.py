@@ -2,7 +2,7 @@
 
     dino train data.root=path/to/images run.dir=runs/mine
     dino train omniglot_cpu data.root=omniglot.zip train.epochs=5
-    accelerate launch train/pretrain.py --config configs/omniglot_cpu.yaml data.root=omniglot.zip train.epochs=5
+    torchrun --nproc_per_node 8 train/pretrain.py data.root=path/to/images
 
 The run leaves RUN/backbone.safetensors, metrics.jsonl, report.html and checkpoints. Started again by the same command,
 it goes on where it stopped. On a machine without GPU, where nothing but the images is named, it measures what fits into

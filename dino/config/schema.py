@@ -224,6 +224,7 @@ class TrackingConfig:
     backends: list[str] = setting([], "trackers besides metrics.jsonl, by Accelerate's names: wandb, tensorboard …")
     project: str = setting("dino", "project name for the trackers")
     name: str | None = setting(None, "run name for the trackers; none: the run directory's")
+    artifacts: bool = setting(True, "send the backbone, or a curation's manifest, to W&B when it is done")
 
 
 @dataclass

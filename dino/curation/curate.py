@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dino.config import read as configuration
-from dino.curation.pipeline import Surroundings, curate_pool
+from dino.curation.pipeline import Curated, Surroundings, curate_pool
 from dino.curation.settings import CurateConfig, check
 from dino.curation.trial import described, planted_and_found, warning
 from dino.data import Limits, Pool, open_images
@@ -22,6 +22,9 @@ from dino.errors import UserError
 from dino.files import write_text
 from dino.models import Backbone, load_backbone
 from dino.report import curation as page
+from dino.report import page as report_page
+from dino.report.page import Picture
+from dino.tracking import Table, Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ def curate_by(config: CurateConfig, report_only: bool = False) -> Curation:
         report_only: write no manifest.
     """
     check(config)
+    check_trackers(config.tracking.backends)
     forget_earlier_runs()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     backbone = load_backbone(config.weights).to(accelerator.device)
@@ -97,33 +101,70 @@ def curate_by(config: CurateConfig, report_only: bool = False) -> Curation:
     accelerator.wait_for_everyone()
 
     curated = curate_pool(Surroundings(config, backbone, directory, accelerator), images)
-    columns, copies = curated.columns, curated.copies
+    columns = curated.columns
     manifest, report = directory / "manifest.parquet", directory / "report.html"
     if accelerator.is_main_process:
         if not report_only:
             write_manifest(manifest, columns, config.data.root, images.kind)
-        facts = {
-            "images": f"{len(images.names):,} from {config.data.root or config.data.kind}",
-            "weights": config.weights,
-            "drawn": f"{int(np.sum(columns['kept'])):,} images, {columns['weight'].sum():,.0f} draws",
-            "method": f"{config.rebalance.method}, {config.rebalance.output}",
-        }
-        facts |= _trial(backbone, images, config)
-        page.write(
-            report,
-            images,
-            columns,
-            pairs=copies.near,
-            cosines=copies.cosines,
-            candidates=copies.candidates,
-            facts=facts,
-            settings=configuration.dump(config),
-        )
-    accelerator.wait_for_everyone()
+        sections = write_page(report, images, curated, config, _trial(backbone, images, config))
     reasons, numbers = page.reasons(columns["dropped"])
     counts = np.bincount(numbers, minlength=len(reasons)).tolist()
     dropped = {reason: count for reason, count in sorted(zip(reasons, counts, strict=True)) if reason and count}
-    return Curation(manifest, report, len(images.names), int(np.sum(columns["kept"])), dropped)
+    curation = Curation(manifest, report, len(images.names), int(np.sum(columns["kept"])), dropped)
+    if accelerator.is_main_process and config.tracking.backends:
+        hand_over(curation, sections, config, accelerator, has_manifest=not report_only)
+    accelerator.wait_for_everyone()
+    return curation
+
+
+def write_page(
+    path: Path, images: Pool, curated: Curated, config: CurateConfig, more_facts: dict[str, str]
+) -> list[Picture | report_page.Table]:
+    """report.html; gives its sections."""
+    columns, copies = curated.columns, curated.copies
+    facts = {
+        "images": f"{len(images.names):,} from {config.data.root or config.data.kind}",
+        "weights": config.weights,
+        "drawn": f"{int(np.sum(columns['kept'])):,} images, {columns['weight'].sum():,.0f} draws",
+        "method": f"{config.rebalance.method}, {config.rebalance.output}",
+        **more_facts,
+    }
+    return page.write(
+        path,
+        images,
+        columns,
+        pairs=copies.near,
+        cosines=copies.cosines,
+        candidates=copies.candidates,
+        facts=facts,
+        settings=configuration.dump(config),
+    )
+
+
+def hand_over(
+    curation: Curation,
+    sections: list[Picture | report_page.Table],
+    config: CurateConfig,
+    accelerator: Accelerator,
+    has_manifest: bool,
+) -> None:
+    """Tell trackers what was kept; W&B also the report's tables and pictures, and the manifest."""
+    settings = {key: configuration.get(config, key) for key in configuration.leaves(config)}
+    trackers = Trackers(accelerator, config.tracking, Path(config.run.dir), settings, "curation")
+    figures = {"curation/images": curation.images, "curation/kept": curation.kept}
+    figures |= {f"curation/dropped: {reason}": count for reason, count in curation.dropped.items()}
+    trackers.log(figures)
+    tables, pictures = {}, {}
+    for part in sections:
+        if isinstance(part, Picture):
+            pictures[f"curation/{part.title}"] = part.png
+        else:
+            tables[f"curation/{part.title}"] = Table(part.columns, part.rows)
+    trackers.pictures(pictures)
+    trackers.tables(tables, figures)
+    if config.tracking.artifacts and has_manifest:
+        trackers.artifact("dataset", "manifest", [curation.manifest], {"weights": config.weights, **figures})
+    trackers.end()
 
 
 def _trial(backbone: Backbone, images: Pool, config: CurateConfig) -> dict[str, str]:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from dino.config.read import out_of_bounds, refuse
-from dino.config.schema import AUTO, Auto, setting
+from dino.config.schema import AUTO, Auto, TrackingConfig, setting
 from dino.precision import PRECISIONS
 
 
@@ -125,6 +125,7 @@ class CurateConfig:
     duplicates: Duplicates = dataclasses.field(default_factory=Duplicates)
     clusters: Clusters = dataclasses.field(default_factory=Clusters)
     rebalance: Rebalance = dataclasses.field(default_factory=Rebalance)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     run: Run = dataclasses.field(default_factory=Run)
 
 

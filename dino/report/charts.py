@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, ACCENT = "#1f3a5f", "#c8553d"
 
@@ -34,7 +35,7 @@ def scatter(points: np.ndarray, labels: Sequence[str] | None) -> bytes:
 
 def shares(before: np.ndarray, after: np.ndarray, title: str) -> bytes:
     """Fractions of all clusters (k,) before and after, the largest before first."""
-    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    figure = Figure(figsize=(6.5, 2.6), layout="constrained")  # of a width that a telephone can show
     axes = figure.add_subplot()
     order = np.argsort(-before, kind="stable")
     ranks = np.arange(len(order))
@@ -42,6 +43,7 @@ def shares(before: np.ndarray, after: np.ndarray, title: str) -> bytes:
     axes.plot(ranks, after[order], color=ACCENT, linewidth=1.2, drawstyle="steps-mid", label="after")
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("clusters, the largest first")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("share of the images")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

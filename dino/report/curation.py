@@ -29,8 +29,8 @@ def write(
     candidates: int,
     facts: dict[str, str],
     settings: str,
-) -> None:
-    """Write the page.
+) -> list[report.Picture | report.Table]:
+    """Write the page; gives its sections, for whoever shows them elsewhere.
 
     Args:
         columns: of the manifest, (N,) each, as arrays of Arrow or NumPy.
@@ -43,6 +43,7 @@ def write(
     sections: list[report.Picture | report.Table] = [_dropped(columns), _balance(columns), *_shares(columns)]
     sections += [*_clusters(images, columns), *_near_copies(images, pairs, cosines, candidates)]
     report.write(path, f"{path.parent.name}: curation", facts, sections, settings)
+    return sections
 
 
 def _sizes(labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -116,7 +117,7 @@ def _shares(columns: dict[str, Any]) -> Iterator[report.Picture]:
 
 
 def _clusters(images: Pool, columns: dict[str, Any]) -> Iterator[report.Picture]:
-    """The largest, the smallest and some random clusters, each a row of its most central images."""
+    """The largest, the smallest and some random clusters, or all of a few, each a row of its most central images."""
     labels, distances = columns["cluster_1"], columns["distance"].to_numpy(zero_copy_only=False)
     sizes = _sizes(labels)
     order = np.argsort(-sizes, kind="stable")
@@ -126,6 +127,8 @@ def _clusters(images: Pool, columns: dict[str, Any]) -> Iterator[report.Picture]
         "The smallest clusters": order[-SHOWN:],
         "Clusters drawn at random": np.random.default_rng(0).permutation(order)[:SHOWN],
     }
+    if len(order) <= SHOWN:
+        kinds = {"The clusters": order}
     for title, clusters in kinds.items():
         rows = []
         for cluster in clusters:

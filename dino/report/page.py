@@ -46,7 +46,7 @@ svg .at:hover circle { opacity: 1; } svg .at:hover .strip { fill: var(--faint); 
 .c4 { color: light-dark(#b8860b, #e5bd55); } .c5 { color: light-dark(#008b8b, #5fd0d0); }
 .c6 { color: light-dark(#d0447d, #f58ab5); } .c7 { color: light-dark(#6b7280, #a5adb8); }
 @media (max-width: 600px) { main { padding: 16px 10px 40px; } section { padding: 12px; }
-  td, th { padding-right: 10px; } }
+  td, th { padding-right: 10px; } td.figure:first-child { white-space: normal; min-width: 7em; } }
 """
 
 
@@ -124,7 +124,8 @@ def write(
     body = "".join(map(_section, sections))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">{_refresh(status)}<style>{STYLE}</style>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{_refresh(status)}<style>{STYLE}</style>"
         f"</head><body><main><h1>{_text(title)}</h1>{_status(status)}"
         f"{ran}{body}{_settings(settings)}</main></body></html>\n"
     )

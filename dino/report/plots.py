@@ -70,7 +70,7 @@ def svg(panel: Panel) -> str:
     for tick in y.ticks(4):
         parts.append(f'<path class="grid" d="M{LEFT} {y.at(tick):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(_text(LEFT - 6, y.at(tick) + 3.5, f"{tick:.3g}", "end"))
-    for tick in x.ticks(4):
+    for tick in x.ticks(4, are_whole=True):
         position = min(x.at(tick), WIDTH - RIGHT - 10)
         parts.append(f'<text class="tick" x="{position:.1f}" y="{HEIGHT - 21}" text-anchor="middle">{tick:,.0f}</text>')
     parts.append(
@@ -95,8 +95,10 @@ class _Axis:
     def at(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
 
-    def ticks(self, count: int) -> list[float]:
-        return [tick for tick in MaxNLocator(count).tick_values(self.low, self.high) if self.low <= tick <= self.high]
+    def ticks(self, count: int, are_whole: bool = False) -> list[float]:
+        """About so many round values; of a few steps none lies between two of them."""
+        values = MaxNLocator(count, integer=are_whole).tick_values(self.low, self.high)
+        return [value for value in values if self.low <= value <= self.high]
 
 
 def _extent(panel: Panel, lines: Sequence[Line]) -> tuple[float, float]:

@@ -25,14 +25,9 @@ def described(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, dic
     }
 
 
-def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, fingerprint: str) -> None:
-    """Write the result's backbone after `step` steps into a folder, with all that is needed to use it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    preprocessing = _preprocessing(config, views_at(config, max(0, step - 1)))
-    training = {
+def training_facts(config: Config, step: int, fingerprint: str) -> dict[str, str | int]:
+    """How weights came about, after so many steps, in a few words."""
+    return {
         "objective": METHODS[config.objective.name].describe(config),
         "arch": config.model.arch,
         "steps": step,
@@ -42,9 +37,18 @@ def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, 
         "initialisation": config.model.weight_init,
         "images": fingerprint,
     }
+
+
+def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, fingerprint: str) -> None:
+    """Write the result's backbone after `step` steps into a folder, with all that is needed to use it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    preprocessing = _preprocessing(config, views_at(config, max(0, step - 1)))
     try:
         folder.mkdir(exist_ok=True)
-        save_backbone(folder / BACKBONE_FILE, backbone, preprocessing, training)
+        save_backbone(folder / BACKBONE_FILE, backbone, preprocessing, training_facts(config, step, fingerprint))
     except OSError as error:
         raise UserError(
             f"{folder / BACKBONE_FILE} could not be written after step {step} ({error.strerror or error}); checkpoints "

@@ -14,8 +14,8 @@ from dino.errors import UserError
 from dino.methods import Method
 from dino.methods.network import Network
 from dino.precision import inference_precision
+from dino.tracking import check_trackers
 from dino.training.sharding import is_sharded, shard
-from dino.training.trackers import check_trackers
 
 LAUNCHER_NAMES = {"no": None, "fp16": "fp16", "bf16": "bf16"}
 
@@ -34,8 +34,6 @@ def start(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=not has_accelerator,
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with=config.tracking.backends or None,
-        project_dir=config.run.dir,
     )
     if config.train.fsdp and precision == "fp16":
         raise UserError("train.fsdp cannot watch fp16 gradients for overflow: use train.precision=bf16 or fp32")

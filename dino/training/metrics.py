@@ -12,14 +12,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from dino.config.read import get, leaves
 from dino.config.schema import Config
 from dino.files import append_text
 from dino.methods import METHODS
+from dino.models.weights import BACKBONE_FILE
 from dino.monitor.health import Health
 from dino.monitor.verdict import Verdict, judge, measured_lines
+from dino.report.comparison import BEST
 from dino.run import RunDirectory
+from dino.tracking import Trackers
 from dino.training.outlook import outlook
-from dino.training.trackers import log_pictures, start_trackers
 
 T = TypeVar("T")
 
@@ -35,12 +38,16 @@ class Metrics:
     def __init__(self, accelerator: Accelerator, config: Config, directory: RunDirectory, width: int, start: int):
         self.accelerator, self.config, self.directory, self.width = accelerator, config, directory, width
         self.main_loss = next(iter(METHODS[config.objective.name].watched(config)))
-        self.measured = measured_lines(directory.read_metrics())
+        lines = directory.read_metrics()
+        self.measured = measured_lines(lines)
         self.verdict = Verdict(self.measured[-1].get("health/verdict", "") if self.measured else "")
         self.sums: dict[str, Tensor] = {}
         self.noted: dict[str, float] = {}
         self.count, self.waited, self.since = 0, 0.0, time.perf_counter()
         self.lines = 0  # that this process has written
+        settings = {key: get(config, key) for key in leaves(config)}
+        self.trackers = Trackers(accelerator, config.tracking, directory.path, settings, "pre-training", start)
+        self.trackers.catch_up(lines)
         self.bar = tqdm(
             total=config.train.steps,
             initial=start,
@@ -49,7 +56,6 @@ class Metrics:
             disable=not accelerator.is_main_process,
             mininterval=0.5 if os.isatty(2) else 10.0,
         )
-        start_trackers(accelerator, config, directory)
 
     def timing(self, batches: Iterable[T]) -> Generator[T, None, None]:
         """The same batches; counts the time spent waiting for them."""
@@ -75,7 +81,7 @@ class Metrics:
         line: dict[str, Any] = {"step": 0, "epoch": 0.0, **indicators}
         self.measured.append(line)
         self._write(line)
-        self.accelerator.log(indicators, step=0)
+        self.trackers.log(indicators, 0)
         self.since = time.perf_counter()
 
     def log(self, step: int, epoch: float, rates: dict[str, float], health: Health) -> dict[str, Any]:
@@ -116,12 +122,27 @@ class Metrics:
             f"{line['time/images_per_second']:.0f} images/s, {line['time/data_wait']:.0%} waiting for data",
             refresh=False,
         )
-        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+        self.trackers.log({name: value for name, value in line.items() if name != "step"}, step)
         return line
 
     def show(self, step: int, pictures: dict[str, bytes]) -> None:
         """Send pictures (PNG), by name, to W&B, if it is a tracker."""
-        log_pictures(self.accelerator, pictures, step)
+        self.trackers.pictures({f"pictures/{name}": png for name, png in pictures.items()}, step)
+
+    def hand_over(self, facts: dict[str, Any]) -> None:
+        """Send the backbone of a run that is done to W&B, with what it was best at, if it is a tracker.
+
+        Args:
+            facts: of the training, for the artifact's metadata.
+        """
+        if not self.config.tracking.artifacts:
+            return
+        folder = self.directory.path
+        files = [file for file in (folder / BACKBONE_FILE, folder / "best" / BACKBONE_FILE) if file.is_file()]
+        lines = self.directory.read_metrics()
+        values = {name: [line[name] for line in lines if name in line] for name in BEST}
+        best = {f"best/{name}": max(of_name) for name, of_name in values.items() if of_name}
+        self.trackers.artifact("model", "backbone", files, facts | best)
 
     def _averages(self) -> dict[str, float]:
         """Means over the steps since the last line, and over processes."""
@@ -154,5 +175,6 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
-        if kind is None:  # trackers of a process that failed end with it; ending them may need the other processes
+        if kind is None:  # trackers of a process that failed end with it
+            self.trackers.end()
             self.accelerator.end_training()

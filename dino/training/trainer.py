@@ -16,7 +16,7 @@ from dino.monitor.health import QUEUE, Health, distinct_images
 from dino.report.run import Reporter
 from dino.run import RunDirectory
 from dino.training import faults, launch, resume
-from dino.training.backbone_file import described, write_backbone
+from dino.training.backbone_file import described, training_facts, write_backbone
 from dino.training.best import Best
 from dino.training.checkpoint import SAMPLING_WEIGHTS, Checkpoints
 from dino.training.interrupt import Interrupt, Stop
@@ -146,6 +146,8 @@ class Trainer:
                 if stop:
                     break
             metrics.show(steps, reporter.write(backbone, stop.state, alive=False))
+            if stop == Stop.NO:
+                metrics.hand_over(training_facts(config, steps, self.facts["images"]))
         return stop
 
     def _prepare_directory(self, start: int) -> None:

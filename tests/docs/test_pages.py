@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -13,19 +14,21 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
+from wandb.sdk.launch.sweeps import utils
 
 from dino.cli import COMMANDS
-from dino.config.read import leaves, out_of_bounds, read
+from dino.config.read import get, leaves, out_of_bounds, read
 from dino.config.recipes import recipe_and_settings
 from dino.config.schema import Config, method_settings
 from dino.curation.settings import CurateConfig, check
 from dino.methods import METHODS
+from dino.monitor.indicators import INDICATORS
 from dino.training.settings import load
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 OF_SCRIPTS = {"train/pretrain.py": "train", "train/curate.py": "curate"}
-OTHERS = ("pip", "sbatch", "kubectl", "make", "docker", "git")  # programs of others
+OTHERS = ("pip", "sbatch", "kubectl", "make", "docker", "git", "wandb")  # programs of others
 OWNERS: dict[str, str] = {}  # by setting: "curation", or a method that has it, DINO if it does
 OWNERS |= dict.fromkeys(leaves(CurateConfig()), "curation")
 for _name in [*(name for name in METHODS if name != "dino"), "dino"]:
@@ -148,6 +151,30 @@ def test_slurm_job_names_what_exists():
     load(REPOSITORY / recipe, re.findall(r'"((?:data|run)\.\w+=)', text))
     assert set(re.findall(r"\S+\.py", text)) == {"train/pretrain.py"}
     assert (REPOSITORY / "train" / "pretrain.py").is_file()
+
+
+def test_sweep_gives_settings_that_a_run_takes():
+    """By the agent's own code, each value of a parameter as one trial; each has a directory of its own."""
+    sweep = yaml.safe_load((REPOSITORY / "examples" / "sweep.yaml").read_text())
+    chosen = {}
+    for key, parameter in sweep["parameters"].items():
+        chosen[key] = parameter.get("values", [parameter.get("value", parameter.get("min"))])
+    for trial in range(max(map(len, chosen.values()))):
+        values = {key: {"value": of_key[trial % len(of_key)]} for key, of_key in chosen.items()}
+        arguments = utils.create_sweep_command_args({"args": values})
+        words = []
+        for word in utils.create_sweep_command(list(sweep["command"])):
+            words += arguments[word[2:-1]] if word.startswith("${") else [word]
+        shell, option, script, *rest = words
+        script = script.replace("exec dino", "printf '%s\\n'")
+        environment = {"WANDB_RUN_ID": f"trial-{trial}", "PATH": os.environ["PATH"]}
+        printed = subprocess.run([shell, option, script, *rest], env=environment, capture_output=True, text=True)
+        subcommand, *settings = printed.stdout.splitlines()
+        assert subcommand == "train"
+        config = load(None, settings)
+        assert config.run.dir == f"runs/trial-{trial}"
+        assert {key: get(config, key) for key in values} == {key: value["value"] for key, value in values.items()}
+    assert sweep["metric"]["name"] in {indicator.name for indicator in INDICATORS}
 
 
 def test_every_example_is_shown():

@@ -246,9 +246,9 @@ class Runs:
             assert fails or process.returncode == 0, f"{name}: {process.stderr}"
         return done
 
-    def start(self, *arguments: object, launcher: str = "fork") -> Running:
+    def start(self, *arguments: object, launcher: str = "fork", **variables: str) -> Running:
         """Start a run and return while it goes on."""
-        job = self.job([SCRIPT, *TINY, *arguments])._replace(before=NO_PAGE)
+        job = self.job([SCRIPT, *TINY, *arguments], **variables)._replace(before=NO_PAGE)
         if launcher == "fork":
             process: Running = Forked(job)
         else:

@@ -18,7 +18,7 @@ def smoke(runs, tmp_path_factory):
     before = runs.finish("--dry-run", *settings)
     assert "nothing was written" in before.stdout
     assert not run.exists(), "the dry run wrote something"
-    return run, settings, runs.finish(*settings, launcher="python")
+    return run, settings, runs.finish(*settings, launcher="accelerate")  # with the options of `make demo`
 
 
 def test_run_directory_holds_what_the_contract_says(smoke):
@@ -29,6 +29,14 @@ def test_run_directory_holds_what_the_contract_says(smoke):
     assert all(re.fullmatch(r"step-\d{8}", path.name) for path in (run / "checkpoints").iterdir())
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert f"{run / 'backbone.safetensors'}" in done.stdout
+
+
+def test_nothing_but_our_own_lines_is_printed(smoke):
+    """No warning of a launcher or a library."""
+    ours = r"decoding: .*|\s*\d+%\|.*|step \d+: .*"
+    lines = [line for line in re.split(r"[\r\n]", smoke[2].stderr) if line.strip()]
+    assert lines
+    assert [line for line in lines if not re.fullmatch(ours, line)] == []
 
 
 def test_config_of_the_run_is_resolved_and_can_be_loaded(smoke):

@@ -98,3 +98,11 @@ def test_levels_are_named_and_every_text_is_escaped():
     assert Drawing(text).titles[0].startswith(evil)
     assert len(Drawing(text).of_class("level")) == 1
     assert len(re.findall("&lt;script&gt;", text)) == 5  # aria label, heading, level, and a strip for each point
+
+
+@pytest.mark.parametrize("steps", [[10], [1, 2], [0, 1000]])
+def test_no_step_stands_twice_under_a_panel(steps):
+    text = svg(Panel("loss", [Line("", steps, [0.5] * len(steps))]))
+    labels = re.findall(r'class="tick"[^>]*>([\d,]+)<', text)
+    assert labels
+    assert len(set(labels)) == len(labels)

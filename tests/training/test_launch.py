@@ -90,7 +90,7 @@ class TestStart:
         self.config.tracking.backends = ["wandbb"]
         with pytest.raises(UserError, match=r"unknown tracker 'wandbb'.*wandb"):
             start(self.config)
-        monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+        monkeypatch.setattr("dino.tracking.trackers.get_available_trackers", list)
         self.config.tracking.backends = ["wandb"]
         with pytest.raises(UserError, match=r"pip install wandb"):
             start(self.config)

@@ -1,12 +1,9 @@
 """metrics.jsonl, the verdict on stderr, and pictures: what is logged is what was measured, and is said once."""
 
-import io
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from dino.run import RunDirectory
 from dino.training import resume
@@ -129,21 +126,3 @@ def test_the_verdict_compares_with_the_weights_that_a_run_began_with(start):
         log(metrics, 60, Scripted({60: GOOD | {"health/knn": 0.5}}))
         verdicts = [line.get("health/verdict") for line in lines(metrics)]
     assert verdicts == [None, "warming up", "getting worse", "getting worse"]
-
-
-def test_pictures_go_to_weights_and_biases_alone(start, accelerator):
-    class Tracker(SimpleNamespace):
-        def log_images(self, values: dict, step: int) -> None:
-            self.seen = values, step
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 3), "red").save(buffer, "PNG")
-    accelerator.trackers = [Tracker(name="tensorboard", seen=None), Tracker(name="wandb", seen=None)]
-    start().show(30, {"crops": buffer.getvalue()})
-    other, wandb = accelerator.trackers
-    assert other.seen is None
-    (values, step) = wandb.seen
-    assert step == 30
-    assert list(values) == ["pictures/crops"]
-    (picture,) = values["pictures/crops"]
-    assert (picture.size, picture.getpixel((0, 0))) == ((4, 3), (255, 0, 0))

@@ -182,7 +182,7 @@ def _loaded(content: layouts.Contents, spec: Spec, preprocess: Preprocess, sourc
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load tensors that match the module's one to one, in name and shape, and log how many did.
+    """Load tensors that match the module's one to one, in name and shape, and log how many did, if there are any.
 
     Raises:
         UserError: names what is missing, unexpected, or of another shape.
@@ -190,7 +190,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
     expected = module.state_dict()
     require_match(expected, tensors, source)
     module.load_state_dict(tensors)
-    logger.info("%s: %d of %d tensors matched", source, len(expected), len(expected))
+    if expected:
+        logger.info("%s: %d of %d tensors matched", source, len(expected), len(expected))
 
 
 def copy_weights(backbone: Backbone, network: Backbone, source: str) -> None:
