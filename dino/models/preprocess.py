@@ -33,9 +33,15 @@ class Preprocess:
     levels: Levels = field(default=AS_BYTES, repr=False)
 
     def __call__(self, images: Tensor | Image.Image) -> Tensor:
-        """(…, C, H, W) levels from 0 to 255, or a PIL image, to (…, C, image_size, image_size) fp32, normalised."""
+        """(…, C, H, W) levels from 0 to 255, or a PIL image, to (…, C, image_size, image_size) fp32, normalised.
+
+        Raises:
+            ValueError: whole numbers of more than 16 bits or with a sign, of which nobody knows what white is.
+        """
         if isinstance(images, Image.Image):
             images = torch.from_numpy(picture_array(images, len(self.mean))).permute(2, 0, 1)
+        if not images.is_floating_point() and images.dtype not in (torch.uint8, torch.uint16):
+            raise ValueError(f"images are levels from 0 to 255: torch.uint8, or floating-point, not {images.dtype}")
         pixels = self.crop(images)
         pixels = pixels / 255 if pixels.is_floating_point() else functional.to_dtype(pixels, torch.float32, scale=True)
         return functional.normalize(pixels, self.mean, self.std)

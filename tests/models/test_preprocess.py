@@ -56,3 +56,10 @@ def test_a_model_in_another_precision_takes_what_preprocess_gives(spec, dtype):
     features = model.to(dtype)(images)
     assert features.dtype == dtype
     assert (features.float() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.bool])
+def test_whole_numbers_of_unknown_range_are_refused(dtype):
+    """Scaled by what their type can hold, they would be black."""
+    with pytest.raises(ValueError, match="levels from 0 to 255"):
+        PREPROCESS(pixels(40, 50).to(dtype))
