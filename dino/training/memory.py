@@ -20,7 +20,8 @@ class Estimate(NamedTuple):
 
     Attributes:
         in_use: before the first step: program, networks, resident images.
-        state: gradients and the optimizer's moments, which the first step adds.
+        state: gradients and the optimizer's moments, which the first step adds; on a CPU a copy of the moments besides,
+            from which a checkpoint is written.
         fixed: what is kept for the backward pass however many images there are.
         of_image: what is kept for the backward pass of each image of a micro-batch.
         images: of a micro-batch.
@@ -104,7 +105,7 @@ class Memory:
         of_image = (kept[1] - kept[0]) // (large - small)
         return Estimate(
             in_use=in_use(self.device),
-            state=3 * of_parameters,
+            state=(5 if self.device.type == "cpu" else 3) * of_parameters,
             fixed=kept[1] - large * of_image,
             of_image=of_image,
             images=images,
