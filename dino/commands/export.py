@@ -63,6 +63,9 @@ def main() -> None:
         raise UserError(f'{error.name} is needed for this: pip install "dino-pretrain[export]"') from error
     sizes = f"square images of {size} pixels only" if is_fixed else f"any size that patches of {patch} divide"
     print(f"{arguments.out}: {arguments.to}, {sizes}")
+    if (levels := backbone.preprocess.levels).bits != "8":
+        ends = levels.range or (0, 65535)
+        print(f"it was trained with data.bits={levels.bits}: images are to be fractions of {ends[0]:g} to {ends[1]:g}")
     compare(backbone, features, [size] if is_fixed else [size, size + 4 * patch], arguments.half)
     place, on_hub = arguments.push or arguments.out.name, arguments.push is not None
     lines = card.snippet(arguments.to, place, on_hub)

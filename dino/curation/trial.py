@@ -35,7 +35,10 @@ def planted_and_found(backbone: Backbone, images: Pool, settings: Duplicates) ->
         return {}
     tokens, thumbnails = _seen(backbone, originals)
     fractions = {}
+    is_photograph = originals[0].dtype == torch.uint8 and len(originals[0]) == 3
     for title, change in CHANGES.items():
+        if change in (_recoded, _in_grey) and not is_photograph:
+            continue
         copies = [change(image) for image in originals]
         other_tokens, other_thumbnails = _seen(backbone, copies)
         proposed = F.cosine_similarity(tokens, other_tokens).numpy() >= settings.near
@@ -59,7 +62,7 @@ def warning(fractions: dict[str, float]) -> str:
     if mean >= ENOUGH:
         return ""
     return (
-        f"of copies planted in {IMAGES} images {mean:.0%} are found with these weights ({described(fractions)}): "
+        f"of copies planted among these images {mean:.0%} are found with these weights ({described(fractions)}): "
         "others go unseen; better weights, or a lower duplicates.near, find more"
     )
 
@@ -105,12 +108,8 @@ def _cropped(image: Tensor) -> Tensor:
 
 
 def _recoded(image: Tensor) -> Tensor:
-    if image.is_floating_point() or len(image) not in (1, 3):
-        return image
-    buffer, pixels = io.BytesIO(), image.permute(1, 2, 0).numpy()
-    Image.fromarray(pixels[:, :, 0] if len(image) == 1 else np.ascontiguousarray(pixels)).save(
-        buffer, "JPEG", quality=30
-    )
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(buffer, "JPEG", quality=30)
     return decode(buffer.getvalue(), len(image))
 
 

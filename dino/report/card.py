@@ -84,10 +84,14 @@ def model_card(weights: str, backbone: Backbone, kind: str, place: str, lines: s
 
 
 def _preprocessing(backbone: Backbone) -> str:
-    preprocess = backbone.preprocess
+    preprocess, levels = backbone.preprocess, backbone.preprocess.levels
+    scaled = "divided by 255"
+    if levels.bits != "8":
+        low, high = levels.range or (0, 65535)
+        scaled = f"numbers from {low:g} to {high:g} (data.bits={levels.bits}) as fractions from 0 to 1, cut off beyond"
     return (
         f"Images: the shorter side resized to {preprocess.resize or preprocess.image_size} pixels (bicubic), of it the "
-        f"centre {preprocess.image_size} × {preprocess.image_size}, divided by 255, less the mean "
+        f"centre {preprocess.image_size} × {preprocess.image_size}, {scaled}, less the mean "
         f"{list(preprocess.mean)}, divided by {list(preprocess.std)}."
     )
 
