@@ -60,6 +60,14 @@ from dino.evaluation.neighbours import Rows
 WIDTH, DIRECTIONS, COPIED, SHARE = 384, 20_000, 10, 50
 BLOCK = 1 << 16
 NEAR, NEIGHBOURS, PROBES = 0.9, 16, 8  # as settings have them
+CURVES = {
+    "index": "pool opened",
+    "copies": "copies, in cells",
+    "clusters": "clusters, whole",
+    "parts": "clusters, in parts",
+    "draw": "weights, manifest, order",
+}
+HEIGHTS = {"cpu": [0.1, 1, 10, 100, 1000, 10_000], "anonymous": [500, 1000, 2000, 4000, 8000, 16_000]}
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, device=torch.device("cpu"))
 
 
@@ -322,14 +330,19 @@ def plot(lines: list[dict[str, Any]], picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    lines = [line for line in lines if line["stage"] in CURVES]
+    titles = {"cpu": "seconds of processor time", "anonymous": "peak memory without files' pages, MiB"}
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for panel, key, title in zip(panels, ("cpu", "anonymous"), ("CPU seconds", "peak memory, MiB"), strict=True):
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
         for stage in dict.fromkeys(line["stage"] for line in lines):
             of_stage = [(line["rows"] / 1e6, line[key]) for line in lines if line["stage"] == stage]
-            panel.plot(*zip(*of_stage, strict=True), marker="o", label=stage)
+            panel.plot(*zip(*of_stage, strict=True), marker="o", label=CURVES[stage])
         panel.set(xscale="log", yscale="log", xlabel="million rows of 384 numbers", title=title)
         ticks = sorted({line["rows"] / 1e6 for line in lines})
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        largest = max(line[key] for line in lines)
+        marks = [mark for mark in HEIGHTS[key] if mark < 2 * largest]
+        panel.set_yticks(marks, [f"{mark:,g}" for mark in marks])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[1].legend(fontsize=8)

@@ -132,6 +132,7 @@ class TestResult:
         [
             {"rebalance.method": "flat", "rebalance.smoothing": 0.5, "clusters.spherical": False},
             {"rebalance.method": "none", "clusters.precision": "bf16", "clusters.counts": [9]},
+            {"clusters.parts": 3, "duplicates.cells": 6, "duplicates.probes": 6},
         ],
     )
     def test_other_ways_to_rebalance(self, curate, curation, settings):
@@ -139,7 +140,7 @@ class TestResult:
         assert set(kept) == {path for path, row in rows(curation).items() if row["kept"]}
         assert sum(kept.values()) == pytest.approx(len(kept))
         is_even = len({round(weight, 6) for weight in kept.values()}) == 1
-        assert is_even == (settings["rebalance.method"] == "none")
+        assert is_even == (settings.get("rebalance.method") == "none")
 
     @pytest.mark.parametrize(("retrieve", "spherical"), [("samples", True), ("clusters", True), ("clusters", False)])
     def test_retrieval_and_test_sets(self, curate, pool, tmp_path, retrieve, spherical):
