@@ -17,7 +17,8 @@ Parquet list. Each stage runs in a process of its own, one after the other:
     overlap    draws of a fourth of the rows: how many are the same whole and in parts, or whole by another seed, and
                how many directions they are worth (exp of the entropy)
     iteration  one iteration of k-means at k = 10,000, as the default has it, on a 50th of the rows
-    draw       weights, the manifest written, read and opened as a pool, and one epoch of the sampler's order
+    draw       weights, the manifest written, read and opened as a pool, and one epoch of the sampler's order; by
+               clusters at random where there are none yet
 
 CPU: seconds of processor time of the stage, which other work beside does not touch much; clock: seconds that went by.
 Peak memory: RSS, of it the part that is not the page cache of files (RssAnon), looked at every 20 ms; before: with
@@ -98,7 +99,7 @@ def measure(arguments: argparse.Namespace, stage: str, rows: int) -> dict[str, A
     folder = arguments.out / str(rows)
     folder.mkdir(parents=True, exist_ok=True)
     make_list(folder / "list.parquet", rows)
-    if stage != "index":
+    if stage not in ("index", "draw"):
         make_tokens(folder / "tokens.npy", rows)
     memory = Memory()
     clock, cpu = time.perf_counter(), time.process_time()
@@ -280,10 +281,14 @@ def iteration(arguments: argparse.Namespace, folder: Path, rows: int) -> dict[st
 def draw(arguments: argparse.Namespace, folder: Path, rows: int) -> dict[str, Any]:
     """Weights, the manifest, and an epoch of the pool that it makes."""
     kept, stage = kept_rows(folder, rows), folder / "clusters-1-0" / "clusters.npz"
-    with np.load(stage) as saved:
-        labels = np.full(rows, -1)
-        labels[kept] = saved["labels"]
-        parents = [saved["level2"]]
+    labels = np.full(rows, -1)
+    if stage.exists():
+        with np.load(stage) as saved:
+            labels[kept], parents = saved["labels"], [saved["level2"]]
+    else:  # which are as good for time and memory
+        generator, (count, above) = np.random.default_rng(0), arguments.counts[:2]
+        labels[kept] = generator.zipf(1.2, len(kept)) % count
+        parents = [generator.integers(above, size=count)]
     weights = rebalance.hierarchical([labels, *parents], len(kept), 10.0)
     names = pq.read_table(folder / "list.parquet")["path"].combine_chunks().cast(pa.large_string())
     columns = {"path": names, "cluster_1": labels, "kept": weights > 0, "weight": weights}
