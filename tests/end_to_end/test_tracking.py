@@ -112,7 +112,7 @@ def labelled(tmp_path_factory) -> Path:
 
 
 def test_evaluations_are_tables_of_the_run_that_trained_the_weights(runs, tracked, labelled):
-    done = runs.here(REPOSITORY / "eval/knn.py", "--weights", tracked, "--data", labelled, "--wandb")
+    done = runs.fork([REPOSITORY / "eval/knn.py", "--weights", tracked, "--data", labelled, "--wandb"])
     assert done.returncode == 0, done.stderr
     file = files_of(tracked)[-1]
     assert file.name == f"run-{(tracked / 'wandb_id').read_text()}.wandb"
@@ -128,7 +128,8 @@ def test_evaluations_are_tables_of_the_run_that_trained_the_weights(runs, tracke
 def test_a_curation_has_tables_pictures_and_its_manifest(runs, tracked, labelled, tmp_path):
     curated = tmp_path / "curated"
     words = [f"data.root={labelled}", f"weights={tracked}", f"run.dir={curated}", "clusters.counts=[2]"]
-    done = runs.here(REPOSITORY / "train/curate.py", *words, "tracking.backends=[wandb]", "tracking.project=letters")
+    words += ["tracking.backends=[wandb]", "tracking.project=letters"]
+    done = runs.fork([REPOSITORY / "train/curate.py", *words])  # W&B's file is whole once the process has ended
     assert done.returncode == 0, done.stderr
     (file,) = files_of(curated)
     content = records(file)
