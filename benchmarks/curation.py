@@ -140,7 +140,7 @@ def command(threads: int, script: str, *arguments: str) -> None:
 def read_out(backbone: torch.nn.Module, folder: Path) -> dict[str, float]:
     """Half of each class of the test images learned from, the other half asked; the mean over splits."""
     images = open_images(folder / "test", "folder", backbone.spec.in_chans)
-    tokens = extract(backbone, images, range(len(images.names)), backbone.preprocess).class_tokens
+    tokens = extract(backbone, images, range(len(images.names)), backbone.preprocess.of_levels).class_tokens
     sizes = Counter(open_images(folder / "pool").labels)
     common = {label for label, _ in sizes.most_common(len(sizes) // 10)}
     labels, found = np.array(images.labels), []

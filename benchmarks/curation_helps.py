@@ -206,7 +206,7 @@ def read_out(backbone: torch.nn.Module, folder: Path) -> dict[str, float]:
         if not (folder / name).exists():
             continue
         images = open_images(folder / name, "folder", backbone.spec.in_chans)
-        tokens = extract(backbone, images, range(len(images.names)), backbone.preprocess).class_tokens
+        tokens = extract(backbone, images, range(len(images.names)), backbone.preprocess.of_levels).class_tokens
         labels, scores = np.array(images.labels), []
         for split in range(SPLITS):
             generator, learned = np.random.default_rng(split), np.zeros(len(labels), dtype=bool)

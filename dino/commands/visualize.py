@@ -58,7 +58,7 @@ def main() -> None:
             backbone, samples, arguments.size or size_to_look_at(backbone.preprocess.image_size, backbone.patch_size)
         )
     indices = np.linspace(0, len(images.names) - 1, min(MAPPED, len(images.names))).astype(int)
-    features = extract(backbone, images, indices, backbone.preprocess, title="embedding")
+    features = extract(backbone, images, indices, backbone.preprocess.of_levels, title="embedding")
     if len(features.rows) > NEIGHBOURS:
         embedded = indices[features.rows]
         sections.append(neighbours(images, embedded, features.class_tokens, arguments.rows))
@@ -88,7 +88,7 @@ def of_patches(backbone: Backbone, images: list[Tensor], size: int) -> list[Pict
     """Attention and principal components at about `size` pixels, as patches divide it."""
     size = max(backbone.patch_size, size // backbone.patch_size * backbone.patch_size)
     preprocess = replace(backbone.preprocess, image_size=size, resize=None)
-    inputs = torch.stack([preprocess(image) for image in images]).to(next(backbone.parameters()).device)
+    inputs = torch.stack([preprocess.of_levels(image) for image in images]).to(next(backbone.parameters()).device)
     pixels = torch.stack([preprocess.crop(image) for image in images])
     return [
         Picture(

@@ -69,7 +69,7 @@ class _Description(NamedTuple):
 
 def _describe(image: Tensor, preprocess: Preprocess) -> _Description:
     digest = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()[:DIGITS]
-    return _Description(preprocess(image), thumbnail(image), digest, image.shape[1], image.shape[2])
+    return _Description(preprocess.of_levels(image), thumbnail(image), digest, image.shape[1], image.shape[2])
 
 
 def embed(

@@ -70,7 +70,7 @@ def warning(fractions: dict[str, float]) -> str:
 def _seen(backbone: Backbone, images: list[Tensor]) -> tuple[Tensor, np.ndarray]:
     """Class tokens (n, D) and thumbnails (n, 64, 64)."""
     device = next(backbone.parameters()).device
-    inputs = torch.stack([backbone.preprocess(image) for image in images]).to(device)
+    inputs = torch.stack([backbone.preprocess.of_levels(image) for image in images]).to(device)
     with inference(device):
         tokens = backbone(inputs).float().cpu()
     return tokens, torch.stack([thumbnail(image) for image in images]).numpy()

@@ -74,7 +74,7 @@ def embed(
         backbone,
         images,
         range(len(images.names)),
-        backbone.preprocess,
+        backbone.preprocess.of_levels,
         batch_size,
         title="embedding",
         accelerator=accelerator,

@@ -131,7 +131,7 @@ def _features(backbone: Backbone, images: Pool, accelerator: Accelerator, blocks
         backbone,
         images,
         indices,
-        backbone.preprocess,
+        backbone.preprocess.of_levels,
         content=content_digest(images, indices),
         preprocessing=f"{blocks} blocks, {backbone.preprocess}",
         accelerator=accelerator,

@@ -107,7 +107,7 @@ def article_input(image: Tensor, backbone: Backbone, antialias: bool = False) ->
 
 def own_input(image: Tensor, backbone: Backbone) -> Tensor:
     """A grey drawing (1, H, W) uint8 as the weights' own preprocessing has it."""
-    return backbone.preprocess(image.expand(backbone.spec.in_chans, -1, -1))
+    return backbone.preprocess.of_levels(image.expand(backbone.spec.in_chans, -1, -1))
 
 
 def input_size(backbone: Backbone) -> int:

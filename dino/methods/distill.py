@@ -150,7 +150,7 @@ class FrozenTeacher:
                 readable = [image for index in batch if (image := read_or_reason(images, index)[0]) is not None]
                 bar.update(len(readable))
                 if readable:
-                    yield torch.stack([preprocess(image) for image in readable])
+                    yield torch.stack([preprocess.of_levels(image) for image in readable])
 
 
 def _heads_of_run(directory: Path | None) -> Heads | None:

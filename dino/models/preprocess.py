@@ -13,6 +13,7 @@ from dino.data.levels import AS_BYTES, Levels
 from dino.data.picture import picture_array
 
 LONGEST = 4  # times the shorter side
+OVERSHOT = 2.0  # of numbers from 0 to 1, which resampling may have brought above: what is more was never between them
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,31 @@ class Preprocess:
     levels: Levels = field(default=AS_BYTES, repr=False)
 
     def __call__(self, images: Tensor | Image.Image) -> Tensor:
-        """(…, C, H, W) levels from 0 to 255, or a PIL image, to (…, C, image_size, image_size) fp32, normalised.
+        """Images of the user's own to (…, C, image_size, image_size) fp32, normalised.
+
+        Args:
+            images: a PIL image, or (…, C, H, W), of which white is as torchvision has it: 255 of uint8, 65,535 of
+                uint16, and 1 of floating-point numbers.
 
         Raises:
-            ValueError: whole numbers of more than 16 bits or with a sign, of which nobody knows what white is.
+            ValueError: whole numbers of more than 16 bits or with a sign, of which nobody knows what white is;
+                floating-point numbers far above 1, which are levels from 0 to 255 or were normalised before.
         """
         if isinstance(images, Image.Image):
             images = torch.from_numpy(picture_array(images, len(self.mean))).permute(2, 0, 1)
-        if not images.is_floating_point() and images.dtype not in (torch.uint8, torch.uint16):
-            raise ValueError(f"images are levels from 0 to 255: torch.uint8, or floating-point, not {images.dtype}")
+        if images.dtype == torch.uint16:
+            images = images.to(torch.float32) * (255 / 65535)
+        elif images.is_floating_point():
+            most = float(images.max()) if images.numel() else 0.0
+            if most > OVERSHOT:
+                raise ValueError(f"floating-point images reach from 0 to 1, these to {most:.4g}: give torch.uint8")
+            images = images * 255
+        elif images.dtype != torch.uint8:
+            raise ValueError(f"images are torch.uint8, torch.uint16 or floating-point from 0 to 1, not {images.dtype}")
+        return self.of_levels(images)
+
+    def of_levels(self, images: Tensor) -> Tensor:
+        """The same of images as they are read here: levels from 0 to 255, uint8 or fp32 with fractions."""
         pixels = self.crop(images)
         pixels = pixels / 255 if pixels.is_floating_point() else functional.to_dtype(pixels, torch.float32, scale=True)
         return functional.normalize(pixels, self.mean, self.std)

@@ -52,7 +52,7 @@ class Looks:
     def _neighbours(self, samples: dict[int, Tensor], backbone: Backbone) -> dict[str, Section]:
         spread = range(0, len(self.images.names), -(-len(self.images.names) // POOL))
         indices = np.unique([*spread, *samples])
-        features = extract(backbone, self.images, indices, self.preprocess, batch_size=64, title=None)
+        features = extract(backbone, self.images, indices, self.preprocess.of_levels, batch_size=64, title=None)
         readable, tokens = indices[features.rows], features.class_tokens
         caption = (
             f"Left, an image; right, the {NEIGHBOURS} most similar of {min(POOL, len(self.images.names))} others, by "
@@ -72,7 +72,7 @@ class Looks:
         if self.untrained is None and sum(map(torch.numel, backbone.parameters())) < LARGEST_UNTRAINED:
             torch.manual_seed(self.config.train.seed)
             untrained = build_backbone(self.config).eval().to(next(backbone.parameters()).device)
-            features = extract(untrained, self.images, indices, self.preprocess, batch_size=64, title=None)
+            features = extract(untrained, self.images, indices, self.preprocess.of_levels, batch_size=64, title=None)
             self.untrained = name_the_class(features.class_tokens, codes)
         rows = [["this backbone", f"{accuracy:.1%}"]]
         if self.untrained is not None:
@@ -117,7 +117,7 @@ def _crops(config: Config, samples: dict[int, Tensor]) -> list[list[Tensor]]:
 def _patch_pictures(backbone: Backbone, preprocess: Preprocess, samples: dict[int, Tensor]) -> dict[str, Section]:
     larger = replace(preprocess, image_size=size_to_look_at(preprocess.image_size, backbone.patch_size), resize=None)
     device = next(backbone.parameters()).device
-    inputs = torch.stack([larger(image) for image in samples.values()]).to(device)
+    inputs = torch.stack([larger.of_levels(image) for image in samples.values()]).to(device)
     pixels = torch.stack([larger.crop(image) for image in samples.values()])
     return {
         "attention": Picture(

@@ -103,6 +103,6 @@ class Rebalancer(nn.Module):
         backbone = whole_backbone(network, self.accelerator, everywhere=True)
         with as_used(backbone):
             features = extract(
-                backbone, self.images, sample, preprocess, title="rebalancing", accelerator=self.accelerator
+                backbone, self.images, sample, preprocess.of_levels, title="rebalancing", accelerator=self.accelerator
             )
         return torch.from_numpy(features.class_tokens), features.rows

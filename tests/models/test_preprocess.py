@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 from dino.models import Preprocess, ViTSpec
 from dino.models.registry import build
@@ -61,5 +62,20 @@ def test_a_model_in_another_precision_takes_what_preprocess_gives(spec, dtype):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.bool])
 def test_whole_numbers_of_unknown_range_are_refused(dtype):
     """Scaled by what their type can hold, they would be black."""
-    with pytest.raises(ValueError, match="levels from 0 to 255"):
+    with pytest.raises(ValueError, match=r"torch.uint8, torch.uint16 or floating-point from 0 to 1"):
         PREPROCESS(pixels(40, 50).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint16])
+def test_white_is_as_torchvision_has_it(dtype):
+    """An image that was made a tensor by torchvision is the same image."""
+    image = pixels(40, 50)
+    scaled = functional.to_dtype(image, dtype, scale=True)
+    assert torch.allclose(PREPROCESS(scaled).float(), PREPROCESS(image), atol=0.03)
+    assert torch.allclose(PREPROCESS.of_levels(image.float()), PREPROCESS(image), atol=0.03)
+
+
+@pytest.mark.parametrize("wrong", [lambda image: image.float(), lambda image: 4 * torch.randn(image.shape)])
+def test_levels_and_normalised_images_are_not_taken_for_fractions(wrong):
+    with pytest.raises(ValueError, match="reach from 0 to 1"):
+        PREPROCESS(wrong(pixels(40, 50)))
