@@ -49,8 +49,8 @@ def _entry(leaf: Leaf, default: Any) -> dict[str, Any]:
     if leaf.choices:
         return entry | {"enum": list(leaf.choices)}
     if leaf.may_be_auto:
-        numbers = [{"type": JSON_TYPES[kind], **limits} for kind in leaf.types if kind is not str]
-        return entry | {"anyOf": [*numbers, {"const": AUTO}]}
+        given = [_json_type(kind, limits) for kind in leaf.types if kind is not str]
+        return entry | {"anyOf": [*given, {"const": AUTO}]}
     kinds = [_json_type(kind, limits) for kind in leaf.types]
     return entry | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
 
