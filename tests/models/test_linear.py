@@ -42,7 +42,10 @@ def gradients(network: nn.Module, crops: list[Tensor], half: bool) -> dict[str, 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_plain_statement(half, ffn, checkpointing, randomise):
-    """Bit by bit in fp32; biases are summed in fp32 under autocast, which otherwise rounds them to bf16."""
+    """Bit by bit in fp32; biases are summed in fp32 under autocast, which otherwise rounds them to bf16.
+
+    There the two differ by some of bf16's roundings (2⁻⁸ each): by 0.022 at most on a CPU with units for bf16.
+    """
     network = randomise(VisionTransformer(replace(SPEC, ffn=ffn)))
     twin = plain(network)
     for block in twin.blocks:
@@ -56,7 +59,7 @@ def test_gradients_are_those_of_the_plain_statement(half, ffn, checkpointing, ra
     assert mine.keys() == expected.keys()
     for name, gradient in expected.items():
         distance = (mine[name] - gradient).norm() / gradient.norm()
-        assert distance < 0.02 if half else torch.equal(mine[name], gradient), name
+        assert distance < 0.03 if half else torch.equal(mine[name], gradient), name
 
 
 class Unfused:

@@ -31,7 +31,7 @@ MAY_DIFFER = {  # DESIGN.md, "Run directory"
         for name in ("steps", "epochs", "time_limit", "checkpoint_every", "keep_checkpoints", "keep_best")
     ),
     *(f"train.{name}" for name in ("resume", "cpu_threads", "fsdp", "activation_checkpointing")),
-    *(f"tracking.{name}" for name in ("project", "name", "backends")),
+    *(f"tracking.{name}" for name in ("project", "name", "backends", "artifacts")),
     *("data.workers", "data.cache", "data.verify", "monitor.log_every", "monitor.health_every", "run.dir"),
 }
 

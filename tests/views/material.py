@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dino.config.schema import ViewsConfig
 from dino.data import Canvas, UnreadableImage
+from dino.data.levels import AS_BYTES
 from dino.data.resident import border_colour
 from dino.views import DeviceViews, MultiCrop, View, view_spec
 from dino.views.device import draws_of
@@ -106,7 +107,7 @@ class Pool:
 
     def __init__(self, images: int = 8, shape: tuple[int, ...] = (3, 20, 24), unreadable: tuple[int, ...] = ()):
         self.pixels = noise(images, *shape)
-        self.channels = shape[0]
+        self.channels, self.levels = shape[0], AS_BYTES
         self.names = [str(index) for index in range(images)]
         self.unreadable = unreadable
 
