@@ -38,10 +38,12 @@ def _present(name: str) -> Path:
     return DATA / name
 
 
-@pytest.fixture(autouse=True)
-def in_fp32(monkeypatch) -> None:
-    """Features are the same on every processor: none is taken to have units for bf16."""
-    monkeypatch.setattr(precision, "prefers_bf16", lambda device: False)
+@pytest.fixture(autouse=True, scope="session")
+def in_fp32() -> Iterator[None]:
+    """Features are the same on every processor: none is taken to have units for bf16; forking.py does the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "prefers_bf16", lambda device: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import dino
-from dino import precision
 from dino.curation import embed
 from dino.curation.stage import Stage
 from dino.data.manifest import write_manifest
@@ -72,10 +71,8 @@ def curate(pool, weights, tmp_path):
 
 @pytest.fixture(scope="module")
 def curation(pool, weights, tmp_path_factory):
-    """A curation that is done, in the precision of the tests that are compared with it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "prefers_bf16", lambda device: False)
-        return dino.curate(pool, tmp_path_factory.mktemp("curated") / "run", weights, **SMALL)
+    """A curation that is done."""
+    return dino.curate(pool, tmp_path_factory.mktemp("curated") / "run", weights, **SMALL)
 
 
 def rows(curation: dino.Curation) -> dict[str, dict]:

@@ -19,6 +19,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from dino import precision
+
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTED = ["torch._dynamo", "dino.cli", "dino.training.train", "dino.methods.losses", "dino.commands.curate"]
 GRACE = 30  # seconds that the other processes of a failed run have to end
@@ -107,6 +109,7 @@ def _run(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if job.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest_file, job.largest_file))
+    precision.prefers_bf16 = lambda device: False  # features are then the same on every processor
     sys.argv = list(job.words)
     sys.path.insert(0, str(Path(job.words[0]).parent))
     try:

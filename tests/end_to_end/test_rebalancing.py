@@ -24,7 +24,7 @@ def done(runs, tmp_path_factory):
         "sharded": (*SETTINGS, "train.fsdp=true"),
     }
     commands = {name: (*settings, f"run.dir={folder / name}") for name, settings in commands.items()}
-    runs.together(commands, two="torchrun", sharded="torchrun")
+    runs.together(commands, two="two", sharded="two")
     return {name: folder / name for name in commands}
 
 
