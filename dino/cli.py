@@ -31,6 +31,13 @@ HELP = "usage: dino COMMAND …; dino COMMAND --help says more\n\n" + "\n".join(
     f"  {name:<11}{what}" for name, what in COMMANDS.items()
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a path can meet wherever it was named; a file that is missing (ENOENT) is said where it is looked for.
+UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO),
+)
+
 
 def main(command: str | None = None) -> None:
     """Run a subcommand, by default the one that the command line names; does not return if that fails."""
@@ -70,14 +77,23 @@ def run(work: Callable[[], None]) -> None:
             print(f"error: {without_controls(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not (message := message_for(error)):
             raise
-        message = "make room on the disk and start the same command again; what was saved before is whole"
-        print(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}): {message}", file=sys.stderr)
+        print(f"error: {without_controls(message)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what was saved, or else from the beginning", file=sys.stderr)
         sys.exit(130)
+
+
+def message_for(error: OSError) -> str:
+    """What a user does about an error of the system; empty where it may as well be one of the program."""
+    if error.errno in FULL:
+        fix = "make room on the disk and start the same command again; what was saved before is whole"
+        return f"{error.filename or 'a file'} cannot be written ({error.strerror}): {fix}"
+    if error.filename is not None and error.errno in UNUSABLE:
+        return f"{error.filename} cannot be used ({error.strerror}): name another, or change what stands in its way"
+    return ""
 
 
 def harmless(record: logging.LogRecord) -> bool:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -26,8 +27,12 @@ def raising(error: BaseException):
 
 
 def exit_code(error: BaseException) -> int:
+    return exit_code_of(raising(error))
+
+
+def exit_code_of(work: Callable[[], None]) -> int:
     with pytest.raises(SystemExit) as caught:
-        cli.run(raising(error))
+        cli.run(work)
     return caught.value.code
 
 
@@ -64,8 +69,24 @@ def test_a_full_disk_is_a_user_error(number, capsys):
     assert "make room on the disk" in text
 
 
+@pytest.mark.parametrize("number", cli.UNUSABLE)
+def test_a_path_that_cannot_be_used_is_named_in_one_line(number, capsys):
+    assert exit_code(OSError(number, os.strerror(number), "out/\x1b[31mhere")) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"error: out/\\x1b[31mhere cannot be used ({os.strerror(number)}): name another")
+    assert text.count("\n") == 1
+
+
+def test_a_name_that_no_system_takes_is_no_traceback(tmp_path, capsys):
+    def look() -> None:
+        (tmp_path / ("a" * 300)).stat()
+
+    assert exit_code_of(look) == 2
+    assert "cannot be used" in capsys.readouterr().err
+
+
 def test_other_errors_are_programming_errors_and_keep_their_traceback():
-    for error in (ValueError("bug"), OSError(errno.EIO, "broken")):
+    for error in (ValueError("bug"), OSError(errno.EIO, "broken"), OSError(errno.ENOENT, "gone", "x")):
         with pytest.raises(type(error)):
             cli.run(raising(error))
 

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import math
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -137,6 +139,26 @@ class TestCard:
         assert "| a\\|b &lt;i> | 91 % |" in card
         assert "50.0%" in card
         assert "train.batch_size=10" in card
+
+    @pytest.mark.parametrize("content", ["{}", "[1", '{"caption": "a", "columns": ["b"], "rows": [[1]]}'])
+    def test_damaged_results_are_named(self, run, content):
+        RunDirectory(run).results.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"results\.json"):
+            self.card(str(run))
+
+    @pytest.mark.parametrize("epoch", [{}, {"epoch": 0}, {"epoch": math.nan}, {"epoch": math.inf}, {"epoch": 5e-324}])
+    def test_epochs_that_cannot_be_leave_the_number_of_images_open(self, run, epoch):
+        RunDirectory(run).metrics.write_text(json.dumps({"step": 20, **epoch}) + "\n", encoding="utf-8")
+        assert "| images | unknown |" in self.card(str(run))
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_who_has_to_make_images_grey_is_told(self, channels):
+        spec = replace(self.backbone.spec, in_chans=channels)
+        backbone = VisionTransformer(spec)
+        backbone.preprocess = Preprocess(16, (0.5,) * channels, (0.5,) * channels)
+        for kind in ("huggingface", "timm"):
+            card = model_card("some.pth", backbone, kind, "me/backbone", "", None)
+            assert ('convert("L")' in card) == (channels == 1)
 
     def test_of_released_weights_the_licence_is_that_of_the_release(self):
         assert "license: apache-2.0" in self.card("dinov2_vits14")

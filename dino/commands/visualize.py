@@ -47,6 +47,7 @@ def main() -> None:
     )
     options.add_argument("--rows", type=int, default=6, help="images in the pictures")
     arguments = options.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone(arguments.weights, arguments.heads).to(device)
     channels, levels = backbone.spec.in_chans, backbone.preprocess.levels
@@ -63,7 +64,6 @@ def main() -> None:
         embedded = indices[features.rows]
         sections.append(neighbours(images, embedded, features.class_tokens, arguments.rows))
         sections.append(in_two_dimensions(images, embedded, features.class_tokens))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for section in sections:
         write_bytes(arguments.out / f"{section.title}.png", section.png)
         print(arguments.out / f"{section.title}.png")

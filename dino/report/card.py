@@ -7,11 +7,10 @@ from huggingface_hub import ModelCardData
 import dino
 from dino.config.read import get, leaves
 from dino.config.schema import Config
-from dino.files import read_json
 from dino.methods import METHODS
 from dino.models import Backbone
 from dino.models.weights.released import RELEASED
-from dino.report.facts import duration, elapsed, median_speed
+from dino.report.facts import duration, elapsed, epochs_of, median_speed
 from dino.run import RunDirectory
 
 SNIPPETS = {
@@ -75,7 +74,7 @@ def model_card(weights: str, backbone: Backbone, kind: str, place: str, lines: s
         f"A vision backbone of {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, patches of "
         f"{backbone.patch_size} pixels, {backbone.embed_dim} features. It learned from images without labels"
         + (f" and was exported by dino-pretrain {dino.__version__}." if not is_run else "."),
-        f"## Use\n\n```python\n{lines}\n```\n\n{_preprocessing(backbone)}",
+        f"## Use\n\n```python\n{lines}\n```\n\n{_preprocessing(backbone, kind)}",
     ]
     if is_run:
         parts += _of_run(directory)
@@ -83,16 +82,19 @@ def model_card(weights: str, backbone: Backbone, kind: str, place: str, lines: s
     return "\n\n".join(parts) + "\n"
 
 
-def _preprocessing(backbone: Backbone) -> str:
+def _preprocessing(backbone: Backbone, kind: str) -> str:
     preprocess, levels = backbone.preprocess, backbone.preprocess.levels
     scaled = "divided by 255"
     if levels.bits != "8":
         low, high = levels.range or (0, 65535)
         scaled = f"numbers from {low:g} to {high:g} (data.bits={levels.bits}) as fractions from 0 to 1, cut off beyond"
+    grey = ""
+    if backbone.spec.in_chans == 1 and kind != "onnx":
+        grey = ' The network has one channel, and the library does not convert: pass `image.convert("L")`.'
     return (
         f"Images: the shorter side resized to {preprocess.resize or preprocess.image_size} pixels (bicubic), of it the "
         f"centre {preprocess.image_size} × {preprocess.image_size}, {scaled}, less the mean "
-        f"{list(preprocess.mean)}, divided by {list(preprocess.std)}."
+        f"{list(preprocess.mean)}, divided by {list(preprocess.std)}.{grey}"
     )
 
 
@@ -110,12 +112,12 @@ def _of_run(directory: RunDirectory) -> list[str]:
 
 def _facts(config: Config, metrics: list[dict]) -> dict[str, str]:
     train = config.train
-    last = metrics[-1] if metrics else {"step": 0, "epoch": 0.0}
+    last, epochs = (metrics[-1]["step"], epochs_of(metrics[-1])) if metrics else (0, 0.0)
     facts = {
         "objective": METHODS[config.objective.name].describe(config),
-        "images": f"{round(last['step'] * train.batch_size / last['epoch']):,}" if last["epoch"] else "unknown",
+        "images": f"{round(last * train.batch_size / epochs):,}" if epochs else "unknown",
         "started from": Path(config.model.init).name if config.model.init else "random weights",
-        "steps": f"{last['step']:,} of {train.steps:,} at batch {train.batch_size}, {last['epoch']:.1f} epochs",
+        "steps": f"{last:,} of {train.steps:,} at batch {train.batch_size}, {epochs:.1f} epochs",
         "precision, seed": f"{train.precision}, {train.seed}",
         "program": f"dino-pretrain {dino.__version__}",
     }
@@ -127,8 +129,7 @@ def _facts(config: Config, metrics: list[dict]) -> dict[str, str]:
 def _figures(directory: RunDirectory, metrics: list[dict]) -> list[str]:
     """Readouts with their protocol, and what the run measured of itself."""
     figures = []
-    if directory.results.is_file():
-        results = read_json(directory.results)
+    if results := directory.read_results():
         rows = [results["columns"], ["---"] * len(results["columns"]), *results["rows"]]
         figures.append(results["caption"] + "\n\n" + "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows))
     if line := next((line for line in reversed(metrics) if "health/knn" in line), None):

@@ -1,5 +1,6 @@
 """What a run's page says in words: what ran, how far it is, and how to use what it made."""
 
+import math
 import platform
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ def run_facts(config: Config, images: Pool, metrics: list[dict]) -> dict[str, st
     sizes = [f"{model.arch}, patch {model.patch_size}"]
     sizes += [f"{name} {value}" for name, value in (("width", model.embed_dim), ("depth", model.depth)) if value]
     local = f" + {views.local_crops} local {views.local_size}²" if views.local_crops else ""
-    progress = f"{last['step']:,} of {train.steps:,} at batch {train.batch_size}, {last['epoch']:.1f} epochs"
+    progress = f"{last['step']:,} of {train.steps:,} at batch {train.batch_size}, {epochs_of(last):.1f} epochs"
     speed_text = "none logged yet"
     if speed := median_speed(metrics):
         speed_text = f"{speed:.0f} images/s (median)"
@@ -46,6 +47,12 @@ def _loss_facts(config: Config, last: dict) -> dict[str, str]:
         return {"loss": "none logged yet"}
     blank = f" ({curve.blank:.2f} where nothing is predicted)" if curve.blank is not None else ""
     return {"loss": f"{last[name]:.4f}{blank}"}
+
+
+def epochs_of(line: dict) -> float:
+    """Passes over the images up to a line of metrics.jsonl; 0 where it tells of none that can be."""
+    epochs = line.get("epoch", 0.0)
+    return epochs if 1e-4 <= epochs < math.inf else 0.0  # it is written with four digits
 
 
 def median_speed(metrics: list[dict]) -> float | None:
