@@ -1,4 +1,4 @@
-"""The demo's readout: `dino digits` as a script, for `accelerate launch eval/digits.py …`."""
+"""The demo's readout: `dino digits` as a script, for `python eval/digits.py …`."""
 
 from dino.cli import main
 

@@ -1,4 +1,4 @@
-"""Features of images as a table: `dino embed` as a script, for `accelerate launch eval/embed.py …`."""
+"""Features of images as a table: `dino embed` as a script, for `torchrun … eval/embed.py …`."""
 
 from dino.cli import main
 

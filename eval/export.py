@@ -1,4 +1,4 @@
-"""A backbone for other libraries: `dino export` as a script, for `accelerate launch eval/export.py …`."""
+"""A backbone for other libraries: `dino export` as a script, for `python eval/export.py …`."""
 
 from dino.cli import main
 

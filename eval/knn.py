@@ -1,4 +1,4 @@
-"""Nearest neighbours of frozen features: `dino knn` as a script, for `accelerate launch eval/knn.py …`."""
+"""Nearest neighbours of frozen features: `dino knn` as a script, for `torchrun … eval/knn.py …`."""
 
 from dino.cli import main
 

@@ -1,4 +1,4 @@
-"""Linear probes of frozen features: `dino linear` as a script, for `accelerate launch eval/linear.py …`."""
+"""Linear probes of frozen features: `dino linear` as a script, for `torchrun … eval/linear.py …`."""
 
 from dino.cli import main
 

@@ -1,4 +1,4 @@
-"""Omniglot's alphabets: `dino omniglot` as a script, for `accelerate launch eval/omniglot.py …`."""
+"""Omniglot's alphabets: `dino omniglot` as a script, for `python eval/omniglot.py …`."""
 
 from dino.cli import main
 

@@ -1,4 +1,4 @@
-"""What features look at: `dino visualize` as a script, for `accelerate launch eval/visualize.py …`."""
+"""What features look at: `dino visualize` as a script, for `python eval/visualize.py …`."""
 
 from dino.cli import main
 

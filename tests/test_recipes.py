@@ -136,7 +136,7 @@ def test_loads_and_says_how_it_is_run(path):
     header = re.match(r"(?:#.*\n)+", path.read_text())
     assert header, "no comment at the head"
     commands = re.sub(r"\\\n#", "", header[0])
-    script = rf"^#   accelerate launch .*train/pretrain\.py .*--config configs/{path.name}\b"
+    script = rf"^#   (?:python|accelerate launch .*)\s?train/pretrain\.py .*--config configs/{path.name}\b"
     launched = re.search(script, commands, re.M)
     made = re.search(rf"^#   make {path.stem}$", commands, re.M)
     assert launched or made

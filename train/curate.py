@@ -1,4 +1,4 @@
-"""Curate a pool of images: `dino curate` as a script, for `accelerate launch train/curate.py …`."""
+"""Curate a pool of images: `dino curate` as a script, for `torchrun … train/curate.py …`."""
 
 from dino.cli import main
 

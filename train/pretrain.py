@@ -1,4 +1,4 @@
-"""Pre-train a vision backbone: `dino train` as a script, for `accelerate launch train/pretrain.py …`."""
+"""Pre-train a vision backbone: `dino train` as a script, for `torchrun … train/pretrain.py …`."""
 
 from dino.cli import main
 

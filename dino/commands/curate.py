@@ -24,6 +24,11 @@ from dino.curation.settings import CurateConfig
 
 
 def main() -> None:
+    """Curate by the command line, and hand what is kept to other programs if asked to.
+
+    Raises:
+        UserError: settings that cannot work, a target that cannot be written to, or no image that can be used.
+    """
     parser = common.settings_parser(__doc__, CurateConfig())
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--report-only", action="store_true", help="write report.html, and no manifest.parquet")
@@ -40,7 +45,12 @@ def main() -> None:
     processes = PartialState()
     dropped = [f"{count:,} {reason}" for reason, count in curation.dropped.items()]
     processes.print(", ".join([f"{curation.images:,} images: {curation.kept:,} kept", *dropped]))
-    processes.print(str(curation.report) if arguments.report_only else f"{curation.manifest} and {curation.report}")
+    if not arguments.report_only:
+        processes.print(f"{curation.manifest} and {curation.report}")
+    elif curation.manifest.exists():
+        processes.print(f"{curation.report}; {curation.manifest} is left as an earlier call wrote it")
+    else:
+        processes.print(str(curation.report))
     if processes.is_main_process:
         for way, target in ways.items():
             print(f"{target}: {write_kept(curation.manifest, way, target):,} images")

@@ -24,6 +24,11 @@ PICTURES = ("crops", "attention", "pca", "neighbours")
 
 
 def main() -> None:
+    """Save a run's workspace to W&B and print its address, or write what it would be to a file.
+
+    Raises:
+        UserError: the directory holds no run.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of a pre-training")
     parser.add_argument("--entity", help="user or team of W&B; default: the key's own")

@@ -6,14 +6,13 @@ Prints a table and writes RUN/results.json and RUN/report.html. Raw pixels and t
 beside the pre-trained one, on the same 20 choices of labelled digits.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dino.commands.common import print_table
+from dino.commands import common
 from dino.data import open_images
 from dino.errors import UserError
 from dino.evaluation.features import extract
@@ -22,15 +21,23 @@ from dino.files import write_text
 from dino.models import build_backbone, load_backbone
 from dino.report.run import write_report
 from dino.run import RunDirectory
+from dino.tracking import Table, log_evaluations
 
 PER_CLASS, SEEDS = 10, 20
 COLUMNS = ["features", "1-NN", "logistic regression"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Judge the demo's run, and write table and page into its directory.
+
+    Raises:
+        UserError: the directory holds no run of digits, or W&B cannot get what --wandb asks for.
+    """
+    parser = common.parser(__doc__, wandb={})
     parser.add_argument("--run", type=Path, required=True, help="run directory of a pre-training on data.kind=digits")
-    directory = RunDirectory(parser.parse_args().run)
+    arguments = parser.parse_args()
+    common.check_wandb(arguments.wandb, [str(arguments.run)])
+    directory = RunDirectory(arguments.run)
     features, labels = features_of(directory)
     accuracies = {name: few_shot(values, labels, PER_CLASS, SEEDS) for name, values in features.items()}
     rows = [[name, str(of["knn"]), str(of["logistic"])] for name, of in accuracies.items()]
@@ -45,8 +52,13 @@ def main() -> None:
     results = {"caption": caption, "columns": COLUMNS, "rows": rows, "accuracy": figures}
     write_text(directory.results, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_report(directory)
-    print_table([COLUMNS, *rows], caption)
+    common.print_table([COLUMNS, *rows], caption)
     print(f"\n{directory.results}\n{directory.report}")
+    if arguments.wandb is not None:
+        means = {f"digits/{name}: {probe}": of[probe].mean for name, of in accuracies.items() for probe in of}
+        settings = {"run": str(arguments.run), "labelled_per_class": PER_CLASS, "draws": SEEDS}
+        tables = {"evaluation/digits": Table(COLUMNS, rows)}
+        log_evaluations(common.accelerator(), arguments.wandb, settings, tables, {str(arguments.run): means})
 
 
 def features_of(directory: RunDirectory) -> tuple[dict[str, np.ndarray], np.ndarray]:

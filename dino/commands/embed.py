@@ -22,6 +22,11 @@ from dino.files import replacing, shown, write_text
 
 
 def main() -> None:
+    """Embed a pool, and write the features to a table; of several processes the first writes.
+
+    Raises:
+        UserError: weights or images that cannot be read, or a file that cannot be written to.
+    """
     parser = common.parser(
         __doc__,
         weights={},

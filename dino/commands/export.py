@@ -30,6 +30,11 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of class tokens, whose deviation is abo
 
 
 def main() -> None:
+    """Write a backbone for another library with its model card, compare their features, and send it if asked to.
+
+    Raises:
+        UserError: the format cannot hold this backbone, a library or a token is missing, or features differ.
+    """
     options = common.parser(__doc__, weights={}, heads={}, out={"required": True, "help": "folder to write to"})
     options.add_argument("--to", required=True, choices=WRITERS)
     options.add_argument("--image-size", type=int, help="side in pixels; default: the weights' own")

@@ -18,6 +18,11 @@ NEIGHBOURS = (10, 20, 100, 200)
 
 
 def main() -> None:
+    """Print and write what nearest neighbours make of each of the weights.
+
+    Raises:
+        UserError: weights, images or labels that cannot be read, or a file that cannot be written to.
+    """
     judge(parser(__doc__).parse_args(), accuracies)
 
 

@@ -21,6 +21,11 @@ FEW = (1, 2, 5, 10)
 
 
 def main() -> None:
+    """Print and write what linear probes make of each of the weights.
+
+    Raises:
+        UserError: weights, images or labels that cannot be read, or a file that cannot be written to.
+    """
     options = parser(__doc__)
     options.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES))
     options.add_argument("--epochs", type=int, default=10, help="of the sweep")

@@ -52,6 +52,11 @@ class Protocol(NamedTuple):
 
 
 def main() -> None:
+    """Judge each of the weights and its baselines by the protocols asked for, and write tables and pictures.
+
+    Raises:
+        UserError: weights or drawings that cannot be read, or --out holds something else's results.
+    """
     arguments = parse()
     common.check_wandb(arguments.wandb, arguments.weights)
     images = open_images(str(arguments.data or download()), "omniglot")

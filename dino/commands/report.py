@@ -18,6 +18,11 @@ from dino.run import RunDirectory
 
 
 def main() -> None:
+    """Write one run's page anew, or a page of several runs, and print where it is.
+
+    Raises:
+        UserError: a directory holds no run, or a file cannot be written to.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directory of a pre-training")
     parser.add_argument(

@@ -14,6 +14,11 @@ from dino.report.comparison import COLUMNS, row, standing
 
 
 def main() -> None:
+    """Print a table of the runs below a folder; those that cannot be read are named below it.
+
+    Raises:
+        UserError: there is none.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="default: runs")
     folder = parser.parse_args().folder.expanduser()

@@ -23,6 +23,11 @@ from dino.training.train import run_training
 
 
 def main() -> None:
+    """Train by the command line, or say what a run would need, or what fits on a machine without GPU.
+
+    Raises:
+        UserError: settings that cannot work, no image that can be used, or, as the proposal, nothing but images named.
+    """
     blank = Config(objective=method_settings(method_name(sys.argv)))
     parser = common.settings_parser(__doc__, blank)
     parser.add_argument(

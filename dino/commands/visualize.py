@@ -31,6 +31,11 @@ NEIGHBOURS, MAPPED = 8, 2000
 
 @torch.no_grad()
 def main() -> None:
+    """Write pictures of what features look at, and a page of them.
+
+    Raises:
+        UserError: weights that cannot be read, or none of the images can be.
+    """
     options = common.parser(
         __doc__,
         weights={},

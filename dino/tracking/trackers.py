@@ -12,6 +12,7 @@ from PIL import Image
 
 from dino.config.schema import TrackingConfig
 from dino.errors import UserError
+from dino.files import read_text
 from dino.tracking import backends
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,23 @@ class Trackers:
         if "wandb" in self.live and self.directory is not None:
             run = self.live["wandb"].run
             self._try("wandb", backends.send_files, run, kind, title, self.directory, files, metadata)
+
+    def uses(self, title: str, directory: Path) -> None:
+        """Name the newest artifact of another run directory as this W&B run's input; offline W&B knows of none.
+
+        Args:
+            title: of the artifact, as its own run called it.
+            directory: of that run, in the same project.
+        """
+        identity = directory / backends.WANDB_ID
+        if "wandb" not in self.live or self.live["wandb"].run.offline or not identity.is_file():
+            return
+        name = f"{title}-{read_text(identity, 'remove it')}:latest"
+        try:
+            self.live["wandb"].run.use_artifact(name)
+        except Exception as error:  # it was never sent, or to another project: no reason to give the tracker up
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("W&B does not get the artifact %s as this run's input: %s", name, reason)
 
     def end(self) -> None:
         """Wait until all is sent, for as long as the tracker has patience; nothing can be logged afterwards."""

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Generator, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from dino.config.read import get, leaves
 from dino.config.schema import Config
+from dino.data.manifest import is_manifest
 from dino.files import append_text
 from dino.methods import METHODS
 from dino.models.weights import BACKBONE_FILE
@@ -48,6 +50,8 @@ class Metrics:
         settings = {key: get(config, key) for key in leaves(config)}
         self.trackers = Trackers(accelerator, config.tracking, directory.path, settings, "pre-training", start)
         self.trackers.catch_up(lines)
+        if is_manifest(config.data.root):
+            self.trackers.uses("manifest", Path(config.data.root).parent)
         self.bar = tqdm(
             total=config.train.steps,
             initial=start,

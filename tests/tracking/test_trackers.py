@@ -143,6 +143,31 @@ def test_in_a_sweep_the_run_is_the_agents(opened, monkeypatch, tmp_path):
     assert (tmp_path / "wandb_id").read_text() == "trial-1"
 
 
+@pytest.mark.parametrize("is_offline", [False, True])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_manifest_that_a_run_trains_on_is_its_input(opened, monkeypatch, tmp_path, caplog, is_there, is_offline):
+    """By the curation's name in W&B; where W&B lacks it the run goes on, and offline W&B is not asked."""
+    monkeypatch.setattr(Recorder, "is_offline", is_offline)
+    curated = tmp_path / "curated"
+    curated.mkdir()
+    trackers, (wandb,) = opened({"wandb": Recorder})
+    inputs = []
+
+    def use_artifact(name: str) -> None:
+        if not is_there:
+            raise ValueError("not found")
+        inputs.append(name)
+
+    wandb.run.use_artifact = use_artifact
+    trackers.uses("manifest", curated)  # of a curation that W&B was told nothing of
+    (curated / "wandb_id").write_text("c0ffee", encoding="utf-8")
+    trackers.uses("manifest", curated)
+    assert inputs == (["manifest-c0ffee:latest"] if is_there and not is_offline else [])
+    assert ("not found" in caplog.text) == (not is_there and not is_offline)
+    trackers.log(LINE, 1)
+    assert wandb.lines == [(1, LINE)]
+
+
 def test_figures_for_the_runs_of_weights_need_such_runs(accelerator, tmp_path):
     for weights in (str(tmp_path), "dinov2_vits14"):
         with pytest.raises(UserError, match="--wandb PROJECT"):
