@@ -1,6 +1,6 @@
 """Does the verdict cry wolf, and does it see what is wrong? Small healthy runs, and failures that are provoked.
 
-    python benchmarks/verdicts.py readings.jsonl --data ../shared/data      # train, record, judge
+    python benchmarks/verdicts.py readings.jsonl --data path/to/data      # train, record, judge
     python benchmarks/verdicts.py readings.jsonl                            # judge once more what was recorded
 
 Healthy: data sets × methods × widths × lengths, of which no measure may be called wrong. Failures: the first tenth of a
