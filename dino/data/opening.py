@@ -18,8 +18,8 @@ from dino.data.manifest import is_manifest, read_manifest, rows_of
 from dino.data.pool import Pool, Transform
 from dino.data.sources import SOURCES, DatasetSource, MapStyle
 from dino.data.sources.several import SeveralSource, as_root, roots_of
-from dino.data.sources.source import FileSource
-from dino.data.sources.storage import is_pattern, is_remote, storage_of
+from dino.data.sources.source import FileSource, LeftOut
+from dino.data.sources.storage import is_pattern, is_remote, other_files_with_images, storage_of
 from dino.distributed import rank_and_size
 from dino.errors import UserError
 from dino.files import shown
@@ -116,6 +116,7 @@ def _opened(
         pools = [_opened(part, kind, channels, None, limits, manifests) for part in roots]
         if len({pool.channels for pool in pools}) > 1:
             raise UserError(f"{root}: images of 1 and of 3 channels: say which to make of them with data.channels")
+        _tell_of_others(root, ".zip")
         return Pool(SeveralSource(roots, pools), "several", pools[0].channels, transform=transform, limits=limits)
     if kind == "manifest" or (kind == "auto" and is_manifest(root)):
         _require_root(root)
@@ -129,6 +130,8 @@ def _opened(
     if opener.fixed and channels not in ("auto", opener.channels):
         raise UserError(f"data.channels={channels}: data.kind={kind} has {opener.channels} channel(s)")
     source = opener.open(root)
+    if kind in ("tar", "parquet"):
+        _tell_of_others(root, f".{kind}")
     if isinstance(source, FileSource):
         source.max_bytes = limits.bytes
         if source.left_out.counts:
@@ -136,6 +139,19 @@ def _opened(
     channels = opener.channels if channels == "auto" else int(channels)
     pool = Pool(source, kind, channels, transform=transform, limits=limits)
     return pool if opener.subset is None else pool.subset(opener.subset(source), kind)
+
+
+def _tell_of_others(root: str, ending: str) -> None:
+    """Say which images and archives a folder on this machine holds besides those by which it is read."""
+    if not os.path.isdir(root):
+        return
+    others = LeftOut()
+    for name in other_files_with_images(root, ending):
+        others.note_file(name)
+    if others.counts:
+        _say_once(
+            f"{shown(root)} is read by its {ending} files; left out: {others}. Move these to a folder of their own"
+        )
 
 
 @cache

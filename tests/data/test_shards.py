@@ -3,7 +3,9 @@
 import io
 import json
 import pickle
+import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +208,31 @@ class TestParquet:
         pq.write_table(pa.table(rows), tmp_path / "a.parquet")
         with pytest.raises(UserError, match=r"a\.parquet"):
             open_images(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet", "zip"])
+def test_images_and_archives_beside_those_that_are_read_are_told(ending, tmp_path, caplog):
+    folder = tmp_path / "mixed"
+    if ending == "tar":
+        web_dataset(folder)
+    elif ending == "parquet":
+        for number in range(3):
+            hugging_face(folder / f"{number}.parquet", range(4))
+    else:
+        folder.mkdir()
+        for number in range(3):
+            with zipfile.ZipFile(folder / f"{number}.zip", "w") as archive:
+                archive.writestr("a.png", png(number))
+    open_images(folder)
+    assert not caplog.records
+    other = "zip" if ending == "tar" else "tar"
+    for name in ("loose.png", f"other.{other}", "README.md", ".hidden.png"):
+        (folder / name).write_bytes(b"")
+    for _ in range(2):
+        open_images(folder)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"read by its .{ending} files" in line
+    assert {"1 .png (loose.png)", f"1 .{other} (other.{other})"} <= set(re.split(r"left out: |; |\. Move", line))
 
 
 def test_names_take_little_memory():

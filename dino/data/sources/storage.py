@@ -143,6 +143,12 @@ def most_common_ending(root: str) -> str:
     return counts.most_common(1)[0][0] if counts else ""
 
 
+def other_files_with_images(root: str, ending: str) -> list[str]:
+    """Names of images and archives below a folder of which only those with this ending are read, sorted."""
+    names = (name for name in _file_names(root) if not name.startswith("."))
+    return sorted(name for name in names if _kind_of_file(name) not in ("", ending))
+
+
 def _kind_of_file(name: str) -> str:
     ending = os.path.splitext(name.lower())[1]
     return ending if ending in (".tar", ".parquet", ".zip") else "image" if ending in EXTENSIONS else ""
