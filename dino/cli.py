@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import dino
 from dino.errors import UserError
-from dino.files import without_controls
+from dino.files import FULL, without_controls
 
 COMMANDS = {  # name to what it does; each is a file of dino/commands with a main()
     "train": "pre-train a vision backbone on a folder of unlabelled images",
@@ -31,7 +31,6 @@ HELP = "usage: dino COMMAND …; dino COMMAND --help says more\n\n" + "\n".join(
     f"  {name:<11}{what}" for name, what in COMMANDS.items()
 )
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a path can meet wherever it was named; a file that is missing (ENOENT) is said where it is looked for.
 UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),

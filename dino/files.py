@@ -13,6 +13,7 @@ import numpy as np
 
 from dino.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says where there is no room
 LARGEST_TEXT = 2**30  # bytes; no text of a run is as large
 
 
@@ -111,10 +112,15 @@ def append_text(path: Path, text: str) -> None:
                 raise
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): make room on the disk and start the same command "
-            "again; what was saved before is whole",
+            f"{path} cannot be written ({error.strerror or error}): {way_out(error)} and start the same command again; "
+            "what was saved before is whole",
             alone=True,
         ) from error
+
+
+def way_out(error: OSError) -> str:
+    """What helps where a file could not be written: room only where there was none."""
+    return "make room on the disk" if error.errno in FULL else "change what stands in its way there"
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import dino
 from dino import cli
 from dino.config.recipes import recipe_and_settings, recipe_path
 from dino.errors import UserError
+from dino.files import append_text
 
 PACKAGE = Path(dino.__file__).parent
 UNASKED = ("torch", "wandb", "opentelemetry")
@@ -83,6 +85,17 @@ def test_a_name_that_no_system_takes_is_no_traceback(tmp_path, capsys):
 
     assert exit_code_of(look) == 2
     assert "cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "is_full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.ENOTDIR, False)])
+def test_room_is_asked_for_only_where_there_is_none(number, is_full, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=re.escape(os.strerror(number))) as caught:
+        append_text(tmp_path / "metrics.jsonl", "{}\n")
+    assert ("make room" in str(caught.value)) == is_full
 
 
 def test_other_errors_are_programming_errors_and_keep_their_traceback():

@@ -11,6 +11,7 @@ from dino.config.read import dump
 from dino.config.schema import Config
 from dino.data import Pool, pool_of
 from dino.errors import UserError
+from dino.files import way_out
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
 from dino.models.weights.load import BACKBONE_FILE
@@ -94,7 +95,7 @@ class Reporter:
             page.write(self.directory.report, title, facts, sections, settings, status)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"{self.directory.report} cannot be written ({reason}): make room there") from error
+            raise UserError(f"{self.directory.report} cannot be written ({reason}): {way_out(error)}") from error
         return {name: section.png for name, section in looks.items() if isinstance(section, Picture)}
 
 

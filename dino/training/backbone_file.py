@@ -8,6 +8,7 @@ from torch import nn
 
 from dino.config.schema import Config, ViewsConfig
 from dino.errors import UserError
+from dino.files import way_out
 from dino.methods import METHODS
 from dino.models import Backbone, save_backbone
 from dino.models.weights import BACKBONE_FILE, describe
@@ -52,7 +53,7 @@ def write_backbone(folder: Path, config: Config, backbone: Backbone, step: int, 
     except OSError as error:
         raise UserError(
             f"{folder / BACKBONE_FILE} could not be written after step {step} ({error.strerror or error}); checkpoints "
-            "are whole. Make room on the disk and start the same command again"
+            f"are whole: {way_out(error)} and start the same command again"
         ) from error
 
 
