@@ -120,7 +120,8 @@ class TestCard:
         folder = tmp_path / "secret" / "run"
         folder.parent.mkdir()
         config = load(None, [f"data.root={tmp_path}/secret/images", "train.steps=20", "train.batch_size=10",
-                             f"run.dir={folder}"])  # fmt: skip
+                             f"run.dir={folder}", f"data.labels={tmp_path}/secret/labels.csv",
+                             f"train.resume={tmp_path}/secret/checkpoint"])  # fmt: skip
         config, _ = resolve(config, PoolFacts(200, 3, "folder"))
         directory = RunDirectory(folder)
         prepare(directory, config, 0)

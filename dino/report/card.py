@@ -34,7 +34,8 @@ session = onnxruntime.InferenceSession({file!r})
 class_tokens, patch_tokens = session.run(None, {{"images": images}})  # (B, C, H, W), normalised as below""",
 }
 # Settings that say where things lie on the machine that trained.
-HIDDEN = {"data.root", "run.dir", "model.init", "objective.distill", "tracking.project", "tracking.name"}
+HIDDEN = {"data.root", "data.labels", "run.dir", "model.init", "objective.distill", "train.resume"}
+HIDDEN |= {"tracking.project", "tracking.name"}
 
 
 def snippet(kind: str, place: str, on_hub: bool) -> str:
