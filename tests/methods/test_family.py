@@ -211,13 +211,8 @@ def test_a_resumed_run_goes_on_bit_by_bit(name, accelerator, tiny, tmp_path):
     assert differing(weights(*again.method.state().values()), weights(*modules.values())) == set()
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [
-        *((name, arch) for name in FAMILY for arch in ("vit_tiny", "resnet18")),
-        pytest.param("byol", "resnet50", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("arch", ["vit_tiny", "resnet18", "resnet50"])
+@pytest.mark.parametrize("name", FAMILY)
 def test_every_backbone_takes_steps(name, arch, fresh_accelerate, tiny):
     """ViTs in bf16, whose convolutions take CPUs long."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if arch == "vit_tiny" else "no")
