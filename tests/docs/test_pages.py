@@ -1,4 +1,4 @@
-"""The documentation's commands and settings exist: each is read as the program would read it, and none is run."""
+"""The documentation's commands and settings exist: each is read as the program would; test_commands.py runs some."""
 
 import argparse
 import importlib
@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -53,8 +53,8 @@ def parsing_only(monkeypatch):
         monkeypatch.setattr(argparse.ArgumentParser, name, stop(getattr(argparse.ArgumentParser, name)))
 
 
-def commands() -> Iterator[str]:
-    for page in PAGES:
+def commands(pages: Sequence[Path] = PAGES) -> Iterator[str]:
+    for page in pages:
         for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", page.read_text(), re.S | re.M):
             lines = block.replace("\\\n", " ").splitlines()
             yield from (line for line in lines if line.strip() and not line.startswith("#"))
