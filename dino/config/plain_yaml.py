@@ -51,3 +51,13 @@ def load(text: str) -> Any:
         return yaml.load(text, PlainLoader)
     except (ValueError, RecursionError, TypeError) as error:  # a tag that its value does not fit, an endless number
         raise yaml.YAMLError(str(error)) from error
+
+
+def reason(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where, in one line."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8: save it as UTF-8 text"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(error).split())

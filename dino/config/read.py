@@ -269,7 +269,7 @@ def _read_yaml(path: str | Path, schema: Any) -> Iterator[tuple[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {plain_yaml.reason(error)}") from error
     if tree is None:
         return
     groups = {field.name for field in dataclasses.fields(schema)}

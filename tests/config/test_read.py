@@ -245,10 +245,24 @@ class TestRefusals:
         assert [setting for setting in settings[:3] if not any(setting.split("=")[0] in line for line in others)] == []
         assert len(others) == 3
 
-    @pytest.mark.parametrize("content", [b"train: {batch_size: [", b"a: b: c", b"\t- x", b"key: @v", bytes(range(256))])
-    def test_broken_yaml(self, tmp_path, content):
+    @pytest.mark.parametrize(
+        ("content", "where"),
+        [
+            (b"train: {batch_size: [", "line 1, column 22"),
+            (b"a: b: c", "line 1, column 5"),
+            (b"train:\n\t- x", "line 2, column 1"),
+            (b"a: 1\nkey: @v", "line 2, column 6"),
+            (b"a: {b: 1}\na: &x [*x]", "line 2"),
+            ("a: 1".encode("utf-16"), "save it as UTF-8"),
+            (bytes(range(256)), "save it as UTF-8"),
+        ],
+    )
+    def test_broken_yaml_is_one_line_that_says_where(self, tmp_path, content, where):
         (tmp_path / "config.yaml").write_bytes(content)
-        assert "config.yaml is not valid YAML" in refusal(tmp_path / "config.yaml")
+        said = refusal(tmp_path / "config.yaml")
+        assert "config.yaml is not valid YAML" in said
+        assert where in said
+        assert "\n" not in said
 
     def test_a_list_where_a_method_is_named(self, yaml_file):
         said = refusal(yaml_file("objective: {name: [dino]}"))
