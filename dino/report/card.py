@@ -72,7 +72,7 @@ def model_card(weights: str, backbone: Backbone, kind: str, place: str, lines: s
     title = place.rsplit("/", 1)[-1] if released is None else weights
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {title}",
-        f"A vision backbone of {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, patches of "
+        f"A vision backbone of {sum(p.numel() for p in backbone.parameters()) / 1e6:.3g} M parameters, patches of "
         f"{backbone.patch_size} pixels, {backbone.embed_dim} features. It learned from images without labels"
         + (f" and was exported by dino-pretrain {dino.__version__}." if not is_run else "."),
         f"## Use\n\n```python\n{lines}\n```\n\n{_preprocessing(backbone, kind)}",
