@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from dino.errors import UserError
+from dino.files import way_out
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
+LOCK = ".running"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # what a link leads to would be emptied; Windows has no such flag
+
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, in which `.running` says who does; given back at the end, by whatever end.
+    """Hold a folder, made if need be, in which `LOCK` says who does; given back at the end, by whatever end.
 
     The lock is the system's and ends with the process, so that a killed run leaves none behind; forked workers do not
     inherit it.
@@ -26,14 +30,18 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the folder, which the message names with its machine; or it cannot be written.
     """
-    file = folder / ".running"
+    file = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir={folder} cannot be written: {error.strerror or error}") from error
+    try:
         descriptor = _locked(file)
         os.truncate(descriptor, 0)
         os.write(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
     except OSError as error:
-        raise UserError(f"run.dir={folder} cannot be written: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UserError(f"{file}, which says who runs, cannot be written ({reason}): {way_out(error)}") from error
     try:
         yield
     finally:
@@ -44,9 +52,9 @@ def held(folder: Path) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Whether a process holds the folder; to be asked by another process, where the system has locks."""
-    file = folder / ".running"
+    file = folder / LOCK
     try:
-        descriptor = os.open(file, os.O_RDWR)
+        descriptor = os.open(file, os.O_RDWR | NO_LINK)
     except OSError:
         return False
     try:
@@ -58,7 +66,7 @@ def is_held(folder: Path) -> bool:
 def _locked(file: Path) -> int:
     """A descriptor of the file, locked."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         if not _lock(descriptor):
             holder = _holder(file)
             os.close(descriptor)

@@ -79,6 +79,19 @@ def test_an_error_gives_it_back(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("target", ["file", "folder", "nothing"])
+def test_a_link_in_its_place_is_refused_and_what_it_leads_to_stays(tmp_path, target):
+    (tmp_path / "file").write_text("somebody's")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".running").symlink_to(tmp_path / target)
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(tmp_path))}/\.running, which says who runs, cannot be written"
+    ):
+        held(tmp_path).__enter__()
+    assert (tmp_path / "file").read_text() == "somebody's"
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):

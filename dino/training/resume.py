@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from dino.config.read import dump, get, leaves
 from dino.config.schema import Config
 from dino.data.identity import difference
 from dino.errors import UserError
-from dino.files import write_text
+from dino.files import in_the_way, remove, write_text
+from dino.models.weights import BACKBONE_FILE
 from dino.run import RunDirectory, whole_checkpoints
+from dino.run_lock import LOCK
 from dino.seal import STATE, Damaged, verified
 
 NEWEST_WHOLE = "newest_whole"  # of train.resume
@@ -35,6 +36,12 @@ MAY_DIFFER = (  # on resume
 )
 WHERE_IMAGES_LIE = ("data.root", "data.kind")  # may differ too, where a checkpoint says which they are
 MAY_DIFFER_GROUPS = ("tracking.", "monitor.")
+# What a run writes, by its path in the run directory.
+FOLDERS = ("", "checkpoints", "best")
+FILES = (
+    *("config.yaml", "metrics.jsonl", "skipped.jsonl", "report.html", "broken_batch.txt", LOCK),
+    *(BACKBONE_FILE, f"best/{BACKBONE_FILE}", "best/best.json"),
+)
 logger = logging.getLogger(__name__)
 
 
@@ -64,6 +71,17 @@ def _is_somebodys(path: Path, directory: RunDirectory) -> bool:
     if path.name.endswith(".partial"):
         return False
     return path != directory.checkpoints or any(path.iterdir())
+
+
+def refuse_what_is_in_the_way(directory: RunDirectory) -> None:
+    """Raise a `UserError` if the run could not write one of its files: now, not when it comes to write it."""
+    for name in (*FOLDERS, *FILES):
+        path = directory.path / name
+        if problem := in_the_way(path, is_folder=name in FOLDERS):
+            raise UserError(
+                f"{path} is in the way of the run, which writes there ({problem}): change that, move it elsewhere, or "
+                "name another run.dir"
+            )
 
 
 def refuse_other_config(directory: RunDirectory, config: Config, earlier: Config, has_checkpoint: bool) -> None:
@@ -104,9 +122,15 @@ def starting_point(directory: RunDirectory, resume: str) -> Path | None:
     """The checkpoint to go on from: the newest of the run, the one named by `resume`, or None.
 
     Raises:
-        UserError: `resume` names none, or asks for a whole one and all are damaged.
+        UserError: `resume` names none, or asks for a whole one and all are damaged; or the run has none any more, but
+            its result, which a run that began anew would replace.
     """
     checkpoints = whole_checkpoints(directory.checkpoints)
+    result = directory.path / BACKBONE_FILE
+    if not checkpoints and resume in ("auto", NEWEST_WHOLE) and result.exists():
+        raise UserError(
+            f"{result} is there and no checkpoint to go on from: to train anew, name another run.dir or move it away"
+        )
     if resume == NEWEST_WHOLE:
         return _newest_whole(checkpoints)
     newest = checkpoints[-1] if checkpoints else None
@@ -147,13 +171,10 @@ def prepare(directory: RunDirectory, config: Config, step: int) -> None:
         directory.checkpoints.mkdir(parents=True, exist_ok=True)
         partial = [path for pattern in (".*.partial", "best/.*.partial") for path in directory.path.glob(pattern)]
         for remains in [*directory.checkpoints.glob(".*"), *partial]:
-            if remains.is_dir():
-                shutil.rmtree(remains)
-            else:
-                remains.unlink()
+            remove(remains)
         for checkpoint in whole_checkpoints(directory.checkpoints):
             if int(checkpoint.name.removeprefix("step-")) > step:
-                shutil.rmtree(checkpoint)
+                remove(checkpoint)
         write_text(directory.config, dump(config))
         if directory.metrics.exists():
             lines = [line for line in directory.read_metrics() if line["step"] <= step and step > 0]

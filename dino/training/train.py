@@ -109,6 +109,7 @@ def run_training(config: Config, data_set: Any = None, transform: Any = None, dr
     config.train.precision = launch.precision_of(accelerator)
     directory = RunDirectory(config.run.dir)
     earlier = resume.earlier_config(directory, config.train.resume)
+    resume.refuse_what_is_in_the_way(directory)
     checkpoint = resume.starting_point(directory, config.train.resume)
 
     # Weights to start from and to learn from, data, and the settings that depend on them.
