@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from dino.errors import UserError
+from dino.errors import UserError, shortened
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says where there is no room
+WAYS_OUT = (
+    (FULL, "make room on the disk"),
+    ((errno.EACCES, errno.EPERM), "allow writing there"),
+    ((errno.EROFS,), "mount that file system for writing, or name a place on another"),
+    ((errno.ENOENT,), "put its folder back"),
+    ((errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP), "change what stands in its way there"),
+)
 LARGEST_TEXT = 2**30  # bytes; no text of a run is as large
 
 
@@ -94,6 +102,26 @@ def require_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
 
 
+def in_the_way(path: Path, is_folder: bool) -> str:
+    """Why a file, or files in a folder, could not be written at a path, which may be free; nothing if they can be.
+
+    A folder may be a link to one. A file may not: it would be replaced, and what the link leads to stay as it was.
+    """
+    try:
+        mode = (path.stat() if is_folder else path.lstat()).st_mode
+    except FileNotFoundError:
+        return "it is a link to nothing" if path.is_symlink() else ""
+    except OSError as error:
+        return error.strerror or str(error)
+    if is_folder and not stat.S_ISDIR(mode):
+        return "it is no folder"
+    if stat.S_ISLNK(mode):
+        return "it is a link"
+    if not is_folder and not stat.S_ISREG(mode):
+        return "it is a folder" if stat.S_ISDIR(mode) else "it is no ordinary file"
+    return "" if os.access(path, os.W_OK) else "it may not be written"
+
+
 def append_text(path: Path, text: str) -> None:
     """Add whole lines to a file, which several processes may do; where they do not fit, none of them is added.
 
@@ -119,8 +147,16 @@ def append_text(path: Path, text: str) -> None:
 
 
 def way_out(error: OSError) -> str:
-    """What helps where a file could not be written: room only where there was none."""
-    return "make room on the disk" if error.errno in FULL else "change what stands in its way there"
+    """What helps where a file could not be written, as far as the error tells: room only where there was none."""
+    return next((advice for numbers, advice in WAYS_OUT if error.errno in numbers), "mend that")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all in it, or a link, whose target stays; raises OSError, also if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -135,8 +171,8 @@ def shown(name: str) -> str:
 
 
 def without_controls(text: str) -> str:
-    """Text of one or more lines in which everything else that steers a terminal is escaped."""
-    return "\n".join("\t".join(map(shown, line.split("\t"))) for line in text.split("\n"))
+    """Text of one or more lines, `shortened`, in which everything else that steers a terminal is escaped."""
+    return shortened("\n".join("\t".join(map(shown, line.split("\t"))) for line in text.split("\n")))
 
 
 def cache_directory() -> Path:

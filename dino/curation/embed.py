@@ -23,7 +23,7 @@ from dino.data import Pool
 from dino.data.manifest import printable
 from dino.errors import UserError
 from dino.evaluation.features import Batch, read_batches
-from dino.files import read_json, replacing, write_text
+from dino.files import read_json, replacing, way_out, write_text
 from dino.models import Backbone, Preprocess
 from dino.precision import inference
 
@@ -137,8 +137,8 @@ def _reserve(file: Path, dtype: Any, shape: tuple[int, ...]) -> None:
     except OSError as error:
         raise UserError(
             f"{file} cannot be written ({error.strerror or error}), which takes "
-            f"{math.prod(shape) * np.dtype(dtype).itemsize:,} bytes: make room on the disk, or name a run.dir on "
-            "another, and start the same command again"
+            f"{math.prod(shape) * np.dtype(dtype).itemsize:,} bytes: {way_out(error)}, or name a run.dir elsewhere, "
+            "and start the same command again"
         ) from error
 
 

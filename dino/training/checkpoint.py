@@ -11,6 +11,7 @@ checkpoints/step-00000500/student.safetensors      parameters and buffers; a fil
 Tensors are whole, whether the run is sharded or not: a checkpoint opens with any number of processes.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,17 +20,19 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dino.errors import UserError
-from dino.files import sync_folder
+from dino.files import remove, sync_folder, way_out
 from dino.models.weights import load_strictly
 from dino.run import whole_checkpoints
 from dino.seal import FILES, STATE, Damaged, digest, file_digest, sealed, verified
 from dino.training.sharding import gathered, scattered
 
+logger = logging.getLogger(__name__)
 SAMPLING_WEIGHTS = "draws"  # the file of rebalancing's state, by the name it has always had
 
 
@@ -82,13 +85,13 @@ class Checkpoints:
         """
         folder = folder or self.folder
         final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-        failure = ""
+        failure: OSError | None = None
         try:
             if self.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         except OSError as error:
-            failure = error.strerror or str(error)
+            failure = error
         self.accelerator.wait_for_everyone()
         # Every process must take part in gathering, even where the folder could not be made.
         contents = {name: self._gathered(module.state_dict()) for name, module in self.modules.items()}
@@ -98,18 +101,24 @@ class Checkpoints:
             if not failure:
                 digests = self._write_tensors(partial, contents)
         except OSError as error:
-            failure = error.strerror or str(error)
+            failure = error
         self.accelerator.wait_for_everyone()
         try:
             if not failure and self.accelerator.is_main_process:
                 self._seal(partial, digests, {"step": step, **facts})
         except OSError as error:
-            failure = error.strerror or str(error)
+            failure = error
+        self._agree_on_success(partial, step, failure)
+        try:
+            if self.accelerator.is_main_process:
+                if os.path.lexists(final):
+                    remove(final)
+                partial.rename(final)
+                sync_folder(folder)
+        except OSError as error:
+            failure = error
         self._agree_on_success(partial, step, failure)
         if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            sync_folder(folder)
             self._remove_old()
         self.accelerator.wait_for_everyone()
         return final
@@ -138,25 +147,28 @@ class Checkpoints:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         _write(partial / STATE, sealed({"scaler": scaler, **state}, digests))
 
-    def _agree_on_success(self, partial: Path, step: int, failure: str) -> None:
+    def _agree_on_success(self, partial: Path, step: int, failure: OSError | None) -> None:
         """Raise a `UserError` in every process if one of them could not write."""
-        failed = self.accelerator.gather(torch.tensor([int(bool(failure))], device=self.accelerator.device))
-        if not int(failed.max()):
+        failures = [error for error in gather_object([failure]) if error is not None]
+        if not failures:
             return
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        newest = self.newest()
+        error, newest = failures[0], self.newest()
         before = f"{newest} is whole" if newest else "there is no earlier one"
         raise UserError(
-            f"the checkpoint of step {step} could not be written ({failure or 'by another process'}); {before}. "
-            "Make room on the disk and start the same command again"
+            f"the checkpoint of step {step} could not be written ({error.strerror or error}); {before}: "
+            f"{way_out(error)} and start the same command again"
         )
 
     def _remove_old(self) -> None:
         for old in whole_checkpoints(self.folder)[: -self.keep]:
             removed = old.with_name(f".{old.name}.removed")  # first out of sight: what is half removed is not whole
-            old.rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)
+            try:
+                old.rename(removed)
+                remove(removed)
+            except OSError as error:  # a reason to tell, none to end the run
+                logger.warning("%s is no longer needed and cannot be removed (%s)", old, error.strerror or error)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Put the state of a checkpoint back; returns the facts given to `save`, with `step`.

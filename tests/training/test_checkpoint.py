@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -147,10 +148,43 @@ class TestFullDisk:
         with pytest.raises(UserError, match=r"step 2 could not be written.*No space left") as caught:
             run.checkpoints.save(2, {})
         assert str(earlier) in str(caught.value)
-        assert "Make room on the disk and start the same command again" in str(caught.value)
+        assert "make room on the disk and start the same command again" in str(caught.value)
         assert contents(tmp_path) == before
         monkeypatch.undo()
         assert run.checkpoints.save(2, {}) == run.checkpoints.newest()
+
+    @pytest.mark.parametrize(
+        ("number", "advice"),
+        [
+            (errno.EDQUOT, "make room on the disk"),
+            (errno.EPERM, "allow writing there"),
+            (errno.EROFS, "mount that file system for writing"),
+            (errno.ENOENT, "put its folder back"),
+            (errno.EIO, "mend that"),
+        ],
+    )
+    @pytest.mark.parametrize("at", ["_write", "sync_folder"])
+    def test_what_helps_is_by_what_went_wrong(self, at, number, advice, accelerator, tmp_path, monkeypatch):
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(checkpoint, at, fail)
+        with pytest.raises(UserError, match=rf"\({os.strerror(number)}\); .*: {advice}.* start the same command again"):
+            Run(tmp_path, accelerator).checkpoints.save(2, {})
+
+    def test_what_is_no_longer_needed_and_cannot_be_removed_is_told(self, accelerator, tmp_path, monkeypatch, caplog):
+        def fail(*_: object) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        run = Run(tmp_path, accelerator, keep=1)
+        earlier = run.checkpoints.save(1, {})
+        monkeypatch.setattr(checkpoint, "remove", fail)
+        run.checkpoints.save(2, {})
+        assert f"{earlier} is no longer needed and cannot be removed (Operation not permitted)" in caplog.text
+
+    def test_a_file_where_it_is_to_lie_gives_way(self, accelerator, tmp_path):
+        (tmp_path / "step-00000001").write_text("no checkpoint")
+        assert Run(tmp_path, accelerator).checkpoints.save(1, {}).is_dir()
 
     def test_without_an_earlier_one_it_says_so(self, accelerator, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("in the way")
