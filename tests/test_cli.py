@@ -1,6 +1,7 @@
 """The command `dino`: its subcommands, and what a user sees when one cannot go on: one message, never a traceback."""
 
 import errno
+import logging
 import os
 import re
 import subprocess
@@ -96,6 +97,28 @@ def test_room_is_asked_for_only_where_there_is_none(number, is_full, tmp_path, m
     with pytest.raises(UserError, match=re.escape(os.strerror(number))) as caught:
         append_text(tmp_path / "metrics.jsonl", "{}\n")
     assert ("make room" in str(caught.value)) == is_full
+
+
+@pytest.mark.parametrize("letter", ["a", "\x1b", "\n", " a", "日"])
+def test_what_is_too_long_lacks_its_middle_and_the_advice_stays(letter, capsys, caplog):
+    """A path of thousands of letters, in what is printed, in what Python raises, and in what is logged."""
+    path = "start" + 40_000 * letter + "end"
+    raised = UserError(f"run.dir={path} is no folder: name another")
+    assert exit_code(raised) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: run.dir=start")
+    assert printed.endswith(" is no folder: name another\n")
+    assert len(printed) < 25_000
+    assert len(str(raised)) < 25_000
+    record = logging.LogRecord("dino", logging.INFO, "", 0, "left out: %s: no image", (path,), None)
+    cli.harmless(record)
+    assert len(record.getMessage()) < 25_000
+
+
+def test_what_has_a_usual_length_is_printed_whole(capsys):
+    path = "/".join(["folder"] * 60)
+    assert exit_code(UserError(f"{path} is no folder: name another")) == 2
+    assert capsys.readouterr().err == f"error: {path} is no folder: name another\n"
 
 
 def test_other_errors_are_programming_errors_and_keep_their_traceback():

@@ -189,29 +189,41 @@ def cached(
     parts = [weights_digest(backbone), content, preprocessing, *([] if computed == "fp32" else [computed])]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     file = cache_directory() / "features" / f"{key[:32]}.npz"
-    earlier = _read(file)
+    earlier = _read(file, key)
     if earlier is not None:
         return earlier
     features = extract(backbone, images, indices, transform, precision=computed, **options)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial, partial.open("wb") as opened:
-            np.savez(opened, **features._asdict())
+            np.savez(opened, **features._asdict(), seal=np.array(_seal(features, key)))
     except OSError as error:
         logger.warning("features are not kept for the next time: %s cannot be written (%s)", file, error.strerror)
     return features
 
 
-def _read(file: Path) -> Features | None:
-    """A whole entry of the cache, or None."""
+def _read(file: Path, key: str) -> Features | None:
+    """An entry of the cache, if it is whole and the one of this key, or None."""
     if not file.is_file():
         return None
     try:
         arrays = read_arrays(file)
-        return Features(arrays["blocks"], arrays["patch_means"], arrays["rows"])
+        features = Features(arrays["blocks"], arrays["patch_means"], arrays["rows"])
+        if str(arrays.get("seal")) == _seal(features, key):
+            return features
+        reason = "not as it was written for these weights and images" if "seal" in arrays else "of an earlier version"
     except (ValueError, KeyError) as error:
-        logger.warning("%s is damaged (%s): its features are computed anew", file, error)
-        return None
+        reason = f"damaged ({error})"
+    logger.warning("%s is %s: its features are computed anew", file, reason)
+    return None
+
+
+def _seal(features: Features, key: str) -> str:
+    """A digest of an entry and its key: a file that was copied here, or changed, has another."""
+    digest = hashlib.sha256(key.encode())
+    for array in features:
+        digest.update(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def content_digest(images: Pool, indices: Sequence[int] | np.ndarray) -> str:

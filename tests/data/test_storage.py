@@ -83,6 +83,19 @@ def test_only_what_is_asked_for_once_the_disk_is_full(bucket, tmp_path, monkeypa
     assert (read(file, 0, 1), bucket.fetched) == (b"\0", [("/bucket/a.bin", 0, 1)])
 
 
+@pytest.mark.parametrize("change", [lambda b: b"\1" + b[1:], lambda b: b[:-1], lambda b: b"", lambda b: b[:-32]])
+def test_a_block_that_has_changed_on_the_disk_is_fetched_again(bucket, tmp_path, monkeypatch, change):
+    bucket.pipe_file("/bucket/a.bin", bytes(range(256)))
+    file = files_of("memory://bucket/a.bin", ())[0]
+    read(file, 0, 1)
+    (block,) = (tmp_path / "cache" / "blocks").glob("*/*")
+    block.write_bytes(change(block.read_bytes()))
+    monkeypatch.setattr(storage.BLOCKS, "whole", set())  # as of another process
+    bucket.fetched.clear()
+    assert [read(file, 0, 256), read(file, 3, 2)] == [bytes(range(256)), b"\3\4"]
+    assert bucket.fetched == [("/bucket/a.bin", 0, 256)]
+
+
 def test_what_is_gone_is_unreadable(bucket):
     bucket.pipe_file("/bucket/a.png", png(1))
     images = open_images("memory://bucket/*.png")

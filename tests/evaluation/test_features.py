@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -217,6 +218,26 @@ class TestCached:
         file.write_bytes(damaged[damage])
         assert_equal(self.ask(vit), extracted[1])
         assert_equal(self.ask(vit), extracted[1])  # mended
+
+    @pytest.mark.parametrize("changed", ["another entry's file", "a number", "the order", "an earlier version's"])
+    def test_a_whole_file_of_other_content_is_computed_anew(self, vit, directory, changed, extracted, caplog):
+        self.ask(vit)
+        (file,) = directory.rglob("*.npz")
+        arrays = dict(np.load(file))
+        self.ask(vit, "other data")
+        (other,) = set(directory.rglob("*.npz")) - {file}
+        if changed == "another entry's file":
+            shutil.copyfile(other, file)
+        else:
+            arrays["patch_means"][3, 5] += changed == "a number"
+            if changed == "the order":
+                arrays["rows"] = arrays["rows"][::-1]
+            if changed == "an earlier version's":
+                del arrays["seal"]
+            np.savez(file, **arrays)
+        assert_equal(self.ask(vit), extracted[2])
+        assert f"{file} is " in caplog.text
+        assert_equal(self.ask(vit), extracted[2])
 
     def test_write_that_was_cut_off_is_not_taken_for_an_entry(self, vit, monkeypatch, extracted):
         def cut_off(file, **arrays):

@@ -153,10 +153,19 @@ class TestWhole:
         assert server.asked == [None]
         assert not partial_of(file).exists()
 
-    def test_a_file_put_there_by_hand_needs_no_server(self, file):
+    @pytest.mark.parametrize("digest", ["", DIGEST[:8], DIGEST])
+    def test_a_file_put_there_by_hand_needs_no_server(self, digest, file):
         file.parent.mkdir(parents=True)
-        file.write_bytes(b"by hand")
-        assert fetch("http://127.0.0.1:1/weights.pth", file, DIGEST[:8]).read_bytes() == b"by hand"
+        file.write_bytes(CONTENT)
+        assert fetch("http://127.0.0.1:1/weights.pth", file, digest).read_bytes() == CONTENT
+
+    @pytest.mark.parametrize("content", [b"", b"by hand", CONTENT[:-1], CONTENT + b"\n"])
+    def test_another_put_there_by_hand_is_refused_and_left_alone(self, content, file):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{re.escape(str(file))} has another digest .*: remove it, and it is"):
+            fetch("http://127.0.0.1:1/weights.pth", file, DIGEST[:8])
+        assert file.read_bytes() == content
 
     def test_is_not_under_its_name_before_it_is_whole(self, server, file):
         seen = []

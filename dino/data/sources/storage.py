@@ -21,6 +21,7 @@ from dino.errors import UserError
 from dino.files import cache_directory, replacing
 
 BLOCK = 4 << 20  # bytes that are fetched and kept at a time
+DIGEST = hashlib.sha256().digest_size  # bytes that follow a block on disk
 RECOUNTED = 64  # blocks that a process writes before it looks again how many there are
 MOST_FILES = 10_000_000  # that a pattern in braces may stand for
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -201,8 +202,8 @@ def _read_blocks(file: File, offset: int, length: int) -> bytes:
 
 def _block(file: File, number: int, kept: Path) -> bytes:
     first, last = number * BLOCK, min(file.size, (number + 1) * BLOCK)
-    if kept.exists() and len(content := kept.read_bytes()) == last - first:
-        return content
+    if (earlier := BLOCKS.kept(kept, last - first)) is not None:
+        return earlier
     content = _fetch(file, first, last)
     BLOCKS.keep(kept, content)
     return content
@@ -223,10 +224,27 @@ def _fetch(file: File, first: int, last: int) -> bytes:
 
 
 class _Blocks:
-    """How much of the disk blocks take: counted now and then, as other processes write too."""
+    """Blocks on disk, each followed by its digest, and how much they take: counted now and then, as others write too.
+
+    Attributes:
+        whole: those that this process has compared with their digests.
+    """
 
     def __init__(self) -> None:
         self.bytes, self.until_recount = 0, 0
+        self.whole: set[Path] = set()
+
+    def kept(self, path: Path, length: int) -> bytes | None:
+        """A block as it was kept, or None."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        block, digest = content[:length], content[length:]
+        if len(digest) != DIGEST or (path not in self.whole and hashlib.sha256(block).digest() != digest):
+            return None
+        self.whole.add(path)
+        return block
 
     def have_room(self) -> bool:
         most = float(os.environ.get("DINO_BLOCK_CACHE", 10)) * 2**30
@@ -239,7 +257,7 @@ class _Blocks:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, durable=False) as partial:
-                partial.write_bytes(content)
+                partial.write_bytes(content + hashlib.sha256(content).digest())
         except OSError:  # a full disk is no reason to stop reading
             self.bytes = 1 << 62
             self.until_recount = RECOUNTED

@@ -16,7 +16,7 @@ TIMEOUT = 30  # seconds without an answer
 
 
 def fetch(url: str, file: Path, sha256: str = "") -> Path:
-    """Download `url` to `file`, unless it is there.
+    """Download `url` to `file`, unless it is there, which is compared with its digest too.
 
     What has arrived lies in `file`.partial until it is whole, and a later call goes on from there. Of several
     processes that ask for it one downloads and the others wait.
@@ -28,14 +28,14 @@ def fetch(url: str, file: Path, sha256: str = "") -> Path:
         UserError: no connection, or not the file it should be; says where to put it by hand.
     """
     if file.is_file():
-        return file
+        return _checked(file, url, sha256)
     partial = file.with_name(f"{file.name}.partial")
     by_hand = f"fetch {url} on another machine and put it at {file}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(f".{file.name}.lock")):
             if file.is_file():
-                return file
+                return _checked(file, url, sha256)
             _download(url, partial)
             if sha256 and not _digest(partial).startswith(sha256):
                 partial.unlink()
@@ -78,6 +78,19 @@ def _download(url: str, partial: Path) -> None:
                 bar.update(len(chunk))
     if received < remaining:
         raise EOFError(f"the connection broke after {received:,} of {remaining:,} bytes")
+
+
+def _checked(file: Path, url: str, sha256: str) -> Path:
+    """A file that is there, perhaps put there by hand; raises `UserError` where it is not that of the URL."""
+    try:
+        if not sha256 or _digest(file).startswith(sha256):
+            return file
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}): remove it, and it is fetched") from error
+    raise UserError(
+        f"{file} has another digest than {sha256}…, which {url} has: remove it, and it is fetched; weights of your own "
+        "are named by their path"
+    )
 
 
 def _digest(file: Path) -> str:
