@@ -1,6 +1,7 @@
 """One image file to pixels, brought to the levels and the channels asked for."""
 
 import warnings
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -8,14 +9,27 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
+from dino.data import dicom, npy, tiff
 from dino.data.formats import Limits, UnreadableImage, open_picture, reason_of, without_metadata
-from dino.data.large import directly, require_coefficients, require_memory
+from dino.data.large import directly, require_coefficients, require_pillows_memory
 from dino.data.levels import AS_BYTES, Levels
-from dino.data.numbers import is_only_numbers, numbers_of, shape_of
+from dino.data.numbers import deep_numbers, is_deep, levels_of
 from dino.data.picture import orientation_of, picture_array
 
 SMALLEST_SIDE = 4
 LIMITS = Limits()
+
+
+class Reader(Protocol):
+    """A module that gives the numbers of a file as they stand there."""
+
+    def numbers_of(self, content: bytes, channels: int, limits: Limits, levels: Levels) -> np.ndarray:
+        """(H, W, C) upright, of the file's own type; raises `UnreadableImage`, or whatever libraries raise."""
+        ...
+
+    def size_of(self, content: bytes, limits: Limits) -> tuple[int, int]:
+        """(H, W) by the header."""
+        ...
 
 
 def decode(
@@ -48,19 +62,18 @@ def decode(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and the like: the pixels are what counts
-            if levels.bits != "8" or name.lower().endswith(".npy") or is_only_numbers(content, channels):
-                numbers = numbers_of(content, name, channels, limits, windowed=levels.bits != "float")
-                require_shape(numbers.transpose(2, 0, 1).shape, channels)
-                return to_tensor(levels.of(numbers), channels)
+            if reader := _reader(content, name, channels, levels):
+                numbers = reader.numbers_of(content, channels, limits, levels)
+                return to_tensor(levels_of(numbers, channels, limits, levels), channels)
             try:
-                return _picture(content, channels, enough, limits)
+                return _picture(content, channels, enough, limits, levels)
             except UnreadableImage:
                 raise
             except Exception:
                 bare = without_metadata(content)
                 if bare is None:
                     raise
-                return _picture(bare, channels, enough, limits)
+                return _picture(bare, channels, enough, limits, levels)
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's plugins raise whatever comes up: OSError, SyntaxError, struct.error …
@@ -74,9 +87,8 @@ def size_of(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            is_numbers = levels.bits != "8" or name.lower().endswith(".npy") or is_only_numbers(content, channels)
-            if is_numbers and (shape := shape_of(content, name, channels, limits)) is not None:
-                return shape
+            if reader := _reader(content, name, channels, levels):
+                return channels, *reader.size_of(content, limits)
             with open_picture(content, limits) as image:
                 is_turned = image.format in ("JPEG", "MPO") and orientation_of(image) >= 5  # others would be decoded
                 return channels, *((image.width, image.height) if is_turned else (image.height, image.width))
@@ -84,18 +96,47 @@ def size_of(
         return None
 
 
-def _picture(content: bytes, channels: int, enough: float | None, limits: Limits) -> Tensor:
+def _reader(content: bytes, name: str, channels: int, levels: Levels) -> Reader | None:
+    """None for what Pillow opens."""
+    if name.lower().endswith(".npy"):
+        return npy
+    if dicom.is_dicom(content):
+        return dicom
+    if (levels.bits != "8" or channels not in (1, 3)) and tiff.is_read(content):
+        return tiff
+    return None
+
+
+def _picture(content: bytes, channels: int, enough: float | None, limits: Limits, levels: Levels) -> Tensor:
+    """What Pillow opens."""
+    if levels.bits != "8":
+        numbers = _numbers_of_picture(content, channels, enough, limits)
+        return to_tensor(levels_of(numbers, channels, limits, levels), channels)
     with open_picture(content, limits) as image:
-        if image.format in ("JPEG", "MPO"):  # MPO: a camera's JPEG with a preview after it
-            require_coefficients(image, channels, limits)
-            reduced = enough is not None and reduce_jpeg(image, enough)
-            if not reduced and (pixels := plain_jpeg(image, content, channels)) is not None:
-                return pixels
-        array = directly(image, content, channels, limits)
-        if array is None:
-            require_memory(image, content, channels, limits)
-            array = picture_array(image, channels)
-        return to_tensor(array, channels)
+        return _picture_of_bytes(image, content, channels, enough, limits)
+
+
+def _numbers_of_picture(content: bytes, channels: int, enough: float | None, limits: Limits) -> np.ndarray:
+    """(H, W, C) of what Pillow opens, of 8 bits unless it has more."""
+    with open_picture(content, limits) as image:
+        if is_deep(image, content):
+            return deep_numbers(image, content, channels, limits)
+        return _picture_of_bytes(image, content, channels, enough, limits).permute(1, 2, 0).numpy()
+
+
+def _picture_of_bytes(
+    image: Image.Image, content: bytes, channels: int, enough: float | None, limits: Limits
+) -> Tensor:
+    if image.format in ("JPEG", "MPO"):  # MPO: a camera's JPEG with a preview after it
+        require_coefficients(image, channels, limits)
+        reduced = enough is not None and reduce_jpeg(image, enough)
+        if not reduced and (pixels := plain_jpeg(image, content, channels)) is not None:
+            return pixels
+    array = directly(image, content, channels, limits)
+    if array is None:
+        require_pillows_memory(image, content, channels, limits)
+        array = picture_array(image, channels)
+    return to_tensor(array, channels)
 
 
 def reduce_jpeg(image: Image.Image, enough: float) -> bool:

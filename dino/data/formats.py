@@ -22,6 +22,7 @@ FORMATS = (
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
 MOST_SCANS = 100  # of a JPEG; each takes as long as decoding it once, and cameras write about ten
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+BYTES = 4  # of memory that decoding may take for each pixel that data.max_pixels allows
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT")
 
 
@@ -73,6 +74,19 @@ def require_pixels(width: int, height: int, limits: Limits) -> None:
         )
 
 
+def require_memory(needed: int, width: int, height: int, what: str, limits: Limits) -> None:
+    """Raise `UnreadableImage` for an image that takes more bytes to decode, beside its file, than allowed.
+
+    Args:
+        what: the image's mode and format, for the message.
+    """
+    if needed > BYTES * limits.pixels:
+        raise UnreadableImage(
+            f"{width:,}×{height:,} pixels of {what} take {needed:,} bytes to decode, and "
+            f"data.max_pixels={limits.pixels:,} allows {BYTES} for each: make it smaller, or raise that"
+        )
+
+
 @cache
 def _formats() -> list[str]:
     """Those that this Pillow was built with."""
@@ -104,4 +118,6 @@ def reason_of(error: Exception) -> str:
         return "it is no image of a format that Pillow reads"
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
+    if isinstance(error, RecursionError):
+        return "it has parts inside one another without end"
     return " ".join(str(error).split()) or type(error).__name__

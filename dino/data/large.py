@@ -9,10 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png, decode_webp
 
-from dino.data.formats import Limits, UnreadableImage
+from dino.data.formats import BYTES, Limits, UnreadableImage, require_memory
 from dino.data.picture import orientation_of, require_one_frame, write_opaque
 
-BYTES = 4  # of memory for each pixel that data.max_pixels allows
 # Bytes a pixel that Pillow holds of a picture at most, measured: by format, or else by mode.
 OF_FORMAT = {"WEBP": 16, "JPEG2000": 19, "AVIF": 9}
 OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
@@ -27,7 +26,7 @@ IN_PYTHON = {"qoi", "ppm", "ppm_plain", "bmp_rle", "dds_rgb"}  # Pillow's decode
 MOST_IN_PYTHON = 5_000_000
 
 
-def require_memory(image: Image.Image, content: bytes, channels: int, limits: Limits) -> None:
+def require_pillows_memory(image: Image.Image, content: bytes, channels: int, limits: Limits) -> None:
     """Raise `UnreadableImage` for an opened picture that takes Pillow more memory, or far more time, than allowed."""
     pixels = image.width * image.height
     decoders = {tile[0] for tile in getattr(image, "tile", ())}
@@ -45,11 +44,7 @@ def require_coefficients(image: Image.Image, channels: int, limits: Limits) -> N
 
 
 def _require(needed: int, image: Image.Image, limits: Limits) -> None:
-    if needed > BYTES * limits.pixels:
-        raise UnreadableImage(
-            f"{image.width:,}×{image.height:,} pixels of {image.mode} as {image.format} take {needed:,} bytes to "
-            f"decode, and data.max_pixels={limits.pixels:,} allows {BYTES} for each: make it smaller, or raise that"
-        )
+    require_memory(needed, image.width, image.height, f"{image.mode} as {image.format}", limits)
 
 
 def _bytes_per_pixel(image: Image.Image, content: bytes, channels: int) -> int:

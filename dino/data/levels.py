@@ -3,6 +3,7 @@
 What is done to pixels (crops, colours, normalisation) thus knows of one range, whatever the files hold.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from dino.data.formats import UnreadableImage
 
+STRIP = 1 << 18  # numbers that are converted at a time, so that what is made on the way is small
 TOP = {"8": 255.0, "16": 65535.0}  # the number that becomes level 255 where no range is given
 
 
@@ -36,6 +38,18 @@ class Levels(NamedTuple):
 
         NaN and infinite numbers are no data: they become level 0; where there is no other number, there is no image.
         """
+        levels = np.empty(numbers.shape, np.uint8 if self.bits == "8" else np.float32)
+        rows = max(1, STRIP // max(1, math.prod(numbers.shape[1:])))
+        is_any = False
+        for top in range(0, len(numbers), rows):
+            part = numbers[top : top + rows]
+            is_any = is_any or bool(np.isfinite(part).any())
+            levels[top : top + rows] = self._of(part)
+        if not is_any and self.range is not None and numbers.size:
+            raise UnreadableImage("it holds no number but NaN and infinite ones")
+        return levels
+
+    def _of(self, numbers: np.ndarray) -> np.ndarray:
         if self.bits != "float":
             numbers = as_16_bits(numbers)
             if self.bits == "8":
@@ -44,8 +58,6 @@ class Levels(NamedTuple):
         if self.range is None and self.bits == "float":
             return values
         low, high = self.range or (0.0, TOP["16"])
-        if not np.isfinite(values).any():
-            raise UnreadableImage("it holds no number but NaN and infinite ones")
         levels = (values - np.float32(low)) * np.float32(255.0 / (high - low))
         return np.nan_to_num(levels, nan=0.0, posinf=0.0, neginf=0.0).clip(0, 255)
 

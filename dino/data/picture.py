@@ -54,14 +54,19 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, C) turned and mirrored as EXIF's orientation says where its rows and columns lie."""
+    """(H, W, C) turned and mirrored as EXIF's orientation says where its rows and columns lie, pixel by pixel."""
+    return np.ascontiguousarray(turned(array, orientation))
+
+
+def turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    """As `upright`, a view."""
     if orientation in (5, 6, 7, 8):
         array = array.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         array = array[::-1]
     if orientation in (2, 3, 6, 7):
         array = array[:, ::-1]
-    return np.ascontiguousarray(array)
+    return array
 
 
 def background_of(picture: Image.Image | np.ndarray, mode: str) -> int:
