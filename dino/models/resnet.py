@@ -8,6 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from dino.config.schema import Config, ModelConfig
+from dino.errors import UserError
 from dino.models.backbone import Backbone, Family
 
 CONSTRUCTORS = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
@@ -85,4 +86,6 @@ class ResNetFamily(Family):
         if "conv1.weight" not in tensors or "layer1.0.conv1.weight" not in tensors:
             return None
         arch = "resnet50" if "layer1.0.conv3.weight" in tensors else "resnet18"
+        if tensors["conv1.weight"].ndim != 4:
+            raise UserError(f"{source}: conv1.weight has {tensors['conv1.weight'].ndim} dimensions, not 4")
         return ResNetSpec(arch, tensors["conv1.weight"].shape[1])

@@ -7,10 +7,13 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +26,9 @@ from dino.config.read import read
 from dino.config.schema import Config
 from dino.data import open_images, read_or_reason
 from dino.errors import UserError
+from dino.evaluation.features import Features
 from dino.evaluation.features import _read as read_features
+from dino.evaluation.features import _seal as seal_of
 from dino.methods import METHODS
 from dino.models import ViTSpec, load_backbone
 from dino.models.registry import build
@@ -32,6 +37,7 @@ from dino.models.weights import describe
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI", "QOI", "DDS")
 PREPROCESSING = {"image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+KEY = "weights and images"
 CONFIG = b"""data: {root: images, channels: 3, cache: none}
 views:
   global_scale: [0.4, 1.0]
@@ -44,6 +50,17 @@ train:
   phases: [{begin: 0.5, global_size: 96, local_size: 48}]
 tracking: {name: "${oc.env:HOME} \\u00e9", backends: []}
 """
+
+
+ARGUMENTS = {"num_heads": 1, "embed_dim": 64, "position_interpolation": "offset", "resize": 18, **PREPROCESSING}
+HUGGING_FACE = {"hidden_act": "gelu", "num_attention_heads": 1, "architectures": ["Dinov2Model"], "image_size": 16}
+PROCESSOR = {"size": {"shortest_edge": 18}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}
+PROCESSOR |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+TIMM = {
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {"num_heads": 1},
+    "pretrained_cfg": {"input_size": [3, 16, 16], "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3},
+}
 
 
 class Target(NamedTuple):
@@ -104,11 +121,38 @@ def archive(compression: int) -> bytes:
     return buffer.getvalue()
 
 
+def shard() -> bytes:
+    """A tar archive as WebDataset has it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as file:
+        for key, label in (("000", b"cat"), ("é" * 60, b"dog")):  # the second of a name that takes headers of its own
+            for ending, content in (("png", encoded("PNG")), ("cls", label), ("json", b'{"caption": "a b", "n": 1}')):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def parquet_list() -> bytes:
+    buffer = io.BytesIO()
+    table = pa.table({"path": ["a.png", "b.png"], "label": ["cat", "dog"], "weight": [1.0, 0.5], "tags": [["x"], None]})
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def parquet_images() -> bytes:
+    buffer = io.BytesIO()
+    image = [{"bytes": encoded("PNG"), "path": "a.png"}, {"bytes": encoded("JPEG"), "path": None}]
+    info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": image, "label": [0, 1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), buffer, row_group_size=1)
+    return buffer.getvalue()
+
+
 def features() -> bytes:
     buffer = io.BytesIO()
-    np.savez(
-        buffer, blocks=np.zeros((2, 1, 4), np.float32), patch_means=np.zeros((2, 4), np.float32), rows=np.arange(2)
-    )
+    entry = Features(np.zeros((2, 1, 4), np.float32), np.zeros((2, 4), np.float32), np.arange(2))
+    np.savez(buffer, **entry._asdict(), seal=seal_of(entry, KEY))
     return buffer.getvalue()
 
 
@@ -120,13 +164,42 @@ def read_all(file: Path) -> None:
         read_or_reason(pool, index)
 
 
+def read_cached(file: Path) -> None:
+    read_features(file, KEY)
+
+
 def read_image(file: Path) -> None:
     read_all(file.parent)
+
+
+def read_shard(file: Path) -> None:
+    """What is in it is looked up anew each time."""
+    with mock.patch.dict(os.environ, DINO_CACHE=str(file.parent / "cache")):
+        read_all(file)
+
+
+def read_columns(file: Path) -> None:
+    """A list's images, and all that it says of them."""
+    pool = open_images(file)
+    for name in pool.source.columns():
+        with contextlib.suppress(UserError):
+            pool.column(name)
+    read_all(file)
+
+
+def read_facts(file: Path) -> None:
+    """Weights of another project's, beside which facts lie."""
+    weights = file.with_name("model.safetensors")
+    weights.write_bytes(FOREIGN)
+    load_backbone(weights)
 
 
 def read_config(file: Path) -> None:
     assert METHODS  # settings are those of a method
     read(Config, str(file), [])
+
+
+FOREIGN = weights()[1]
 
 
 def targets() -> dict[str, Target]:
@@ -145,7 +218,18 @@ def targets() -> dict[str, Target]:
         "torch.save": Target("x.pth", [plain, checkpoint], load_backbone),
         "manifests": Target("manifest.parquet", [manifest()], read_all),
         "archives": Target("x.zip", archives, read_all),
-        "caches": Target("x.npz", [features()], read_features),
+        "shards": Target("x.tar", [shard()], read_shard),
+        "Parquet images": Target("x.parquet", [parquet_images()], read_columns),
+        "Parquet lists": Target("x.parquet", [parquet_list()], read_columns),
+        "CSV lists": Target("x.csv", [b'path,label,weight\na.png,cat,1\n"b.png",dog,0.5\n'], read_columns),
+        "TSV lists": Target("x.tsv", ["image\tclass\ta b\na.png\té\t1\nb.png\tdog\t\n".encode()], read_columns),
+        "text lists": Target("x.txt", [b"a.png\nb.png\n", b"cat/a.png\r\ndog/b.png"], read_columns),
+        "arguments": Target("arguments.json", [json.dumps(ARGUMENTS).encode()], read_facts),
+        "config.json": Target(
+            "config.json", [json.dumps(facts).encode() for facts in (HUGGING_FACE, TIMM)], read_facts
+        ),
+        "processors": Target("preprocessor_config.json", [json.dumps(PROCESSOR).encode()], read_facts),
+        "caches": Target("x.npz", [features()], read_cached),
     }
 
 

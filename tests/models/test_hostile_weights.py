@@ -3,6 +3,8 @@
 import copy
 import json
 import logging
+import os
+import re
 import time
 import tracemalloc
 import zipfile
@@ -98,6 +100,16 @@ CLAIMS: dict[str, tuple[Callable[[], Any], str]] = {
     "no patch": (changed("patch_embed.proj.weight", lambda t: t[..., :0, :0]), "describes no backbone|does not fit"),
 }
 SHARED = torch.zeros(2**18)
+CLAIMS |= {
+    "a name that steers the terminal": (lambda: {"\x1b[31m\n": torch.ones(1)}, r"begins with \\x1b\[31m\\n\)$"),
+    "a name without end": (lambda: published_vit(DINO) | {"x" * 9999: torch.ones(1)}, f"unexpected: {'x' * 100}$"),
+    "numbers without shape": (lambda: dict.fromkeys(published_vit(DINO), torch.tensor(1.0)), "shapes of no known"),
+    "a ResNet without shape": (
+        lambda: dict.fromkeys(("conv1.weight", "layer1.0.conv1.weight"), torch.tensor(1.0)),
+        "0 dimensions, not 4",
+    ),
+    "more tensors than any network": (lambda: {f"{i}": torch.ones(1) for i in range(20_001)}, r"20,0\d\d tensors"),
+}
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -147,7 +159,9 @@ DESCRIPTIONS = {
     "image_size": [0, 10**9, "x", None],
     "mean": [[], [0.5], ["a"] * 3, [float("inf")] * 3, 3, [[1]] * 3],
     "std": [[0.0] * 3, [-1] * 3, [0.5, 0.5], None],
-    "training": [3, "x"],
+    "training": [3, "x", {"seed": "x"}, {"seed": -1}, {"seed": True}, {"initialisation": 3}],
+    "layout": [3, ["a"], "x" * 10**6],
+    "format": [2, "x", None],
 }
 
 
@@ -170,6 +184,42 @@ def test_a_description_that_is_none(text, tmp_path):
     save_file(build(DINO).state_dict(), tmp_path / "weights.safetensors", {METADATA_KEY: text})
     with pytest.raises(UserError, match="cannot be read as a backbone"):
         load_backbone(tmp_path / "weights.safetensors")
+
+
+TIMM = {"architecture": "vit_tiny_patch8", "pretrained_cfg": {"input_size": [3, 8, 8], "mean": [0], "std": [1]}}
+
+
+def in_safetensors(header: bytes, length: int | None = None) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header
+
+
+LARGE = json.dumps({f"{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(99_999)})
+HEADERS = {
+    "longer than the file": in_safetensors(b"{}", 1000),
+    "longer than any file": in_safetensors(b"{}", 2**63),
+    "of more tensors than any network": in_safetensors(LARGE.encode()),
+    "of endless depth": in_safetensors(b"[" * 10**6),
+    "of a terabyte": in_safetensors(b'{"a": {"dtype": "F32", "shape": [262144000], "data_offsets": [0, 1048576000]}}'),
+    "none": b"",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_that_cannot_be(header, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(HEADERS[header])
+    with pytest.raises(UserError, match=r"weights\.safetensors cannot be read as"):
+        load_backbone(file)
+
+
+@pytest.mark.parametrize(
+    "shard", ["", ".", "..", "../a", "/etc/passwd", "x" * 5000, "\x1b[31m\n", "a\0b", "none", "pipe"]
+)
+def test_an_index_that_leads_elsewhere(shard, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": shard}}))
+    with pytest.raises(UserError, match=r"index\.json: [^\n\x1b]{1,120} is no file beside it$"):
+        load_backbone(tmp_path)
 
 
 class TestHeads:
@@ -205,14 +255,35 @@ class TestHeads:
             ("config.json", {"architecture": "x", "pretrained_cfg": {"input_size": 3, "mean": [0], "std": [1]}}),
             ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": 0}),
             ("config.json", []),
+            ("arguments.json", {"num_heads": "\x1b[31m\n"}),
+            ("arguments.json", {"image_size": 8, "mean": [0.5] * 3, "std": [1e-310] * 3}),
+            ("config.json", {**TIMM, "pretrained_cfg": TIMM["pretrained_cfg"] | {"crop_pct": 1e-310}}),
         ],
         ids=str,
     )
     def test_facts_that_cannot_be(self, name, content, tmp_path):
         torch.save(published_vit(DINO), tmp_path / "model.pth")
         (tmp_path / name).write_text(json.dumps(content))
-        with pytest.raises(UserError, match=r"\.json"):
+        with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}.*\.json[^\n\x1b]*$"):
             load_backbone(tmp_path / "model.pth")
+
+    @pytest.mark.parametrize(
+        ("name", "key"),
+        [
+            *(("arguments.json", key) for key in ("embed_dim", "depth", "patch_size")),
+            *(("config.json", key) for key in ("hidden_size", "num_hidden_layers", "patch_size")),
+        ],
+    )
+    def test_facts_of_other_weights_are_told_from_those_of_these(self, name, key, tmp_path):
+        torch.save(published_vit(DINO), tmp_path / "model.pth")
+        size = {"depth": DINO.depth, "num_hidden_layers": DINO.depth, "patch_size": DINO.patch_size}.get(key, 128)
+        for value in (size, size + 1):
+            (tmp_path / name).write_text(json.dumps({"num_heads": 2, "num_attention_heads": 2, key: value}))
+            if value == size:
+                assert load_backbone(tmp_path / "model.pth").spec.num_heads == 2
+                continue
+            with pytest.raises(UserError, match=rf"{name} is of other weights: its {key} is"):
+                load_backbone(tmp_path / "model.pth", heads=2)
 
     def test_facts_beside_a_file(self, tmp_path, caplog):
         torch.save(published_vit(REGISTERS), tmp_path / "model.pth")

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,11 +13,27 @@ import torch
 from torch import Tensor
 
 from dino.errors import UserError
+from dino.files import shown
 from dino.models.backbone import Backbone, Spec
 from dino.models.registry import build
 
 FRACTIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST_TENSORS, LARGEST_HEADER = 20_000, 2**22  # of a file; bytes, of safetensors
 MOST = 10_000_000  # of any number in a description
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Up to three names for a message."""
+    first = list(islice(names, 4))
+    return f"{', '.join(shown(name[:100]) for name in first[:3])}{' …' if first[3:] else ''}"
+
+
+def require_small_header(file: Path) -> None:
+    """Raise `UserError` for a safetensors file that tells of more tensors, or more of them, than any network has."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if length > LARGEST_HEADER:
+        raise UserError(f"{file} cannot be read as weights: its header would be of {length:,} bytes")
 
 
 def require_packed(file: Path) -> None:
@@ -24,7 +41,10 @@ def require_packed(file: Path) -> None:
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
+        entries = archive.infolist()
+    if len(entries) > MOST_TENSORS:
+        raise UserError(f"{file} cannot be read as weights: no network has {len(entries):,} tensors")
+    unpacked = sum(entry.file_size for entry in entries)
     if unpacked > file.stat().st_size:
         raise UserError(f"{file} cannot be read as weights: it would unpack to {unpacked:,} bytes")
 
@@ -48,8 +68,7 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise `UserError` that names tensors with NaN or infinity."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        names = f"{', '.join(broken[:3])}{' …' if broken[3:] else ''}"
-        raise UserError(f"{source}: {len(broken)} tensor(s) hold NaN or infinity: {names}")
+        raise UserError(f"{source}: {len(broken)} tensor(s) hold NaN or infinity: {some_of(broken)}")
 
 
 def built(spec: Spec, tensors: Mapping[str, Tensor], source: str) -> Backbone:
@@ -87,7 +106,7 @@ def require_match(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
             shapes.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
     if missing or unexpected or shapes:
         problems = [
-            f"{len(names)} {what}: {', '.join(names[:3])}{' …' if names[3:] else ''}"
+            f"{len(names)} {what}: {some_of(names)}"
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
             if names
         ]

@@ -17,15 +17,18 @@ from safetensors import SafetensorError, safe_open
 
 from dino.data.levels import Levels
 from dino.errors import UserError
-from dino.files import read_json
+from dino.files import read_json, shown
 from dino.models.backbone import Backbone
 from dino.models.positions import Interpolation
 from dino.models.preprocess import Preprocess
 from dino.models.registry import family_named, family_of
-from dino.models.weights.check import is_of, typed
+from dino.models.weights.check import is_of, require_small_header, typed
 
-METADATA_KEY = "dino"
+METADATA_KEY, FORMAT = "dino", 1
+LEAST_CROP, LEAST_STD = 0.01, 1e-6
 LARGEST = 2**24  # bytes of a file of facts
+SIZES = {"hidden_size": "embed_dim", "num_hidden_layers": "depth", "embed_dim": "embed_dim", "depth": "depth"}
+SIZES |= {"patch_size": "patch_size"}
 TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 
 
@@ -36,11 +39,13 @@ class Facts(NamedTuple):
         heads: of each block's attention.
         interpolation: as `ViTSpec.position_interpolation`.
         preprocess: what its weights expect.
+        sizes: what tensors tell too (embed_dim, depth, patch_size), and whose words each is.
     """
 
     heads: int | None = None
     interpolation: Interpolation | None = None
     preprocess: Preprocess | None = None
+    sizes: tuple[tuple[str, int, str], ...] = ()
 
 
 def describe(
@@ -56,7 +61,7 @@ def describe(
     """
     family = family_of(backbone.spec)
     description = {
-        "format": 1,
+        "format": FORMAT,
         "family": family.name,
         "spec": family.describe(backbone.spec) | other,
         **preprocessing,
@@ -76,17 +81,34 @@ def description_in(file: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is no safetensors file, or says something impossible.
     """
+    require_small_header(file)
     try:
         with safe_open(file, framework="pt") as archive:
             text = (archive.metadata() or {}).get(METADATA_KEY)
         if text is None:
             return None
         description = json.loads(text)
-        if not isinstance(description, dict) or not isinstance(description.get("training", {}), dict):
-            raise ValueError("its description is no mapping")
+        _require_sound(description)
         return description
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as a backbone: {error}") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: too deep, or too large
+        raise UserError(f"{file} cannot be read as a backbone: {shown(str(error)[:300])}") from error
+
+
+def _require_sound(description: Any) -> None:
+    """Raise ValueError for what no version of this project has written, or only a later one."""
+    if not isinstance(description, dict) or not isinstance(training := description.get("training", {}), dict):
+        raise ValueError("its description is no mapping")
+    if description.get("format", FORMAT) != FORMAT:
+        raise ValueError("a later version of this program has written it")
+    seed = training.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed cannot be {str(seed)[:100]!r}")
+    for key, name in (
+        ("initialisation", training.get("initialisation", "")),
+        ("layout", description.get("layout", "")),
+    ):
+        if not is_of(str, name):
+            raise ValueError(f"{key} cannot be {str(name)[:100]!r}")
 
 
 def spec_of(description: Mapping[str, Any]) -> tuple[Any, Preprocess]:
@@ -111,19 +133,37 @@ def beside(file: Path) -> Facts:
     Raises:
         UserError: one of them cannot be read, or tells of a network that is not read.
     """
-    facts = _of_arguments(_read(file.with_name("arguments.json")), "arguments.json")
+    arguments, own_name = _read(file.with_name("arguments.json")), str(file.with_name("arguments.json"))
+    facts = _of_arguments(arguments, own_name)
     config, name = _read(file.with_name("config.json")), str(file.with_name("config.json"))
     processor = _read(file.with_name("preprocessor_config.json"))
     if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{name}: only networks with GELU are read, not {str(config['hidden_act'])[:100]}")
+        raise UserError(f"{name}: only networks with GELU are read, not {shown(str(config['hidden_act'])[:100])}")
     others = Facts(_heads(config.get("num_attention_heads"), name), preprocess=_of_processor(processor, name))
     if isinstance(config.get("architecture"), str):
         others = _of_timm(config, name)
+        config = config.get("model_args") or {}
     return Facts(
         facts.heads or others.heads,
         facts.interpolation or others.interpolation,
         facts.preprocess or others.preprocess,
+        (*_sizes(arguments, own_name), *_sizes(config, name)),
     )
+
+
+def require_sizes(facts: Facts, spec: Any) -> None:
+    """Raise `UserError` where what lies beside weights is of another network: its heads would be wrong, too."""
+    for key, value, source in facts.sizes:
+        size = getattr(spec, SIZES[key], value)
+        if value != size:
+            raise UserError(
+                f"{source} is of other weights: its {key} is {value:,}, that of the tensors beside it {size:,}; put "
+                "there what belongs to them, or nothing"
+            )
+
+
+def _sizes(facts: dict[str, Any], source: str) -> list[tuple[str, int, str]]:
+    return [(key, facts[key], source) for key in SIZES if type(facts.get(key)) is int]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -142,7 +182,7 @@ def _heads(value: Any, source: str) -> int | None:
     if value is None:
         return None
     if not is_of(int, value) or not 1 <= value <= 1024:
-        raise UserError(f"{source}: {str(value)[:100]} is no number of attention heads")
+        raise UserError(f"{source}: {shown(str(value)[:100])} is no number of attention heads")
     return value
 
 
@@ -171,6 +211,8 @@ def _of_timm(config: dict[str, Any], source: str) -> Facts:
         shape, part = trained["input_size"], trained.get("crop_pct", 1.0)
         if not isinstance(shape, list) or len(shape) != 3 or not is_of(int, shape[-1]) or not is_of(float, part):
             raise UserError(f"{source}: input_size is [channels, height, width], crop_pct a fraction")
+        if 0 < part < LEAST_CROP:
+            raise UserError(f"{source}: crop_pct cannot be {part}")
         resize = int(shape[-1] / part) if part else None  # as timm's evaluation has it
         preprocess = _told(source, shape[-1], trained["mean"], trained["std"], None if resize == shape[-1] else resize)
     return Facts(_heads(heads, source), "size", preprocess)
@@ -204,8 +246,8 @@ def _preprocess(image_size: Any, mean: Any, std: Any, resize: Any) -> Preprocess
         is_list = isinstance(values, list | tuple) and 1 <= len(values) <= 1024
         if not is_list or not all(is_of(float, abs(v) if type(v) in (int, float) else v) for v in values):
             raise ValueError(f"{name} cannot be {str(values)[:100]!r}")
-    if len(mean) != len(std) or min(std) <= 0:
-        raise ValueError("std has a value above 0 for each of mean's")
+    if len(mean) != len(std) or min(std) < LEAST_STD:
+        raise ValueError(f"std has a value of at least {LEAST_STD} for each of mean's")
     return Preprocess(image_size, list(mean), list(std), resize)
 
 

@@ -6,6 +6,7 @@ in the names.
 """
 
 import argparse
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from dino.errors import UserError
 from dino.files import read_json, require_regular, shown
 from dino.models.registry import FAMILIES
 from dino.models.weights import names
-from dino.models.weights.check import require_packed, require_sound
+from dino.models.weights.check import require_packed, require_small_header, require_sound, some_of
 
 WRAPPERS = re.compile(
     r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|backbone\.|dinov2\.|dinov2_with_registers\.|vit\.)"
@@ -72,6 +73,13 @@ def read(file: Path, network: str = "teacher") -> Contents:
     stripped = {_strip(name): tensor for name, tensor in flat.items()}
     if len(stripped) < len(flat):
         raise UserError(f"{file} holds tensors twice, with and without prefixes such as module.")
+    try:
+        return _under_known_names(stripped)
+    except (IndexError, RuntimeError) as error:  # of tensors that are put together, or taken apart
+        raise UserError(f"{file} cannot be read as weights: its tensors have shapes of no known layout") from error
+
+
+def _under_known_names(stripped: Mapping[str, Tensor]) -> Contents:
     heads = {name: tensor for name, tensor in stripped.items() if name.startswith(HEADS)}
     tensors = {name: tensor for name, tensor in stripped.items() if name not in heads}
     if "embeddings.patch_embeddings.projection.weight" in tensors:
@@ -113,7 +121,7 @@ def infer_spec(contents: Contents, num_heads: int | None, source: str) -> Any:
         if spec is not None:
             return spec
     titles = " or ".join(family.title for family in FAMILIES)
-    first = ", ".join(list(contents.tensors)[:3]) or "nothing"
+    first = some_of(contents.tensors) or "nothing"
     raise UserError(f"{source} holds no {titles} of a known layout (it begins with {first})")
 
 
@@ -123,6 +131,7 @@ def _open(file: Path) -> Any:
     try:
         require_regular(file)
         if file.suffix == ".safetensors":
+            require_small_header(file)
             return load_file(file)
         with file.open("rb") as opened:
             if opened.read(1) not in (b"P", b"\x80"):  # a zip archive, or a pickle of protocol 2 and later
@@ -154,14 +163,15 @@ def _open_shards(index: Path) -> dict[str, Tensor]:
         raise UserError(f"{index} cannot be read: it says nowhere in which file tensors are (weight_map)")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard or shard.endswith(INDEX):
-            raise UserError(f"{index}: {shown(shard)} is no file beside it")
+        # Not by is_file: names may be of any length and letters.
+        if os.path.basename(shard) != shard or shard.endswith(INDEX) or not os.path.isfile(index.parent / shard):
+            raise UserError(f"{index}: {shown(shard[:100]) or 'a name without letters'} is no file beside it")
         held = _open(index.with_name(shard))
         if not isinstance(held, Mapping):
             raise UserError(f"{index.with_name(shard)} holds no mapping of names to tensors")
         tensors |= {name: held[name] for name, place in places.items() if place == shard and name in held}
     if missing := sorted(places.keys() - tensors.keys()):
-        raise UserError(f"{index}: {len(missing)} tensor(s) are not in their file: {', '.join(missing[:3])}")
+        raise UserError(f"{index}: {len(missing)} tensor(s) are not in their file: {some_of(missing)}")
     return tensors
 
 
@@ -180,12 +190,13 @@ def _flatten(content: Any, network: str, file: Path) -> dict[str, Tensor]:
         content = content[entry]
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds no mapping of names to tensors")
-    flat = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    # Names stand in messages: a terminal is not steered by them.
+    flat = {shown(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
     prefix = f"{network}."
     if named := {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}:
         return named
     if not flat or (network == "student" and network not in path):
-        some = ", ".join(map(str, list(content)[:5]))
+        some = some_of(map(str, list(content)[:5]))
         raise UserError(f"{file} holds no weights of a {network}: its entries are {some or 'none'}")
     return flat
 

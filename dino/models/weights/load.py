@@ -22,7 +22,7 @@ from dino.models.vit import ViTSpec
 from dino.models.weights import layouts
 from dino.models.weights.check import built, require_match
 from dino.models.weights.download import fetch
-from dino.models.weights.facts import Facts, beside, describe, description_in, spec_of
+from dino.models.weights.facts import Facts, beside, describe, description_in, require_sizes, spec_of
 from dino.models.weights.released import PREPROCESS, RELEASED, Released
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -156,6 +156,7 @@ def _load_foreign(file: Path, network: str, facts: Facts) -> Backbone:
     """Weights of another project, of which as much is known as is told."""
     content = layouts.read(file, network)
     spec, assumed = layouts.infer_spec(content, facts.heads, str(file)), []
+    require_sizes(facts, spec)
     if facts.interpolation is not None and isinstance(spec, ViTSpec):
         spec = replace(spec, position_interpolation=facts.interpolation)
     elif isinstance(spec, ViTSpec):
