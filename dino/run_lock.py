@@ -30,7 +30,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the folder, which the message names with its machine; or it cannot be written.
     """
-    file = folder / LOCK
+    file, made = folder / LOCK, [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,6 +48,15 @@ def held(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # the folder may be gone by then
             file.unlink()
         os.close(descriptor)
+        with suppress(OSError):  # what was made for a run that wrote nothing
+            for path in made:
+                path.rmdir()
+
+
+def require_free(folder: Path) -> None:
+    """Raise a `UserError` if another process holds the folder; nothing is written."""
+    if is_held(folder):
+        raise _in_use(folder / LOCK)
 
 
 def is_held(folder: Path) -> bool:
@@ -68,13 +77,8 @@ def _locked(file: Path) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         if not _lock(descriptor):
-            holder = _holder(file)
             os.close(descriptor)
-            raise UserError(
-                f"{file.parent} is in use by process {holder.get('process', '?')} on {holder.get('host', '?')}: wait "
-                "for its end, stop it, or name another run.dir",
-                alone=True,
-            )
+            raise _in_use(file)
         # Whoever held it may just have removed it: then this is no longer the file that others look at.
         if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
             return descriptor
@@ -92,6 +96,15 @@ def _lock(descriptor: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _in_use(file: Path) -> UserError:
+    holder = _holder(file)
+    return UserError(
+        f"{file.parent} is in use by process {holder.get('process', '?')} on {holder.get('host', '?')}: wait for its "
+        "end, stop it, or name another run.dir",
+        alone=True,
+    )
 
 
 def _holder(file: Path) -> dict[str, Any]:

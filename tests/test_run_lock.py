@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import dino
 from dino.errors import UserError
 from dino.run_lock import held
 
@@ -39,7 +40,7 @@ def test_the_second_is_refused_by_the_first_ones_number_until_it_ends(other, tmp
     other.communicate("\n")
     with held(tmp_path / "run"):
         assert (tmp_path / "run" / ".running").exists()
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run" / ".running").exists()
 
 
 def test_a_killed_one_leaves_no_lock(other, tmp_path):
@@ -70,6 +71,26 @@ def test_whatever_is_written_there_the_lock_alone_decides(other, tmp_path, conte
     (tmp_path / "run" / ".running").write_text(content)
     with pytest.raises(UserError, match="in use by process"):
         held(tmp_path / "run").__enter__()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_run_is_refused_before_it_reads_what_the_other_one_writes(other, fresh_accelerate, tmp_path, dry_run):
+    """A checkpoint that goes while it is read looks damaged; one that comes afterwards would be removed."""
+    (tmp_path / "run" / "config.yaml").write_text("half a conf")
+    with pytest.raises(UserError, match=f"in use by process {other.pid}"):
+        dino.train(run=tmp_path / "run", dry_run=dry_run, **{"data.kind": "digits"})
+    other.communicate("\n")
+    with pytest.raises(UserError, match=r"config\.yaml must hold"):
+        dino.train(run=tmp_path / "run", dry_run=dry_run, **{"data.kind": "digits"})
+
+
+def test_a_folder_in_which_nothing_was_written_is_gone_again(tmp_path):
+    with held(tmp_path / "deep" / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with held(tmp_path / "deep" / "run"):
+        (tmp_path / "deep" / "run" / "config.yaml").touch()
+    assert [path.name for path in (tmp_path / "deep" / "run").iterdir()] == ["config.yaml"]
 
 
 def test_an_error_gives_it_back(tmp_path):

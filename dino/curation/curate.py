@@ -1,5 +1,6 @@
 """Curate a pool of images, from Python or from the command line."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from dino.models import Backbone, load_backbone
 from dino.report import curation as page
 from dino.report import page as report_page
 from dino.report.page import Picture
+from dino.run_lock import LOCK, held
 from dino.tracking import Table, Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
@@ -91,10 +93,18 @@ def curate_by(config: CurateConfig, report_only: bool = False) -> Curation:
     )
     directory = Path(config.run.dir)
     refuse_other_directories(directory, config)
+    with held(directory) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        return _curate_in(directory, config, accelerator, backbone, images, report_only)
+
+
+def _curate_in(
+    directory: Path, config: CurateConfig, accelerator: Accelerator, backbone: Backbone, images: Pool, report_only: bool
+) -> Curation:
+    """The curation of `curate_by`, in a directory that no other process writes to."""
     threads = config.run.cpu_threads
     torch.set_num_threads(cores() if threads == "auto" else int(threads))
     if accelerator.is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
         for remains in directory.glob(".*.partial"):  # of a call that was killed
             remains.unlink()
         write_text(directory / "config.yaml", configuration.dump(config))
@@ -188,7 +198,7 @@ def refuse_other_directories(directory: Path, config: CurateConfig) -> None:
         return
     if not directory.is_dir():
         raise UserError(f"run.dir={directory} is a file: name a directory")
-    if any(directory.iterdir()):
+    if any(path.name != LOCK for path in directory.iterdir()):
         try:
             configuration.read(CurateConfig, str(directory / "config.yaml"), [])
         except UserError as error:

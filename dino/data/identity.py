@@ -41,7 +41,7 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """
     differing = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     if ("names" if "names" in before else "images") in differing:
-        return "files were added, removed or renamed"
+        return "files were added, removed or renamed, or roots come in another order"
     if "sizes" in differing:
         return "files of the same names have other sizes"
     return "files of the same names have other content" if "content" in differing else ""

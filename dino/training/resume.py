@@ -1,5 +1,6 @@
 """Going on where a run stopped, and the refusal to mix two runs in one place."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -52,8 +53,6 @@ def earlier_config(directory: RunDirectory, resume: str) -> Config | None:
         UserError: the directory holds something else, or a run while `train.resume=never`.
     """
     path = directory.path
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run.dir={path} is a file: name another directory")
     if not path.exists() or not any(_is_somebodys(entry, directory) for entry in path.iterdir()):
         return None
     if not directory.config.exists():
@@ -68,13 +67,15 @@ def earlier_config(directory: RunDirectory, resume: str) -> Config | None:
 
 def _is_somebodys(path: Path, directory: RunDirectory) -> bool:
     """Whether it is more than what a run leaves that is killed before it has written its config."""
-    if path.name.endswith(".partial"):
+    if path.name.endswith(".partial") or path.name == LOCK:
         return False
     return path != directory.checkpoints or any(path.iterdir())
 
 
 def refuse_what_is_in_the_way(directory: RunDirectory) -> None:
     """Raise a `UserError` if the run could not write one of its files: now, not when it comes to write it."""
+    if directory.path.exists() and not directory.path.is_dir():
+        raise UserError(f"run.dir={directory.path} is a file: name another directory")
     for name in (*FOLDERS, *FILES):
         path = directory.path / name
         if problem := in_the_way(path, is_folder=name in FOLDERS):
@@ -181,6 +182,32 @@ def prepare(directory: RunDirectory, config: Config, step: int) -> None:
             write_text(directory.metrics, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise UserError(f"run.dir={directory.path} cannot be written: {error.strerror or error}") from error
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What must not change while a run goes on, for its checkpoints: JSON values by key."""
+    plain = dataclasses.asdict(config)
+    keys = [key for key in leaves(config) if _must_agree(key, has_checkpoint=True)]
+    return {key: plain[key.split(".")[0]][key.split(".")[1]] for key in keys}
+
+
+def refuse_edited_config(directory: RunDirectory, config: Config, state: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise a `UserError` if the run's own checkpoint was made with other settings: its config.yaml was edited since.
+
+    What is `auto` in a command is taken from there, so that the change would go unnoticed.
+    """
+    if checkpoint.resolve().parent != directory.checkpoints.resolve():
+        return  # another run's, with which this one begins
+    before, now = state.get("settings", {}), settings_of(config)  # earlier versions wrote none
+    changes = [
+        f"{key}: {before[key]} there, {now[key]} now" for key in before.keys() & now.keys() if before[key] != now[key]
+    ]
+    if changes:
+        listed = "\n  ".join(sorted(changes))
+        raise UserError(
+            f"{directory.config} was edited since {checkpoint} was made:\n  {listed}\n"
+            f"Restore it; or name another run.dir and go on from there with train.resume={checkpoint}"
+        )
 
 
 def refuse_other_images(before: Mapping[str, Any], now: Mapping[str, str], checkpoint: Path) -> None:

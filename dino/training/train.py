@@ -4,6 +4,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from dino.config.auto import keep_resolved, resolve
 from dino.config.read import follow
 from dino.config.schema import Config
@@ -12,7 +14,7 @@ from dino.data.sources.several import as_root
 from dino.methods import METHODS
 from dino.models import Backbone, load_backbone
 from dino.run import RunDirectory
-from dino.run_lock import held
+from dino.run_lock import held, require_free
 from dino.training import launch, resume
 from dino.training.initial import follow_weights
 from dino.training.pool_facts import measured
@@ -108,8 +110,21 @@ def run_training(config: Config, data_set: Any = None, transform: Any = None, dr
     accelerator = launch.start(config)
     config.train.precision = launch.precision_of(accelerator)
     directory = RunDirectory(config.run.dir)
-    earlier = resume.earlier_config(directory, config.train.resume)
     resume.refuse_what_is_in_the_way(directory)
+    if dry_run:
+        require_free(directory.path)
+    # From the first look on: what another process changes in the directory meanwhile would be taken back.
+    writes = accelerator.is_main_process and not dry_run
+    with held(directory.path) if writes else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        return _run_in(directory, config, accelerator, data_set, transform, dry_run)
+
+
+def _run_in(
+    directory: RunDirectory, config: Config, accelerator: Accelerator, data_set: Any, transform: Any, dry_run: bool
+) -> Run:
+    """The run of `run_training`, in a directory that no other process writes to."""
+    earlier = resume.earlier_config(directory, config.train.resume)
     checkpoint = resume.starting_point(directory, config.train.resume)
 
     # Weights to start from and to learn from, data, and the settings that depend on them.
@@ -141,7 +156,6 @@ def run_training(config: Config, data_set: Any = None, transform: Any = None, dr
     if dry_run:
         trainer.rehearse(start)
     else:
-        with held(directory.path) if accelerator.is_main_process else contextlib.nullcontext():
-            stop = trainer.run(start, is_continued=initial is not None)
+        stop = trainer.run(start, is_continued=initial is not None)
         accelerator.print(stop.farewell(directory.path))
     return Run(directory.path)

@@ -66,7 +66,8 @@ class Trainer:
         # Of their files too only where facts are written and compared: looking at a million takes its time.
         is_main, with_content = accelerator.is_main_process, config.data.verify == "content"
         self.images_facts = image_facts(images, with_content) if is_main else {"images": fingerprint(images)}
-        self.facts = {**self.images_facts, **self.method.checkpoint_facts()}
+        settings = {"settings": resume.settings_of(config)}
+        self.facts = {**self.images_facts, **self.method.checkpoint_facts(), **settings}
         self.schedules = optimizer_schedules(config)
         normalise = Normalise(config.views.mean or (), config.views.std or ()).to(accelerator.device)
         prepared = launch.prepare(accelerator, self.method, self.optimizer)
@@ -82,8 +83,11 @@ class Trainer:
         if checkpoint is None:
             return 0
         state = self.checkpoints.load(checkpoint)
+        resume.refuse_edited_config(self.directory, self.config, state, checkpoint)
         resume.refuse_other_images(state, self.images_facts, checkpoint)
         self.facts["images"] = state.get("images", self.facts["images"])  # as they were called, wherever they lie now
+        if "content" in state:  # not lost where a start in between does not look
+            self.facts.setdefault("content", state["content"])
         self.method.check_state(state, checkpoint)
         self.health.measured = state.get("measured", state["step"])  # earlier versions wrote neither
         self.health.views = state.get("views", 0)

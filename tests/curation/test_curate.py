@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import dino
+from dino import run_lock
 from dino.curation import embed
 from dino.curation.stage import Stage
 from dino.data.manifest import write_manifest
@@ -249,6 +250,12 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"clusters.counts=\[12, 3\] of 1 points"):
             curate(tmp_path / "pool")
         assert curate(tmp_path / "pool", **{"clusters.counts": []}).kept == 1
+
+    def test_another_curation_is_waited_for(self, curate, tmp_path, monkeypatch):
+        monkeypatch.setattr(run_lock, "_lock", lambda descriptor: False)
+        with pytest.raises(UserError, match="is in use by process"):
+            curate(run=tmp_path / "run")
+        assert not (tmp_path / "run" / "config.yaml").exists()
 
     def test_another_folder_is_left_alone(self, curate, tmp_path):
         """Also one of a pre-training, whose settings are others."""

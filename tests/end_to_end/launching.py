@@ -74,7 +74,7 @@ class Running:
             return holds() or self.poll() is not None
 
         wait_for(holds_or_ended, self.errors)
-        assert self.poll() is None, f"the run ended too early, {self.returncode}: {self.errors.read_text()}"
+        assert self.poll() is None, f"the run ended too early, {self.poll()}: {self.errors.read_text()}"
 
     def end(self, number: signal.Signals, everybody: bool = False) -> int:
         """Send a signal, to the process or to its whole group, and wait for the exit code."""

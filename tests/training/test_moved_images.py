@@ -115,6 +115,15 @@ def test_a_run_goes_on_with_an_archive_of_its_folder_bit_for_bit(train, folder, 
     assert (config.data.root, config.data.kind) == (str(archive), "zip"), "its report finds them"
 
 
+def test_a_start_that_does_not_compare_content_keeps_its_digest_for_the_next(train, folder):
+    train("run", folder, 2, **{"data.verify": "content"})
+    run = train("run", folder, 4)
+    repainted(folder)
+    with pytest.raises(UserError, match=r"step-00000004 was made with .*other content"):
+        train("run", folder, 6, **{"data.verify": "content"})
+    assert len(list((run / "checkpoints").iterdir())) == 2
+
+
 def test_a_run_does_not_go_on_with_what_was_repainted_where_content_is_compared(train, folder):
     run = train("run", folder, 2, **{"data.verify": "content"})
     repainted(folder)

@@ -67,7 +67,7 @@ class TestEarlierRun:
         with pytest.raises(UserError, match="holds no run: name another directory"):
             resume.earlier_config(RunDirectory(tmp_path), "auto")
         with pytest.raises(UserError, match=r"thesis\.tex is a file: name another directory"):
-            resume.earlier_config(RunDirectory(tmp_path / "thesis.tex"), "auto")
+            resume.refuse_what_is_in_the_way(RunDirectory(tmp_path / "thesis.tex"))
 
     def test_a_damaged_config_is_told(self, directory):
         directory.config.write_text("train: {batch_size: [")
