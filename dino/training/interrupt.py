@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
+TOGETHER = 1.0  # seconds in which signals are one: launchers hand on what a terminal has sent to all processes
+GRACE = 10.0  # seconds that a run has to save after a second signal
 
 
 class Stop(IntEnum):
@@ -39,8 +41,9 @@ class Stop(IntEnum):
 class Interrupt:
     """Turns SIGTERM, SIGINT and SIGHUP, the end of the launcher, and the time limit into a request to stop
 
-    A signal is answered at once; the same one a second time ends the process, as without this class. Used as a context:
-    what handled the signals before does so again afterwards.
+    A signal is answered at once. A second one ends the process after ten seconds, if it has not saved and ended by
+    then; a third at once, as without this class. Used as a context: what handled the signals before does so again
+    afterwards.
 
     Attributes:
         step: that is being taken, from 1 on; the answer names it.
@@ -50,7 +53,8 @@ class Interrupt:
         self.accelerator = accelerator
         self.step = step
         self.deadline = None if time_limit is None else time.monotonic() + 60 * time_limit
-        self.signalled = False
+        self.signalled_at: float | None = None
+        self.end: threading.Timer | None = None
         # Accelerate's launcher does not hand a SIGTERM on; that it is gone shows in this process's parent.
         self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
@@ -64,16 +68,30 @@ class Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.end is not None:
+            self.end.cancel()
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
-        if self.accelerator.is_main_process:
+        now = time.monotonic()
+        if self.signalled_at is None:
+            self.signalled_at = now
             later = "" if self.accelerator.num_processes == 1 else " and those up to the next logged one"
-            text = f"\nfinishing step {self.step}{later}, then saving; the same again leaves without\n"
-            os.write(2, text.encode())  # not print: what it interrupts may be a print
+            self._answer(f"finishing step {self.step}{later}, then saving; once more: in {GRACE:.0f} s at most")
+        elif now - self.signalled_at >= TOGETHER:
+            for each in self.before:
+                signal.signal(each, signal.SIG_DFL)
+            self.end = threading.Timer(GRACE, os.kill, (os.getpid(), number))
+            self.end.daemon = True
+            self.end.start()
+            self._answer(
+                f"ending in {GRACE:.0f} s at most, with the step saved if it is done by then; once more: at once"
+            )
+
+    def _answer(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            os.write(2, f"\n{text}\n".encode())  # not print: what it interrupts may be a print
 
     def reason(self, too_many_unreadable: bool, synchronise: bool, is_gone: bool = False) -> Stop:
         """Why to stop now, if at all.
@@ -89,7 +107,7 @@ class Interrupt:
         mine = Stop.NO
         if self.deadline is not None and time.monotonic() > self.deadline:
             mine = Stop.TIME
-        if self.signalled or (self.launcher is not None and os.getppid() != self.launcher):
+        if self.signalled_at is not None or (self.launcher is not None and os.getppid() != self.launcher):
             mine = Stop.SIGNAL
         if too_many_unreadable:
             mine = Stop.UNREADABLE

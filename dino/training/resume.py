@@ -137,11 +137,15 @@ def starting_point(directory: RunDirectory, resume: str) -> Path | None:
     newest = checkpoints[-1] if checkpoints else None
     if resume in ("auto", "never"):
         return newest
-    path = Path(resume)
-    if newest is not None and path.resolve().parent != directory.checkpoints.resolve():
+    path = Path(resume).expanduser()
+    is_word = len(path.parts) == 1 and not path.exists()  # one that was misspelt
+    if newest is not None and not is_word and path.resolve().parent != directory.checkpoints.resolve():
         return newest  # an earlier start of this command went on from `path`
     if not (path / STATE).exists():
-        raise UserError(f"train.resume={resume} is no checkpoint: name a folder like RUN/checkpoints/step-00000500")
+        raise UserError(
+            f"train.resume={resume} is no checkpoint: name a folder like RUN/checkpoints/step-00000500, or auto, never "
+            f"or {NEWEST_WHOLE}"
+        )
     return path
 
 
@@ -192,7 +196,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def refuse_edited_config(directory: RunDirectory, config: Config, state: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise a `UserError` if the run's own checkpoint was made with other settings: its config.yaml was edited since.
+    """Raise a `UserError` if the run's own checkpoint was made with other settings than its config.yaml says.
 
     What is `auto` in a command is taken from there, so that the change would go unnoticed.
     """
@@ -205,8 +209,8 @@ def refuse_edited_config(directory: RunDirectory, config: Config, state: Mapping
     if changes:
         listed = "\n  ".join(sorted(changes))
         raise UserError(
-            f"{directory.config} was edited since {checkpoint} was made:\n  {listed}\n"
-            f"Restore it; or name another run.dir and go on from there with train.resume={checkpoint}"
+            f"{directory.config} was edited, or {checkpoint} is another run's, as it was made with other settings:\n"
+            f"  {listed}\nRestore them; or name another run.dir and go on from there with train.resume={checkpoint}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_a_signal_asks_and_does_not_kill(number, synchronise, capfd):
         assert interrupt.reason(False, synchronise) == Stop.SIGNAL
         assert interrupt.reason(False, synchronise) == Stop.SIGNAL
     assert signal.getsignal(number) == before
-    assert capfd.readouterr().err.count("finishing step 12, then saving; the same again leaves without") == 1
+    assert capfd.readouterr().err.count("finishing step 12, then saving; once more: in 10 s at most") == 1
 
 
 def test_what_is_ignored_stays_so():
@@ -60,16 +61,45 @@ def test_what_is_ignored_stays_so():
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_second_signal_ends_the_process(number):
+@pytest.mark.parametrize(
+    ("signals", "grace", "takes", "is_killed"),
+    [(2, 0.1, 60, True), (2, 60, 0.1, False), (3, 60, 60, True)],
+    ids=["a second one when its time is over", "a second one with time to save", "a third one at once"],
+)
+def test_more_signals_end_the_process(number, signals, grace, takes, is_killed, monkeypatch):
+    monkeypatch.setattr("dino.training.interrupt.TOGETHER", 0.0)
+    monkeypatch.setattr("dino.training.interrupt.GRACE", grace)
     child = os.fork()
     if child == 0:
         with Interrupt(Processes(), None):
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)
-            os._exit(0)  # not reached
+            for _ in range(signals):
+                os.kill(os.getpid(), number)
+            time.sleep(takes)  # of the step and its checkpoint
+        os._exit(17)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == number
+    assert os.waitstatus_to_exitcode(status) == (-number if is_killed else 17)
+
+
+def test_what_a_launcher_hands_on_at_once_is_no_second_signal():
+    """A terminal's Ctrl-C reaches all processes, and torchrun sends its own the same once more."""
+    with Interrupt(Processes(), None) as interrupt:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert interrupt.reason(False, synchronise=True) == Stop.SIGNAL
+        assert interrupt.end is None
+
+
+def test_a_run_that_ends_in_time_leaves_no_end_behind(monkeypatch):
+    """A notebook goes on after it."""
+    monkeypatch.setattr("dino.training.interrupt.TOGETHER", 0.0)
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt(Processes(), None) as interrupt:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.end.is_alive()
+    interrupt.end.join(5)
+    assert not interrupt.end.is_alive()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_time_limit_in_minutes_from_the_start(monkeypatch):

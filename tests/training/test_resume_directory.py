@@ -149,6 +149,14 @@ class TestStartingPoint:
         with pytest.raises(UserError, match=r"all checkpoints in .* are damaged: restore one"):
             resume.starting_point(directory, "newest_whole")
 
+    @pytest.mark.parametrize("word", ["nevr", "newest_hole", "Auto"])
+    def test_a_misspelt_word_is_no_path_of_an_earlier_start(self, directory, word):
+        self.checkpoint(directory.checkpoints, 5)
+        with pytest.raises(
+            UserError, match=rf"train\.resume={word} is no checkpoint: .* or auto, never or newest_whole"
+        ):
+            resume.starting_point(directory, word)
+
     @pytest.mark.parametrize("wrong", ["missing", "."])
     def test_a_path_that_is_no_checkpoint(self, directory, tmp_path, wrong):
         with pytest.raises(UserError, match=r"is no checkpoint: name a folder like"):
