@@ -87,11 +87,12 @@ def run(work: Callable[[], None]) -> None:
 
 def message_for(error: OSError) -> str:
     """What a user does about an error of the system; empty where it may as well be one of the program."""
+    name = error.filename2 or error.filename  # the second: where something was to be moved
     if error.errno in FULL:
         fix = "make room on the disk and start the same command again; what was saved before is whole"
-        return f"{error.filename or 'a file'} cannot be written ({error.strerror}): {fix}"
-    if error.filename is not None and error.errno in UNUSABLE:
-        return f"{error.filename} cannot be used ({error.strerror}): name another, or change what stands in its way"
+        return f"{name or 'a file'} cannot be written ({error.strerror}): {fix}"
+    if name is not None and error.errno in UNUSABLE:
+        return f"{name} cannot be used ({error.strerror}): name another, or change what stands in its way"
     return ""
 
 

@@ -178,8 +178,8 @@ def without_controls(text: str) -> str:
 def cache_directory() -> Path:
     """Where downloads are kept: DINO_CACHE, else ~/.cache/dino-pretrain (XDG_CACHE_HOME is honoured)."""
     if given := os.environ.get("DINO_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino-pretrain"
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dino-pretrain"
 
 
 def _to_disk(path: Path, access: int = os.O_RDWR) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dino.config.read import get, leaves, out_of_bounds, read, refuse
 from dino.config.schema import AUTO, Config
 from dino.errors import UserError
-from dino.files import append_text, read_json, read_text, write_text
+from dino.files import append_text, in_the_way, read_json, read_text, write_text
 from dino.seal import verified
 
 VERDICT = "health/verdict"  # the one metric that is text
@@ -105,6 +105,23 @@ class RunDirectory:
     def add_skipped(self, entries: dict[str, str]) -> None:
         """Append unreadable images, name to reason, to skipped.jsonl; any process may."""
         append_text(self.skipped, _skipped_lines(entries))
+
+
+def require_free_places(directory: Path, folders: Iterable[str], files: Iterable[str]) -> None:
+    """Raise a `UserError` where a run directory, or a place in it, is not free for what is going to be written there.
+
+    Args:
+        folders, files: that are going to be, by their paths in the directory.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"run.dir={directory} is a file: name another directory")
+    places = dict.fromkeys(("", *folders), True) | dict.fromkeys(files, False)
+    for name, is_folder in places.items():
+        if problem := in_the_way(directory / name, is_folder):
+            raise UserError(
+                f"{directory / name} is in the way of the run, which writes there ({problem}): change that, move it "
+                "elsewhere, or name another run.dir"
+            )
 
 
 def _json_lines(path: Path, is_right: Callable[[Any], bool], fix: str) -> list[dict[str, Any]]:

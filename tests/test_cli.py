@@ -14,9 +14,12 @@ import pytest
 
 import dino
 from dino import cli
+from dino.commands import common
 from dino.config.recipes import recipe_and_settings, recipe_path
 from dino.errors import UserError
-from dino.files import append_text
+from dino.files import append_text, cache_directory
+from dino.run import RunDirectory
+from dino.training.settings import load
 
 PACKAGE = Path(dino.__file__).parent
 UNASKED = ("torch", "wandb", "opentelemetry")
@@ -119,6 +122,33 @@ def test_what_has_a_usual_length_is_printed_whole(capsys):
     path = "/".join(["folder"] * 60)
     assert exit_code(UserError(f"{path} is no folder: name another")) == 2
     assert capsys.readouterr().err == f"error: {path} is no folder: name another\n"
+
+
+def test_a_home_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch):
+    """A shell leaves it in `--out=~/x`, `run.dir=~/x` and what a file sets; no folder called ~ must come of it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("train: {steps: 3}")
+    assert common.parser("", out={}).parse_args(["--out=~/x.csv"]).out == tmp_path / "x.csv"
+    assert load("~/mine.yaml").train.steps == 3
+    assert RunDirectory("~/run").path == tmp_path / "run"
+    for name, folder in (("DINO_CACHE", "~/kept"), ("XDG_CACHE_HOME", "~/kept/dino-pretrain")):
+        monkeypatch.setenv(name, "~/kept")
+        assert cache_directory() == Path(folder).expanduser()
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("file", sorted(Path(common.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_commands_take_paths_in_that_way_alone(file):
+    assert "type=Path" not in file.read_text(encoding="utf-8")
+
+
+def test_a_word_that_no_command_knows_is_shortened_and_escaped(capsys):
+    with pytest.raises(SystemExit):
+        common.parser("").parse_args(["--" + 9000 * "x" + "\x1b[31m"])
+    text = capsys.readouterr().err
+    assert "unrecognized arguments: --xxx" in text
+    assert len(text) < 1000
+    assert "\x1b" not in text
 
 
 def test_other_errors_are_programming_errors_and_keep_their_traceback():

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +11,25 @@ from accelerate import Accelerator
 from dino.config.describe import describe
 from dino.distributed import cores
 from dino.errors import UserError
+from dino.files import without_controls
 from dino.precision import PRECISIONS
 from dino.tracking import check_trackers, tracked_runs
+
+
+def path_of(text: str) -> Path:
+    """A path of the command line; a shell leaves the ~ of `--out=~/here` as it is."""
+    return Path(text).expanduser()
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose help shows the module's text as it is written, and whose errors are fit for a terminal."""
+
+    def __init__(self, description: str | None, **settings: Any):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(without_controls(message))
+
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "weights": {"required": True, "metavar": "W", "help": "released name, run directory or file"},
@@ -26,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "precision": {"default": "auto", "choices": PRECISIONS, "help": "of features; auto: bf16 where the device has it"},
     "seed": {"type": int, "default": 0, "help": "of what is drawn at random"},
-    "out": {"type": lambda text: Path(text).expanduser(), "help": "file or folder to write to"},
+    "out": {"type": path_of, "help": "file or folder to write to"},
     "wandb": {
         "metavar": "PROJECT",
         "nargs": "?",
@@ -43,7 +60,7 @@ def parser(description: str | None, **options: dict[str, Any]) -> argparse.Argum
         description: the module's text.
         options: names of OPTIONS, in the order of `--help`, with what is other than there.
     """
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description)
     for name, changes in options.items():
         made.add_argument(f"--{name}", **OPTIONS[name] | changes)
     return made
@@ -56,11 +73,7 @@ def settings_parser(description: str | None, blank: Any) -> argparse.ArgumentPar
         description: the module's text.
         blank: a config of the settings' defaults.
     """
-    made = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(blank),
-    )
+    made = Parser(description, epilog="settings, in YAML as groups and keys or as key=value:\n" + describe(blank))
     made.add_argument("--config", metavar="FILE", help="YAML file of settings, for example one of configs/")
     made.add_argument(
         "settings",

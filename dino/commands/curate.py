@@ -11,8 +11,6 @@ The run leaves RUN/manifest.parquet, a row for each image with what became of it
 by the same command, it goes on where it stopped; after a change of settings, with the first stage that they touch.
 """
 
-from pathlib import Path
-
 from accelerate import PartialState
 
 from dino.commands import common
@@ -32,13 +30,13 @@ def main() -> None:
     parser = common.settings_parser(__doc__, CurateConfig())
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--report-only", action="store_true", help="write report.html, and no manifest.parquet")
-    output.add_argument("--copy", metavar="FOLDER", type=Path, help="copy the images that are kept there")
-    output.add_argument("--link", metavar="FOLDER", type=Path, help="link to them from there (symbolic links)")
-    output.add_argument("--list", metavar="FILE", type=Path, help="write their paths there, a line each (.txt)")
+    output.add_argument("--copy", metavar="FOLDER", type=common.path_of, help="copy the images that are kept there")
+    output.add_argument("--link", metavar="FOLDER", type=common.path_of, help="link to them from there (symlinks)")
+    output.add_argument("--list", metavar="FILE", type=common.path_of, help="write their paths there, as lines (.txt)")
     arguments = parser.parse_intermixed_args()
     recipe, settings = recipe_and_settings(arguments.settings, arguments.config)
     config = configuration.read(CurateConfig, recipe, settings)
-    ways = {way: getattr(arguments, way).expanduser() for way in WAYS if getattr(arguments, way)}
+    ways = {way: getattr(arguments, way) for way in WAYS if getattr(arguments, way)}
     for way, target in ways.items():
         check_target(way, target, sources(config))
     curation = curate_by(config, arguments.report_only)

@@ -7,11 +7,10 @@ It needs a key of W&B and pip install "dino-pretrain[dashboard]". Without either
 to RUN/dashboard.json.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+from dino.commands.common import Parser, path_of
 from dino.config.schema import Config
 from dino.errors import UserError
 from dino.files import write_text
@@ -29,8 +28,8 @@ def main() -> None:
     Raises:
         UserError: the directory holds no run.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of a pre-training")
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=path_of, metavar="RUN", help="run directory of a pre-training")
     parser.add_argument("--entity", help="user or team of W&B; default: the key's own")
     arguments = parser.parse_args()
     directory = RunDirectory(arguments.run)

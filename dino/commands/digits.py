@@ -7,7 +7,6 @@ beside the pre-trained one, on the same 20 choices of labelled digits.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +33,9 @@ def main() -> None:
         UserError: the directory holds no run of digits, or W&B cannot get what --wandb asks for.
     """
     parser = common.parser(__doc__, wandb={})
-    parser.add_argument("--run", type=Path, required=True, help="run directory of a pre-training on data.kind=digits")
+    parser.add_argument(
+        "--run", type=common.path_of, required=True, help="run directory of a pre-training on data.kind=digits"
+    )
     arguments = parser.parse_args()
     common.check_wandb(arguments.wandb, [str(arguments.run)])
     directory = RunDirectory(arguments.run)

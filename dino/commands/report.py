@@ -7,10 +7,7 @@ A page that a killed run has left stops renewing itself, and results measured si
 page shows how they stand, the settings that differ, readouts, and curves over one another.
 """
 
-import argparse
-from pathlib import Path
-
-from dino.commands.common import output_file
+from dino.commands.common import Parser, output_file, path_of
 from dino.errors import UserError
 from dino.report import comparison
 from dino.report.run import write_report
@@ -23,13 +20,16 @@ def main() -> None:
     Raises:
         UserError: a directory holds no run, or a file cannot be written to.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directory of a pre-training")
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=path_of, nargs="+", metavar="RUN", help="run directory of a pre-training")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="page of several runs; default: comparison.html in the folder of all"
+        "--out",
+        type=path_of,
+        metavar="FILE",
+        help="page of several runs; default: comparison.html in their folder",
     )
     arguments = parser.parse_args()
-    runs = [RunDirectory(path.expanduser().absolute()) for path in dict.fromkeys(arguments.run)]
+    runs = [RunDirectory(folder.absolute()) for folder in dict.fromkeys(arguments.run)]
     for directory in runs:
         if not directory.config.is_file():
             raise UserError(f"{directory.path} holds no run: name the run.dir of a pre-training")

@@ -5,10 +5,9 @@
 The best figure is that of the first of neighbours' accuracy, neighbours' agreement and effective rank that a run has.
 """
 
-import argparse
 from pathlib import Path
 
-from dino.commands.common import print_table
+from dino.commands.common import Parser, path_of, print_table
 from dino.errors import UserError
 from dino.report.comparison import COLUMNS, row, standing
 
@@ -19,9 +18,9 @@ def main() -> None:
     Raises:
         UserError: there is none.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="default: runs")
-    folder = parser.parse_args().folder.expanduser()
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=path_of, nargs="?", default=Path("runs"), metavar="DIR", help="default: runs")
+    folder = parser.parse_args().folder
     paths = [file.parent for file in sorted(folder.rglob("metrics.jsonl")) if (file.parent / "config.yaml").is_file()]
     if not paths:
         raise UserError(f"there is no run below {folder}: name a folder that holds run directories")

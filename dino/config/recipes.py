@@ -14,7 +14,7 @@ def recipe_path(recipe: str | Path) -> Path:
     Raises:
         UserError: there is no such recipe.
     """
-    path = Path(recipe)
+    path = Path(recipe).expanduser()
     if path.suffix or path.is_file():
         return path
     installed = PACKAGE / "recipes"

@@ -25,6 +25,7 @@ from dino.models import Backbone, load_backbone
 from dino.report import curation as page
 from dino.report import page as report_page
 from dino.report.page import Picture
+from dino.run import require_free_places
 from dino.run_lock import LOCK, held
 from dino.tracking import Table, Trackers, check_trackers
 
@@ -194,11 +195,8 @@ def refuse_other_directories(directory: Path, config: CurateConfig) -> None:
         pool = Path(root).expanduser().resolve()
         if resolved.is_relative_to(pool) or pool.is_relative_to(resolved):
             raise UserError(f"run.dir={directory} and the images of {root} lie in each other: name a run.dir elsewhere")
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UserError(f"run.dir={directory} is a file: name a directory")
-    if any(path.name != LOCK for path in directory.iterdir()):
+    require_free_places(directory, (), ("manifest.parquet", "report.html", LOCK))
+    if directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
         try:
             configuration.read(CurateConfig, str(directory / "config.yaml"), [])
         except UserError as error:

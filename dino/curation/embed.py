@@ -23,7 +23,7 @@ from dino.data import Pool
 from dino.data.manifest import printable
 from dino.errors import UserError
 from dino.evaluation.features import Batch, read_batches
-from dino.files import read_json, replacing, way_out, write_text
+from dino.files import read_json, replacing, require_regular, way_out, write_text
 from dino.models import Backbone, Preprocess
 from dino.precision import inference
 
@@ -94,11 +94,11 @@ def embed(
         bar = tqdm(total=total, desc="embedding", unit="image", leave=False, disable=hidden)
         shown = _counted(reading, bar)
         for part in missing:
-            _embed_part(stage, backbone, batches[part], shown, _facts_file(folder, part))
+            _embed_part(stage, backbone, count, batches[part], shown, _facts_file(folder, part))
         bar.close()
         stage.finish()
     hashes, sizes, reasons = _all_facts(stage, count)
-    tokens, thumbnails = (_memory_map(folder / name, "r", stage) for name in ("tokens.npy", "thumbnails.npy"))
+    tokens, thumbnails = (_memory_map(folder / name, "r", stage, count) for name in ("tokens.npy", "thumbnails.npy"))
     return Embedded(tokens, thumbnails, hashes, sizes, reasons, stage.key)
 
 
@@ -142,11 +142,16 @@ def _reserve(file: Path, dtype: Any, shape: tuple[int, ...]) -> None:
         ) from error
 
 
-def _memory_map(file: Path, mode: Any, stage: Stage) -> np.memmap:
-    """A .npy file's array; raises `UserError` where it is damaged."""
+def _memory_map(file: Path, mode: Any, stage: Stage, count: int) -> np.memmap:
+    """A .npy file's array of `count` images; raises `UserError` where it is damaged."""
     try:
-        return np.load(file, mmap_mode=mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        require_regular(file)
+        array = np.load(file, mmap_mode=mode, allow_pickle=False)
+        ndim, dtype = (2, np.float16) if file.name == "tokens.npy" else (3, np.uint8)
+        if len(array) != count or array.ndim != ndim or array.dtype != dtype:
+            raise ValueError(f"{array.dtype} of shape {array.shape}, for {count:,} images")
+        return array
+    except (OSError, ValueError, EOFError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): {stage.fix}") from error
 
 
@@ -155,20 +160,28 @@ def _all_facts(stage: Stage, count: int) -> tuple[np.ndarray, np.ndarray, pa.Dic
     hashes, sizes = np.zeros(count, f"S{DIGITS}"), np.zeros((count, 2), np.int32)
     codes, texts = np.zeros(count, np.int32), {"": 0}
     for part in range(-(-count // PART)):
-        facts = _facts(_facts_file(stage.folder, part), stage)
-        rows = slice(part * PART, part * PART + len(facts))
+        rows = slice(part * PART, min((part + 1) * PART, count))
+        facts = _facts(_facts_file(stage.folder, part), stage, rows.stop - rows.start)
         hashes[rows] = [digest for digest, _, _, _ in facts]
         sizes[rows] = [(height, width) for _, height, width, _ in facts]
         codes[rows] = [texts.setdefault(printable(reason), len(texts)) for _, _, _, reason in facts]
     return hashes, sizes, pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(list(texts), pa.string()))
 
 
-def _facts(file: Path, stage: Stage) -> list[Any]:
+def _facts(file: Path, stage: Stage, count: int) -> list[Any]:
     """A part's hashes, heights, widths and reasons, a row an image; raises `UserError` where they are damaged."""
     rows = read_json(file, stage.fix)
-    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 4 for row in rows):
+    if not isinstance(rows, list) or len(rows) != count or not all(map(_is_fact, rows)):
         raise UserError(f"{file} is damaged: {stage.fix}")
     return rows
+
+
+def _is_fact(row: Any) -> bool:
+    """Hash, height, width, reason."""
+    if not isinstance(row, list) or [type(value) for value in row] != [str, int, int, str]:
+        return False
+    digest, height, width, _ = row
+    return len(digest) in (0, DIGITS) and digest.isascii() and min(height, width) >= 0 and max(height, width) < 2**31
 
 
 def _batches(part: int, count: int, batch_size: int) -> list[range]:
@@ -183,11 +196,11 @@ def _facts_file(folder: Path, part: int) -> Path:
 
 
 def _embed_part(
-    stage: Stage, backbone: Backbone, batches: list[range], reading: Iterator[Batch], facts_file: Path
+    stage: Stage, backbone: Backbone, count: int, batches: list[range], reading: Iterator[Batch], facts_file: Path
 ) -> None:
     """Embed a part's batches, which are the next of `reading`, and write down that it is done."""
-    all_tokens = _memory_map(stage.folder / "tokens.npy", "r+", stage)
-    all_thumbnails = _memory_map(stage.folder / "thumbnails.npy", "r+", stage)
+    all_tokens = _memory_map(stage.folder / "tokens.npy", "r+", stage, count)
+    all_thumbnails = _memory_map(stage.folder / "thumbnails.npy", "r+", stage, count)
     facts = []
     for indices in batches:
         batch = next(reading)

@@ -84,7 +84,7 @@ class Stage:
                 f"{self.folder} holds files that no curation made, for example {content[0].name}: move it elsewhere, "
                 "or name another run.dir"
             )
-        begun.write_text("", encoding="utf-8")
+        write_text(begun, "")
         for path in content:
             if path.is_dir():
                 shutil.rmtree(path)

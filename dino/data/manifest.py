@@ -59,9 +59,14 @@ def write_manifest(path: Path, columns: dict[str, Any], root: str, kind: str) ->
     facts = json.dumps({"root": root, "kind": kind, "draws": samples}, sort_keys=True).encode()
     table = pa.table(columns)
     # Without Arrow's own schema: how text is held here is no one else's concern, and readers get plain text.
-    with replacing(path) as partial, pq.ParquetWriter(partial, table.schema, store_schema=False) as writer:
+    with replacing(path) as partial, _writer(partial, table.schema) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({METADATA_KEY: facts})
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """With a checksum of every page: a bit that flips in the weights would change what is drawn, and nothing else."""
+    return pq.ParquetWriter(path, schema, store_schema=False, write_page_checksum=True)
 
 
 def is_manifest(path: str) -> bool:
@@ -90,7 +95,7 @@ def read_manifest(path: str | Path) -> Manifest:
             raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
         # Text that repeats stays packed, as in the file, until it is known that no name comes twice.
         packed = ["path"] if schema.field("path").type in (pa.string(), pa.large_string()) else []
-        with pq.ParquetFile(path, read_dictionary=packed) as file:
+        with pq.ParquetFile(path, read_dictionary=packed, page_checksum_verification=True) as file:
             table = file.read(columns=COLUMNS)
         table.validate(full=True)  # that text is UTF-8 is no more than said by a file
     except (OSError, pa.ArrowException, ValueError) as error:

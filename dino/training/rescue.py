@@ -1,6 +1,5 @@
 """A run whose directory is taken from under it: noticed where it would be written to, and the state saved elsewhere."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -10,14 +9,15 @@ from pathlib import Path
 from dino.config.read import dump
 from dino.config.schema import Config
 from dino.errors import UserError
-from dino.files import write_text
+from dino.files import in_the_way, write_text
 from dino.run import RunDirectory
 
 
 def is_gone(directory: RunDirectory) -> bool:
     """Whether the directory was removed or renamed, or must not be written any more."""
     folders = (directory.path, directory.checkpoints)
-    return not directory.config.is_file() or not all(os.access(folder, os.W_OK) for folder in folders)
+    is_whole = directory.config.is_file() and all(folder.is_dir() for folder in folders)
+    return not is_whole or any(in_the_way(folder, is_folder=True) for folder in folders)
 
 
 def save_elsewhere(

@@ -12,9 +12,9 @@ from dino.config.read import dump, get, leaves
 from dino.config.schema import Config
 from dino.data.identity import difference
 from dino.errors import UserError
-from dino.files import in_the_way, remove, write_text
+from dino.files import remove, write_text
 from dino.models.weights import BACKBONE_FILE
-from dino.run import RunDirectory, whole_checkpoints
+from dino.run import RunDirectory, require_free_places, whole_checkpoints
 from dino.run_lock import LOCK
 from dino.seal import STATE, Damaged, verified
 
@@ -38,7 +38,7 @@ MAY_DIFFER = (  # on resume
 WHERE_IMAGES_LIE = ("data.root", "data.kind")  # may differ too, where a checkpoint says which they are
 MAY_DIFFER_GROUPS = ("tracking.", "monitor.")
 # What a run writes, by its path in the run directory.
-FOLDERS = ("", "checkpoints", "best")
+FOLDERS = ("checkpoints", "best")
 FILES = (
     *("config.yaml", "metrics.jsonl", "skipped.jsonl", "report.html", "broken_batch.txt", LOCK),
     *(BACKBONE_FILE, f"best/{BACKBONE_FILE}", "best/best.json"),
@@ -74,15 +74,7 @@ def _is_somebodys(path: Path, directory: RunDirectory) -> bool:
 
 def refuse_what_is_in_the_way(directory: RunDirectory) -> None:
     """Raise a `UserError` if the run could not write one of its files: now, not when it comes to write it."""
-    if directory.path.exists() and not directory.path.is_dir():
-        raise UserError(f"run.dir={directory.path} is a file: name another directory")
-    for name in (*FOLDERS, *FILES):
-        path = directory.path / name
-        if problem := in_the_way(path, is_folder=name in FOLDERS):
-            raise UserError(
-                f"{path} is in the way of the run, which writes there ({problem}): change that, move it elsewhere, or "
-                "name another run.dir"
-            )
+    require_free_places(directory.path, FOLDERS, FILES)
 
 
 def refuse_other_config(directory: RunDirectory, config: Config, earlier: Config, has_checkpoint: bool) -> None:

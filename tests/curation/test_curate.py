@@ -222,7 +222,38 @@ class TestResume:
         assert rows(curate(tmp_path / "pool"))["3/02.png"]["duplicate_of"] == "0/01.png"
 
 
+UNFINISHED = {
+    "tokens of fewer images": ("tokens.npy", lambda file: np.save(file, np.zeros((3, 16), np.float16))),
+    "tokens of another type": ("tokens.npy", lambda file: np.save(file, np.zeros((124, 16), np.int8))),
+    "tokens that are none": ("tokens.npy", lambda file: file.write_bytes(b"\x93NUMPY")),
+    "thumbnails of fewer images": ("thumbnails.npy", lambda file: np.save(file, np.zeros((3, 64, 64), np.uint8))),
+    "facts of no image": ("parts/000000.json", lambda file: file.write_text("[]")),
+    "facts of other types": ("parts/000000.json", lambda file: file.write_text(json.dumps([[1, 2, 3, 4]] * 124))),
+    "facts of impossible sizes": (
+        "parts/000000.json",
+        lambda file: file.write_text(json.dumps([["a" * 32, -1, 2**40, ""]] * 124)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), UNFINISHED.values(), ids=UNFINISHED)
+def test_what_an_unfinished_stage_has_left_may_be_damaged(curate, curation, tmp_path, name, change):
+    """It has no digests yet."""
+    run = shutil.copytree(curation.manifest.parent, tmp_path / "run")
+    (run / "embeddings" / "done.json").unlink()
+    change(run / "embeddings" / name)
+    with pytest.raises(UserError, match=rf"{name.split('/')[-1]} is damaged.*: remove .* and start the same command"):
+        curate(run=run)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("name", ["manifest.parquet", "report.html"])
+    def test_what_is_in_the_way_of_its_files_is_told_at_once(self, curate, tmp_path, monkeypatch, name):
+        monkeypatch.setattr("dino.curation.curate.curate_pool", None)  # it does not come to that
+        (tmp_path / "run" / name).mkdir(parents=True)
+        with pytest.raises(UserError, match=f"{name} is in the way of the run"):
+            curate(run=tmp_path / "run")
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [

@@ -44,10 +44,10 @@ def test_killed_while_it_is_cleared_it_is_not_taken_for_done(tmp_path, monkeypat
     kill_after = iter((True, False))
     unlink = type(tmp_path).unlink
 
-    def mortal(path):
-        if not next(kill_after):
+    def mortal(path, missing_ok=False):
+        if path.suffix != ".partial" and not next(kill_after):
             raise KeyboardInterrupt
-        unlink(path)
+        unlink(path, missing_ok)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(tmp_path), "unlink", mortal)
@@ -55,6 +55,15 @@ def test_killed_while_it_is_cleared_it_is_not_taken_for_done(tmp_path, monkeypat
             stage(tmp_path, "b").begin()
     assert stage(tmp_path, "a").begin()
     assert stage(tmp_path, "b").begin()
+
+
+def test_a_link_in_place_of_its_mark_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    stage(tmp_path, "a").begin()
+    (tmp_path / "elsewhere").write_text("somebody's")
+    (tmp_path / "stage" / "begun.json").unlink()
+    (tmp_path / "stage" / "begun.json").symlink_to(tmp_path / "elsewhere")
+    assert stage(tmp_path, "a").begin()
+    assert (tmp_path / "elsewhere").read_text() == "somebody's"
 
 
 def test_what_is_not_its_own_is_left_alone(tmp_path):

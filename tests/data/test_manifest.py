@@ -64,6 +64,27 @@ def test_it_moves_together_with_its_images(pool, path, tmp_path):
     assert len(open_images(moved / "manifest.parquet").names) == 5
 
 
+def test_no_flipped_bit_changes_what_is_drawn_unnoticed(pool, path):
+    """Of names, of what is kept and of the weights; a reader that knows no checksums still reads it."""
+    names = [f"class0/{number}.png" for number in range(400)]
+    write(pool, path, names, weight=[1 + number / 7 for number in range(400)])
+    whole, content = read_manifest(path), path.read_bytes()
+    noticed = 0
+    end = len(content) - 4 - int.from_bytes(content[-8:-4], "little")  # of the columns; then come facts of the file
+    for position in range(4, end - 4, 37):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        try:
+            now = read_manifest(path)
+        except UserError:
+            noticed += 1
+        else:
+            assert list(now.names) == list(whole.names)
+            np.testing.assert_array_equal(now.weights, whole.weights)
+    assert noticed > 50
+
+
 def test_other_programs_read_it(pool, path):
     table = pq.read_table(write(pool, path, weight=[1, 2, 0.5, 1, 1], cluster_1=np.arange(5)))
     assert table.column_names == ["path", "kept", "weight", "cluster_1"]

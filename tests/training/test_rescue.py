@@ -10,7 +10,6 @@ from test_best import SETTINGS
 import dino
 from dino.errors import UserError
 from dino.report.run import Reporter
-from dino.training import rescue
 from dino.training.metrics import Metrics
 
 STEPS = {"train.steps": 8, "train.checkpoint_every": 4}
@@ -45,17 +44,20 @@ def after_six_steps(monkeypatch):
 def read_only(run, monkeypatch):
     """As `access` answers for a file system that was mounted anew; tests may run as root, who may write anywhere."""
     allowed = os.access
-    monkeypatch.setattr(rescue.os, "access", lambda path, mode: run not in (path, path.parent) and allowed(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: run not in (path, path.parent) and allowed(path, mode))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "beside"), [("removed", True), ("renamed", False), ("read-only", True)])
+@pytest.mark.parametrize(
+    ("kind", "beside"), [("removed", True), ("renamed", False), ("read-only", True), ("files instead", True)]
+)
 def test_it_is_said_and_the_state_saved_elsewhere(kind, beside, train, after_six_steps, tmp_path, monkeypatch):
     run, whole = tmp_path / "run", train(tmp_path / "whole").path
     with monkeypatch.context() as patched:
         ways = {
             "removed": lambda: shutil.rmtree(run),
             "renamed": lambda: run.rename(tmp_path / "renamed"),
+            "files instead": lambda: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()),
             "read-only": lambda: read_only(run, patched),
         }
         after_six_steps(ways[kind])
@@ -67,7 +69,7 @@ def test_it_is_said_and_the_state_saved_elsewhere(kind, beside, train, after_six
     monkeypatch.undo()
     monkeypatch.setattr(Reporter, "write", lambda *_, **__: {})
     assert not (run / "checkpoints" / "step-00000007").exists()
-    assert kind == "read-only" or not run.exists(), "nothing is put where a run was taken away"
+    assert kind in ("read-only", "files instead") or not run.exists(), "nothing is put where a run was taken away"
     assert (train(place).path / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
 
 
