@@ -1,6 +1,7 @@
 """Duplicates: images of equal pixels, and near copies, of which one is kept (Oquab et al. 2023, appendix A).
 
-Features propose pairs, thumbnails confirm them; a copy of a copy is a copy.
+Features propose pairs, and so do thumbnails of 8×8 pixels, which weak weights do not blind; thumbnails of 64×64 confirm
+them. A copy of a copy is a copy.
 """
 
 from collections.abc import Sequence
@@ -10,19 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from dino.config.schema import AUTO
+from dino.curation.confirm import confirmed, small_thumbnails
 from dino.curation.embed import Embedded
 from dino.curation.inverted import best_cells, similar_pairs
 from dino.curation.points import own_rows
 from dino.curation.settings import Duplicates
-from dino.curation.thumbnails import confirmed
 from dino.distributed import gathered_rows, rank_and_size, reduced
-from dino.evaluation.neighbours import Rows, nearest
+from dino.evaluation.neighbours import Rows, as_floats, nearest
 
 EACH_WITH_EACH = 250_000  # images, up to which all are compared with all
+OUTLINES = 0.9  # correlation of 8×8 pixels from which two images may be copies
 
 
 class Copies(NamedTuple):
@@ -33,7 +36,7 @@ class Copies(NamedTuple):
         matches: (N,) number, from 1 on, of the test set that an image or one of its copies matches; 0: none.
         near: (m, 2) pairs of near copies.
         cosines: (m,) fp32, of their features.
-        candidates: pairs that features proposed.
+        candidates: pairs that were proposed.
     """
 
     original: np.ndarray
@@ -78,46 +81,61 @@ def near_copies(
     One of each set of equal images is compared: many would be each other's neighbours, and no one else's.
 
     Returns:
-        (m, 2) pairs of indices, (m,) cosines of their features, and how many candidates features proposed.
+        (m, 2) pairs of indices, (m,) cosines of their features, and how many candidates there were.
     """
     if not settings.near:
         return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.float32), 0
     among_themselves = first is second
     queries, keys = distinct(first.hashes), distinct(second.hashes)
-    queried = Rows(first.tokens, queries)
-    row, key, cosines = _similar(queried, queried if among_themselves else Rows(second.tokens, keys), settings, device)
-    pairs = np.stack([queries[row], keys[key]], axis=1)
+    by_features = Rows(first.tokens, queries), Rows(second.tokens, keys)
+    pairs = _similar(*by_features, among_themselves, settings.near, settings, device)
+    if settings.similarity:
+        by_outlines = Rows(outlines(first.thumbnails, queries)), Rows(outlines(second.thumbnails, keys))
+        more = _similar(*by_outlines, among_themselves, OUTLINES, settings, device)
+        pairs = np.unique(np.concatenate([pairs, more]), axis=0)
+    pairs = np.stack([queries[pairs[:, 0]], keys[pairs[:, 1]]], axis=1)
     candidates = int(reduced(torch.tensor(len(pairs), device=device)))
     if settings.similarity:
         title = "confirming copies" if rank_and_size()[0] == 0 else None
         thumbnails = first.thumbnails, second.thumbnails
-        are_copies = confirmed(pairs, *thumbnails, settings.similarity, settings.details, title=title)
-        pairs, cosines = pairs[are_copies], cosines[are_copies]
+        pairs = pairs[confirmed(pairs, *thumbnails, settings.similarity, settings.details, title=title)]
     pairs = gathered_rows(torch.from_numpy(pairs).to(device)).cpu().numpy()
-    cosines = gathered_rows(torch.from_numpy(cosines).to(device)).cpu().numpy()
     if among_themselves:
-        pairs, firsts = np.unique(np.sort(pairs, axis=1), axis=0, return_index=True)
-        cosines = cosines[firsts]
+        pairs = np.unique(np.sort(pairs, axis=1), axis=0)
+    tokens = as_floats(first.tokens[pairs[:, 0]]), as_floats(second.tokens[pairs[:, 1]])
+    cosines = F.cosine_similarity(*tokens).numpy()
     return pairs, cosines, candidates
 
 
+def outlines(thumbnails: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """(n, 64) fp16: 8×8 pixels of some of the thumbnails, less their mean, so that cosines are correlations."""
+    pixels = small_thumbnails(thumbnails, images).reshape(len(images), -1).astype(np.float16)
+    return pixels - pixels.mean(axis=1, keepdims=True, dtype=np.float32).astype(np.float16)
+
+
 def _similar(
-    queries: Rows, keys: Rows, settings: Duplicates, device: torch.device | str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(m,) queries, keys and cosines of pairs that are near to each other; every process gets another part of them."""
+    queries: Rows,
+    keys: Rows,
+    among_themselves: bool,
+    least: float,
+    settings: Duplicates,
+    device: torch.device | str,
+) -> np.ndarray:
+    """(m, 2) queries and keys of a cosine of at least `least`; every process gets another part of them."""
+    keys = queries if among_themselves else keys
     cells = settings.cells
     if cells == AUTO:
         cells = 0 if len(queries) * len(keys) <= EACH_WITH_EACH**2 else best_cells(len(keys), settings.probes)
     if cells:
-        pairs = similar_pairs(queries, keys, settings.near, settings.neighbours, int(cells), settings.probes, device)
+        pairs = similar_pairs(queries, keys, least, settings.neighbours, int(cells), settings.probes, device)
         rows = own_rows(len(pairs.queries))
-        return pairs.queries[rows], pairs.keys[rows], pairs.cosines[rows]
+        return np.stack([pairs.queries[rows], pairs.keys[rows]], axis=1)
     rows = own_rows(len(queries))
-    itself = rows.start if queries is keys else None
+    itself = rows.start if among_themselves else None
     indices_and_cosines = nearest(queries.part(rows), keys, settings.neighbours, itself=itself, device=device)
     neighbours, cosines = (tensor.numpy() for tensor in indices_and_cosines)
-    row, rank = np.nonzero((cosines >= settings.near) & (neighbours >= 0))
-    return row + rows.start, neighbours[row, rank], cosines[row, rank]
+    row, rank = np.nonzero((cosines >= least) & (neighbours >= 0))
+    return np.stack([row + rows.start, neighbours[row, rank]], axis=1)
 
 
 def groups(count: int, pairs: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ class Duplicates:
     )
     probes: int = setting(8, "nearest cells of each image in which its neighbours are looked for", low=1)
     similarity: float = setting(
-        0.95,
+        0.85,
         "least correlation of the thumbnails of two images that are copies; 0: features alone decide",
         low=0,
         high=1,
@@ -45,8 +45,8 @@ class Duplicates:
     )
     details: float = setting(
         0.9,
-        "least correlation of their parts, of which a sixth may differ: different things in one frame pass as wholes; "
-        "0: not looked at",
+        "least correlation of their parts once one image lies upon the other, of which a sixth may differ: "
+        "different things in one frame pass as wholes; 0: not looked at",
         low=0,
         high=1,
     )

@@ -1,6 +1,6 @@
 """Are these weights good enough to find copies among these images? Some are planted, and those that are found counted.
 
-Weak features propose too few pairs, and nothing else tells.
+Weak features propose too few pairs, and thumbnails of 8×8 pixels not all that are left.
 """
 
 import io
@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dino.curation.confirm import confirmed
+from dino.curation.duplicates import OUTLINES, outlines
 from dino.curation.settings import Duplicates
-from dino.curation.thumbnails import confirmed, thumbnail
+from dino.curation.thumbnails import thumbnail
 from dino.data import Pool, read_or_reason
 from dino.data.decode import decode
+from dino.evaluation.neighbours import as_floats
 from dino.models import Backbone
 from dino.precision import inference
 
@@ -41,12 +44,12 @@ def planted_and_found(backbone: Backbone, images: Pool, settings: Duplicates) ->
             continue
         copies = [change(image) for image in originals]
         other_tokens, other_thumbnails = _seen(backbone, copies)
-        proposed = F.cosine_similarity(tokens, other_tokens).numpy() >= settings.near
-        pairs = np.repeat(np.flatnonzero(proposed)[:, None], 2, axis=1)
+        found = F.cosine_similarity(tokens, other_tokens).numpy() >= settings.near
         if settings.similarity:
+            both = (as_floats(outlines(side, np.arange(len(side)))) for side in (thumbnails, other_thumbnails))
+            found |= F.cosine_similarity(*both).numpy() >= OUTLINES
+            pairs = np.repeat(np.flatnonzero(found)[:, None], 2, axis=1)
             found = confirmed(pairs, thumbnails, other_thumbnails, settings.similarity, settings.details)
-        else:
-            found = np.ones(len(pairs), dtype=bool)
         fractions[title] = float(found.sum() / len(originals))
     return fractions
 

@@ -100,7 +100,8 @@ class TestFindCopies:
             ({}, [0, 0, 2, 0, -1, 5], [[0, 1]], 6),
             ({"similarity": 0.0}, [0, 0, 0, 0, -1, 5], [[0, 1], [0, 2], [1, 2]], 6),
             ({"near": 0.0}, [0, 1, 2, 0, -1, 5], [], 0),
-            ({"near": 0.9999}, [0, 1, 2, 0, -1, 5], [], 2),
+            ({"near": 0.9999, "similarity": 0.0}, [0, 1, 1, 0, -1, 5], [[1, 2]], 2),
+            ({"near": 0.9999}, [0, 0, 2, 0, -1, 5], [[0, 1]], 4),  # proposed by their thumbnails
         ],
     )
     def test_of_a_pool(self, settings, original, near, candidates):

@@ -1,77 +1,21 @@
 """Thumbnails: copies of real pictures are told from other pictures."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageOps
-from sklearn.datasets import load_digits, load_sample_images
+from PIL import Image
 from torch import Tensor
 
 from dino.curation import thumbnails as wholes
-from dino.curation.duplicates import groups, originals, same_pixels
-from dino.curation.thumbnails import MIDDLE, SIDE, confirmed, smaller, thumbnail
+from dino.curation.thumbnails import MIDDLE, SIDE, smaller, thumbnail
+from tests.curation.pictures import COPIES, digits, photographs, small, thumbnails
 
-LEAST = 0.9  # what the entry point asks for unless told otherwise
-
-
-def photographs() -> list[Image.Image]:
-    """Two whole ones, and six cuts of each as other pictures."""
-    whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    return whole + [one.crop((x, y, x + 213, y + 213)) for one in whole for y in (0, 213) for x in (0, 213, 426)]
-
-
-def digits(count: int = 40) -> tuple[list[Image.Image], np.ndarray]:
-    found = load_digits()
-    pixels = (found.images[:count] * 15.9).astype(np.uint8)
-    return [Image.fromarray(one).resize((96, 96), Image.Resampling.BICUBIC) for one in pixels], found.target[:count]
-
-
-def small(image: Image.Image) -> Tensor:
-    pixels = np.array(image)  # (H, W) or (H, W, 3)
-    return thumbnail(torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1))
+LEAST = 0.9  # above what pictures of different things have in common
 
 
 def similarity(first: Tensor, second: Tensor) -> Tensor:
     """Of thumbnails, or of such as it takes."""
     return wholes.similarity(*(smaller(one, MIDDLE) if one.shape[-1] == SIDE else one for one in (first, second)))[0]
-
-
-def thumbnails(images: list[Image.Image]) -> Tensor:
-    return torch.stack([small(image) for image in images])
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **settings) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, kind, **settings)
-    return Image.open(file)
-
-
-def cut(image: Image.Image, left: float, top: float, right: float = 0, bottom: float = 0) -> Image.Image:
-    """Without these parts of its width and height."""
-    width, height = image.size
-    return image.crop(
-        (round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height))
-    )
-
-
-COPIES = {
-    "JPEG of quality 90": lambda image: encoded(image, quality=90),
-    "JPEG of quality 30": lambda image: encoded(image, quality=30),
-    "WebP": lambda image: encoded(image, "WEBP", quality=50),
-    "half as large": lambda image: image.resize((image.width // 2, image.height // 2)),
-    "twice as large": lambda image: image.resize((image.width * 2, image.height * 2)),
-    "another shape": lambda image: image.resize((150, 220)),
-    "darker": lambda image: image.point(lambda value: value * 0.7),
-    "of less contrast": lambda image: image.point(lambda value: 60 + value * 0.5),
-    "grey": lambda image: image.convert("L"),
-    "without its left 3 %": lambda image: cut(image, 0.03, 0),
-    "without its upper and right 2 %": lambda image: cut(image, 0, 0.02, 0.02),
-    "without a frame of 1 %, encoded": lambda image: encoded(cut(image, 0.01, 0.01, 0.01, 0.01), quality=50),
-    "without a frame of 2 %": lambda image: cut(image, 0.02, 0.02, 0.02, 0.02),
-    "in a frame of 1 %": lambda image: ImageOps.expand(image, max(1, image.width // 100)),
-}
 
 
 class TestThumbnail:
@@ -196,76 +140,3 @@ class TestSimilarity:
     def test_none(self):
         none = torch.empty(0, 32, 32, dtype=torch.uint8)
         assert similarity(none, none).shape == (0,)
-
-
-class TestConfirmed:
-    @pytest.mark.parametrize("chunk", [1, 3, 4, 4096])
-    def test_pairs_that_are_alike(self, chunk, monkeypatch):
-        monkeypatch.setattr(wholes, "CHUNK", chunk)
-        monkeypatch.setattr(wholes, "CACHED", max(1, chunk // 2))
-        images = photographs()
-        first = thumbnails(images).numpy()
-        second = thumbnails([encoded(image, quality=50) for image in reversed(images)]).numpy()
-        pairs = np.array([(one, other) for one in range(4) for other in range(len(images))])
-        expected = [one + other == len(images) - 1 for one, other in pairs]
-        found = confirmed(pairs, first, second, LEAST)
-        assert found.dtype == bool
-        assert found.tolist() == expected
-        assert confirmed(pairs, first, second, -1.0).all()
-        assert not confirmed(pairs, first, second, 1.01).any()
-
-    def test_no_pairs(self):
-        found = confirmed(np.empty((0, 2), dtype=np.int64), *np.zeros((2, 3, 64, 64), np.uint8), LEAST)
-        assert (found.shape, found.dtype) == ((0,), bool)
-
-
-class TestParts:
-    """Details tell different things in one frame apart, and pass copies; not those in a new frame."""
-
-    @pytest.mark.parametrize("copy", [COPIES[name] for name in COPIES if name != "in a frame of 1 %"])
-    def test_copies_of_photographs_pass(self, copy):
-        images = photographs()[:2]
-        both = thumbnails(images).numpy(), thumbnails([copy(image) for image in images]).numpy()
-        assert confirmed(np.array([(0, 0), (1, 1)]), *both, LEAST, 0.9).all()
-
-    def test_other_things_in_one_frame_do_not(self):
-        """A disc in a frame, each time with another photograph on it: as wholes they correlate above 0.95."""
-        pieces = [image.convert("L").resize((120, 120)) for image in photographs()[2:10]]
-        disc = Image.new("L", (120, 120), 0)
-        ImageDraw.Draw(disc).ellipse((20, 20, 100, 100), fill=255)
-        scenes = []
-        for piece in pieces:
-            texture = piece.point(lambda value: 20 + value // 5)
-            scenes.append(Image.composite(texture, Image.new("L", (120, 120), 250), disc))
-        images = thumbnails(scenes)
-        pairs = np.array([(one, other) for one in range(8) for other in range(one)])
-        assert similarity(images[pairs[:, 0]], images[pairs[:, 1]]).min() > LEAST
-        assert confirmed(pairs, images.numpy(), images.numpy(), LEAST).all()
-        assert confirmed(pairs, images.numpy(), images.numpy(), LEAST, 0.9).mean() < 0.2  # the frame itself is alike
-        itself = np.stack([np.arange(8)] * 2, axis=1)
-        assert confirmed(itself, images.numpy(), images.numpy(), LEAST, 0.9).all()
-
-    def test_a_mark_in_a_corner_passes(self):
-        images = photographs()[:2]
-        marked = [image.copy() for image in images]
-        for image in marked:
-            draw = ImageDraw.Draw(image)
-            draw.rectangle(
-                [image.width * 0.86, image.height * 0.92, image.width * 0.98, image.height * 0.97], fill="grey"
-            )
-        both = thumbnails(images).numpy(), thumbnails(marked).numpy()
-        assert confirmed(np.array([(0, 0), (1, 1)]), *both, LEAST, 0.9).all()
-
-
-def test_copies_of_photographs_are_found_and_the_best_is_kept():
-    """All of it on real pictures: small copies and re-encoded ones give way to the largest."""
-    images = photographs()[2:]
-    pool = [encoded(image.resize((120, 120)), quality=60) for image in images] + images + [images[3]]
-    hashes = np.array([str(hash(image.tobytes())) for image in pool])
-    pairs = np.array([(one, other) for one in range(len(pool)) for other in range(one)])
-    small_ones = thumbnails(pool).numpy()
-    near = pairs[confirmed(pairs, small_ones, small_ones, LEAST)]
-    group = groups(len(pool), np.concatenate([same_pixels(hashes), near]))
-    pixels = np.array([image.width * image.height for image in pool])
-    found = originals(group, pixels, np.array([f"{index:02}" for index in range(len(pool))]))
-    assert found.tolist() == [*range(12, 24), *range(12, 24), 15]
