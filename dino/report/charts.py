@@ -38,9 +38,9 @@ def shares(before: np.ndarray, after: np.ndarray, title: str) -> bytes:
     figure = Figure(figsize=(6.5, 2.6), layout="constrained")  # of a width that a telephone can show
     axes = figure.add_subplot()
     order = np.argsort(-before, kind="stable")
-    ranks = np.arange(len(order))
-    axes.fill_between(ranks, before[order], step="mid", color=INK, alpha=0.25, linewidth=0, label="before")
-    axes.plot(ranks, after[order], color=ACCENT, linewidth=1.2, drawstyle="steps-mid", label="after")
+    edges = np.arange(len(order) + 1) + 0.5
+    axes.stairs(before[order], edges, fill=True, color=INK, alpha=0.25, linewidth=0, label="before")
+    axes.stairs(after[order], edges, color=ACCENT, linewidth=1.2, label="after")
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("clusters, the largest first")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
