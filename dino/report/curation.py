@@ -153,9 +153,9 @@ def _near_copies(images: Pool, pairs: np.ndarray, cosines: np.ndarray, candidate
     if shown:
         rows = [shown[first : first + 8] for first in range(0, len(shown), 8)]
         caption = (
-            f"{len(pairs):,} pairs, confirmed at image level of {candidates:,} candidates (by features or 8×8 pixels, each "
-            "counted from both sides); of each the larger is kept, or else the first by path. Two by two, from the most "
-            f"similar (cosine {cosines.max():.4f}) to the least ({cosines.min():.4f})."
+            f"{len(pairs):,} pairs, confirmed at image level of {candidates:,} candidates, by features or 8×8 pixels "
+            "(each counted from both sides); of each the larger is kept, or else the first by path. Two by two, from "
+            f"the most similar (cosine {cosines.max():.4f}) to the least ({cosines.min():.4f})."
         )
         yield report.Picture("Near copies", caption, pictures.mosaic(rows))
 
