@@ -46,8 +46,9 @@ def planted_and_found(backbone: Backbone, images: Pool, settings: Duplicates) ->
         other_tokens, other_thumbnails = _seen(backbone, copies)
         found = F.cosine_similarity(tokens, other_tokens).numpy() >= settings.near
         if settings.similarity:
-            both = (as_floats(outlines(side, np.arange(len(side)))) for side in (thumbnails, other_thumbnails))
-            found |= F.cosine_similarity(*both).numpy() >= OUTLINES
+            every = np.arange(len(originals))
+            one, other = (as_floats(outlines(side, every)) for side in (thumbnails, other_thumbnails))
+            found |= F.cosine_similarity(one, other).numpy() >= OUTLINES
             pairs = np.repeat(np.flatnonzero(found)[:, None], 2, axis=1)
             found = confirmed(pairs, thumbnails, other_thumbnails, settings.similarity, settings.details)
         fractions[title] = float(found.sum() / len(originals))
