@@ -9,7 +9,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dino.config.read import get, leaves, out_of_bounds, read, refuse
+from dino.config.bounds import out_of_bounds
+from dino.config.read import get, leaves, read, refuse
 from dino.config.schema import AUTO, Config
 from dino.errors import UserError
 from dino.files import append_text, in_the_way, read_json, read_text, write_text

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dino.config.read import Leaf, bounds_text, get, leaves
+from dino.config.bounds import bounds_text
+from dino.config.read import Leaf, get, leaves
 from dino.config.schema import Config, Phase, method_settings
 from dino.curation.settings import CurateConfig
 from dino.methods import METHODS

@@ -4,7 +4,8 @@ import dataclasses
 import typing
 from typing import Any
 
-from dino.config.read import Leaf, bounds_text, get, leaves
+from dino.config.bounds import bounds_text
+from dino.config.read import Leaf, get, leaves
 from dino.config.schema import AUTO
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}

@@ -1,8 +1,11 @@
 """YAML as settings need it: values that stand where they are read, nothing that grows, repeats or runs."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
+
+from dino.files import shown
 
 DEEPEST = 20  # lists and groups inside one another
 
@@ -25,12 +28,14 @@ class PlainLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: list[Any] = []
+        seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no name", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key}' is there twice", key_node.start_mark)
-            seen.append(key)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -49,7 +54,13 @@ def load(text: str) -> Any:
     """
     try:
         return yaml.load(text, PlainLoader)
-    except (ValueError, RecursionError, TypeError) as error:  # a tag that its value does not fit, an endless number
+    except (
+        ValueError,
+        RecursionError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:  # a tag that its value does not fit, an endless number
         raise yaml.YAMLError(str(error)) from error
 
 
@@ -59,5 +70,5 @@ def reason(error: yaml.YAMLError | UnicodeDecodeError) -> str:
         return f"byte {error.start} is not UTF-8: save it as UTF-8 text"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+        return f"{shown(str(error.problem)[:300])} in line {mark.line + 1}, column {mark.column + 1}"
     return " ".join(str(error).split())

@@ -22,9 +22,11 @@ from dino.config import plain_yaml
 from dino.config.recipes import recipe_path
 from dino.config.schema import AUTO, CHOICES, method_settings
 from dino.errors import UserError
+from dino.files import shown
 
 Tree = TypeVar("Tree")
-LARGEST_FILE = 1_000_000  # bytes of a config
+LARGEST_FILE = 200_000  # bytes of a config
+MOST_ERRORS = 20  # that are listed
 ROOT = "data.root"  # of which there may be several, kept as one text
 METHOD = "objective.name"  # the setting that chooses the class of its group
 REMOVED = {"views.backend": "device"}  # settings of earlier versions, with the value that asked for what is done now
@@ -107,7 +109,7 @@ def assign(config: Any, key: str, value: Any) -> None:
 
 
 def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Tree:
-    """Settings of a tree of dataclasses. Whether values can work is not looked at: see `out_of_bounds`.
+    """Settings of a tree of dataclasses. Whether values can work is not looked at: see `bounds.py`.
 
     Args:
         schema: the tree's class.
@@ -127,17 +129,24 @@ def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable
     tree = _with_method(schema(), texts.get(METHOD, given.get(METHOD)))
     settings = leaves(tree)
     given |= {key: _parse(text, settings[key]) if key in settings else text for key, text in texts.items()}
-    config, errors = OmegaConf.structured(tree), []
+    config = OmegaConf.structured(tree)
+    errors: list[str] = []
     for key, value in given.items():
+        if len(errors) == MOST_ERRORS:
+            errors.append("… and perhaps others")
+            break
         if key in REMOVED:
             errors.append(f"{key}={value} cannot be had any more, only what was {key}={REMOVED[key]}: leave it out")
             continue
         if key not in settings:
             near = difflib.get_close_matches(key, settings, n=1, cutoff=0.3)
-            errors.append(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            errors.append(f"unknown key '{shown(key[:100])}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             continue
         if key == ROOT and isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
             value = yaml.safe_dump(list(value), default_flow_style=True, width=10**6, allow_unicode=True).strip()
+        if _is_reference(value, settings[key]):
+            errors.append(f"{key} must be {settings[key].type_name}, got {reprlib.repr(value)}")
+            continue
         try:
             OmegaConf.update(config, key, _number(value) if float in settings[key].types else as_text(value))
             OmegaConf.select(config, key, throw_on_missing=True)  # ??? means something to OmegaConf
@@ -145,6 +154,16 @@ def read(schema: type[Tree], path: str | Path | None = None, overrides: Iterable
             errors.append(f"{key} must be {settings[key].type_name}, got {reprlib.repr(value)}")
     refuse(errors)
     return cast(Tree, OmegaConf.to_object(config))
+
+
+def _is_reference(value: Any, leaf: Leaf) -> bool:
+    """Whether a value has `${…}`, which OmegaConf would look up, where no text may stand."""
+    if isinstance(value, str):
+        return "${" in value and (str not in leaf.types or leaf.may_be_auto)
+    if any(str in typing.get_args(kind)[-1:] for kind in leaf.types):
+        return False
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any("${" in str(entry) for entry in entries)
 
 
 def dump(config: Any) -> str:
@@ -185,44 +204,6 @@ def follow(config: Tree, values: Mapping[str, object], source: str) -> tuple[Tre
     return followed, dict.fromkeys(values, f"of {source}")
 
 
-def out_of_bounds(config: Any) -> Iterator[str]:
-    """What is wrong with values that can be judged by themselves: bounds, and names that are no choice."""
-    for key, leaf in leaves(config).items():
-        value, choices = get(config, key), leaf.choices
-        if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            yield f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}"
-        elif leaf.may_be_auto and isinstance(value, str) and value != AUTO:
-            yield f"{key} must be {leaf.type_name}, got {value!r}"
-        elif not _within(value, **leaf.metadata["bounds"]):
-            auto = f"{AUTO} or " if leaf.may_be_auto else ""
-            yield f"{key} must be {auto}{bounds_text(leaf)}, got {value}"
-
-
-def _within(value: Any, low: float | None, high: float | None, above: float | None, below: float | None) -> bool:
-    """Whether a number, or every number of a list, lies within bounds; what is no number does."""
-    if isinstance(value, list):
-        return all(_within(entry, low, high, above, below) for entry in value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return True
-    # Written so that NaN, for which no comparison holds, is out of any bounds.
-    return (
-        (low is None or value >= low)
-        and (high is None or value <= high)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )
-
-
-def bounds_text(leaf: Leaf) -> str:
-    """The bounds of a setting in words; empty where it has none."""
-    bounds = leaf.metadata["bounds"]
-    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    parts = [f"{word} {bounds[name]}" for name, word in words.items() if bounds[name] is not None]
-    return " and ".join("finite" if part == "below inf" else part for part in parts)
-
-
 def refuse(errors: list[str]) -> None:
     """Raise a `UserError` that lists what is wrong, if anything is."""
     if len(errors) == 1:
@@ -259,7 +240,9 @@ def _renamed(given: dict[str, Any], schema: Any, source: str) -> dict[str, Any]:
 def _key_and_text(argument: str) -> tuple[str, str]:
     key, separator, text = argument.partition("=")
     if not separator:
-        raise UserError(f"'{argument}' is not a setting: write key=value, for example train.batch_size=128")
+        raise UserError(
+            f"'{shown(argument[:100])}' is not a setting: write key=value, for example train.batch_size=128"
+        )
     return key.strip(), text
 
 
@@ -314,5 +297,5 @@ def _number(value: Any) -> Any:
         return value
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return value

@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from dino.config.read import out_of_bounds, refuse
+from dino.config.bounds import out_of_bounds
+from dino.config.read import refuse
 from dino.config.schema import AUTO, Auto, TrackingConfig, setting
 from dino.precision import PRECISIONS
 

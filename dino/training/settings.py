@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dino.config.read import out_of_bounds, read, refuse
+from dino.config.bounds import out_of_bounds
+from dino.config.read import read, refuse
 from dino.config.schema import Config
 from dino.methods import METHODS
 from dino.models import BACKBONES

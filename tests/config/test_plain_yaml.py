@@ -1,5 +1,6 @@
 """Config files from strangers: nothing is looked up, nothing grows, nothing hangs, nothing ends in a traceback."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import dino.methods  # noqa: F401  # whose settings are part of a config
+from dino.config.bounds import out_of_bounds
 from dino.config.plain_yaml import load
 from dino.config.read import dump, get, read
 from dino.config.schema import Config
@@ -32,8 +34,9 @@ SECRET = "${oc.env:DINO_SECRET}"
         ("train: {seed: !!float x}", "could not convert"),
         ("train: {seed: " + "9" * 10_000 + "}", "4300 digits"),
         ("train: !!python/object/apply:os.system [true]", "could not determine a constructor"),
-        ("? [a]\n: b", "unhashable"),
-        ("? {a: 1}\n: b", "unhashable"),
+        ("? [a]\n: b", "a key is no name"),
+        ("? {a: 1}\n: b", "a key is no name"),
+        ("train: {bf16: !!bool perhaps}", "perhaps"),
     ],
 )
 def test_what_is_not_plain_is_refused_at_once(text, said):
@@ -118,3 +121,42 @@ def test_the_home_directory_is_meant_by_its_sign(key, monkeypatch, tmp_path):
     assert get(read(Config, None, {key: "~/runs/x"}), key) == "/home/someone/runs/x"
     assert get(read(Config, None, [f"{key}=a~/x"]), key) == "a~/x"
     assert get(read(Config, None, [f"{key}=~x"]), key) == "~x"
+
+
+KINDS = (
+    "data.range",
+    "views.augment",
+    "train.phases",
+    "train.steps",
+    "tracking.backends",
+    "tracking.name",
+    "model.arch",
+)
+
+
+@pytest.mark.parametrize("key", KINDS)
+@pytest.mark.parametrize("value", [SECRET, f"[{SECRET}]", f"{{a: {SECRET}}}", "${"])
+def test_what_others_would_look_up_is_text_or_refused(key, value, monkeypatch, tmp_path):
+    monkeypatch.setenv("DINO_SECRET", "of mine")
+    group, name = key.split(".")
+    (tmp_path / "config.yaml").write_text(f"{group}: {{{name}: {json.dumps(value)}}}")
+    for source, given in ((tmp_path / "config.yaml", ()), (None, [f"{key}={value}"])):
+        try:
+            config = read(Config, source, given)
+        except UserError as error:
+            assert key in str(error)  # noqa: PT017
+            assert "of mine" not in str(error)  # noqa: PT017
+        else:
+            assert "${" in str(get(config, key))
+            assert "of mine" not in dump(config)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e400", "9" * 400, "[0.1, .inf]", "{blur: .nan}"])
+@pytest.mark.parametrize("key", ["optim.lr", "train.steps", "views.global_scale", "views.augment"])
+def test_numbers_without_end_are_no_settings(key, value):
+    try:
+        config = read(Config, None, [f"{key}={value}"])
+    except UserError as error:
+        assert key in str(error)  # noqa: PT017
+    else:
+        assert [problem for problem in out_of_bounds(config) if problem.startswith(f"{key} must be")]

@@ -17,7 +17,8 @@ from torch.distributed.run import get_args_parser
 from wandb.sdk.launch.sweeps import utils
 
 from dino.cli import COMMANDS
-from dino.config.read import get, leaves, out_of_bounds, read
+from dino.config.bounds import out_of_bounds
+from dino.config.read import get, leaves, read
 from dino.config.recipes import recipe_and_settings
 from dino.config.schema import Config, method_settings
 from dino.curation.settings import CurateConfig, check
