@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dino.data.sources.columns import require_names, require_rows
 from dino.data.sources.several import absolute
 from dino.data.sources.source import BLOCK, Names
 from dino.data.sources.storage import is_remote
@@ -89,8 +90,9 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         require_regular(Path(path))
         with pq.ParquetFile(path) as file:
-            require_rows(file, path)
+            require_rows(file, os.path.getsize(path), path)
             schema = file.schema_arrow
+        require_names(schema.names, path)
         if missing := set(COLUMNS) - set(schema.names):
             raise UserError(f"{path} is no manifest: it has no column {' and none '.join(sorted(missing))}")
         # Text that repeats stays packed, as in the file, until it is known that no name comes twice.
@@ -119,18 +121,10 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest(root, kind, names, weights / weights.sum() * samples)
 
 
-def require_rows(file: pq.ParquetFile, path: str | Path) -> None:
-    """Raise `UserError` for a file that becomes far larger when it is read, by what it says of its columns."""
-    facts, size = file.metadata, os.path.getsize(path)
-    unpacked = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
-    if facts.num_rows > 8 * size + 1000 or unpacked > 100 * size + 2**26:
-        raise UserError(f"{path}: {facts.num_rows:,} rows of {unpacked:,} bytes in a file of {size:,} are no manifest")
-
-
 def _kept(table: pa.Table, path: str | Path) -> tuple[pa.Array, np.ndarray]:
     """Names and weights of the images that are kept with a weight above 0."""
-    table = table.filter(table["kept"].fill_null(False))
     try:
+        table = table.filter(table["kept"].fill_null(False))
         if len(pc.unique(table["path"])) < len(table):
             raise UserError(f"{path} names some images twice")
         names = table["path"].cast(pa.large_string()).combine_chunks()

@@ -164,7 +164,7 @@ def _require_root(root: str) -> None:
     if not root:
         raise UserError("no images given: name a folder or a zip archive with data.root=…")
     if not (os.path.exists(root) or is_remote(root) or is_pattern(root)):
-        raise UserError(f"{root} does not exist")
+        raise UserError(f"{shown(root)} does not exist")
 
 
 def _kind_of(root: str, kind: str) -> str:
@@ -175,6 +175,7 @@ def _kind_of(root: str, kind: str) -> str:
         raise UserError(f"data.kind=several, but {root} is one: leave it auto")
     kinds = ("auto", *SOURCES, "several", "manifest")
     if kind not in kinds:
+        kind = shown(kind[:100])
         near = difflib.get_close_matches(kind, kinds, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"no kind of data is called {kind}: choose of {', '.join(kinds)}{hint}")

@@ -48,6 +48,44 @@ def test_what_is_no_text_is_told_in_one_line(tmp_path, columns):
     assert "\n" not in str(told.value)
 
 
+def repeated(value: object, rows: int, kind: pa.DataType | None = None) -> pa.Array:
+    """A value many times, which takes a file of a few bytes for it."""
+    return pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), rows), pa.array([value], kind))
+
+
+BOMBS = {
+    "rows without end": {"path": pa.nulls(2_000_000, pa.string())},
+    "images without end": {"image": pa.nulls(2_000_000, pa.binary())},
+    "one text without end": {"path": ["x" * 80_000_000]},
+    "one image without end": {"image": [bytes(80_000_000)]},
+    "a text that repeats": {"path": repeated("x" * 100_000, 2000).cast(pa.string())},
+    "labels that repeat": {"path": [f"{row}" for row in range(900)], "label": repeated("x" * 100_000, 900)},
+    "a manifest's rows": {"path": pa.nulls(2_000_000, pa.string()), "kept": pa.repeat(True, 2_000_000)},
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_becomes_far_larger_than_its_file_is_refused(tmp_path, name):
+    pq.write_table(pa.table(BOMBS[name]), tmp_path / "x.parquet", compression="zstd")
+    with pytest.raises(UserError, match=r"x\.parquet.* (are no table of images|bytes of text)"):
+        open_images(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("kind", ["list", "manifest"])
+def test_a_name_that_two_columns_have_is_told(tmp_path, kind):
+    rest = {} if kind == "list" else MANIFEST
+    arrays = [pa.array(PATHS), pa.array(PATHS), *map(pa.array, rest.values())]
+    pq.write_table(pa.Table.from_arrays(arrays, ["path", "path", *rest]), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet has several columns called path"):
+        open_images(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize(("weights", "expected"), [([1e308] * 2, [1, 1]), ([5e-324] * 2, [1, 1]), ([1e308, 0], [1, 0])])
+def test_weights_of_any_size_are_brought_to_one_on_average(tmp_path, weights, expected):
+    images = open_images(write(tmp_path, {"path": PATHS, "weight": weights}))
+    assert images.weights.tolist() == expected
+
+
 @pytest.mark.parametrize("rest", [{"path": PATHS}, {"image": [{"bytes": picture()}] * 2}])
 def test_images_of_several_classes_have_no_labels(tmp_path, rest):
     images = open_images(write(tmp_path, {**rest, "label": [[1, 2], [3]]}))

@@ -218,7 +218,7 @@ class TestFromStrangers:
         name = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array(["x" * 10_000]))
         columns = {"path": name, "kept": pa.array(np.ones(count, bool)), "weight": pa.array(np.ones(count))}
         pq.write_table(pa.table(columns), path)
-        with pytest.raises(UserError, match="are no manifest"):
+        with pytest.raises(UserError, match="are no table of images"):
             open_images(path)
 
     def test_repeated_names_stay_packed(self, pool, path):

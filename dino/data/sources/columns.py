@@ -1,12 +1,16 @@
 """Columns of people's own tables: which one holds paths, images, labels or weights, by the names that are usual."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from dino.errors import UserError
 from dino.files import shown
 
+GROWTH, SLACK = 100, 2**26  # what a table may become of its file's bytes, and bytes that any may take
 PATHS = ("path", "file_path", "filepath", "image_path", "file_name", "filename", "file", "image", "img", "url", "uri")
 LABELS = ("label", "labels", "class", "class_name", "target", "category", "cls")
 WEIGHTS = ("weight", "sample_weight")
@@ -19,8 +23,35 @@ def first_of(names: list[str], usual: tuple[str, ...]) -> str | None:
     return next((by_lower[name] for name in usual if name in by_lower), None)
 
 
-def as_text(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Numbers and texts as texts, in one piece; raises `UserError` for what is neither."""
+def require_rows(file: pq.ParquetFile, size: int, path: str | Path) -> None:
+    """Raise `UserError` for a file of `size` bytes that says of itself that it becomes far larger when it is read."""
+    facts = file.metadata
+    unpacked = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+    if facts.num_rows > 8 * size + 1000 or unpacked > GROWTH * size + SLACK:
+        raise UserError(
+            f"{shown(str(path))}: {facts.num_rows:,} rows of {unpacked:,} bytes in a file of {size:,} are no table of "
+            "images: what it says of itself cannot be"
+        )
+
+
+def require_names(names: list[str], path: str | Path) -> None:
+    """Raise `UserError` where two columns have one name."""
+    if repeated := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
+        raise UserError(f"{shown(str(path))} has several columns called {shown(repeated[0][:100])}: rename the others")
+
+
+def require_texts(table: pa.Table, size: int, path: str | Path) -> None:
+    """Raise `UserError` where texts that repeat, packed in a file of `size` bytes, would fill the memory."""
+    for name in table.column_names:
+        if pa.types.is_dictionary(table[name].type):
+            chunks = table[name].chunks
+            lengths = [pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0 for chunk in chunks]
+            if sum(lengths) > GROWTH * size + SLACK:
+                raise UserError(f"{shown(str(path))}: {shown(name[:100])} holds {sum(lengths):,} bytes of text")
+
+
+def as_text(column: pa.ChunkedArray | pa.Array, whose: str = "") -> pa.Array:
+    """Numbers and texts as texts, in one piece; raises `UserError`, which begins with `whose`, for what is neither."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -29,7 +60,8 @@ def as_text(column: pa.ChunkedArray | pa.Array) -> pa.Array:
         text.validate(full=True)  # that it is UTF-8 is no more than said by a file
     except pa.ArrowException as error:
         kind = shown(str(array.type))
-        raise UserError(f"a column of type {kind} holds neither numbers nor text in UTF-8: leave it out") from error
+        what = f"{whose}a column of type {kind}"
+        raise UserError(f"{what} holds neither numbers nor text in UTF-8: leave it out") from error
     return text
 
 
@@ -52,4 +84,5 @@ def as_weights(column: pa.ChunkedArray, table: str, name: str) -> np.ndarray:
         raise UserError(f"{table}: weights must be numbers from 0 on, row {wrong[0] + 1} of {name} is not")
     if not (weights > 0).any():
         raise UserError(f"{table}: no weight in {name} is above 0")
+    weights = weights / weights.max()  # whose sum is finite
     return weights * (np.count_nonzero(weights) / weights.sum())

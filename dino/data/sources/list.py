@@ -12,7 +12,18 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from dino.data.formats import UnreadableImage
-from dino.data.sources.columns import LABELS, PATHS, WEIGHTS, as_labels, as_text, as_weights, first_of
+from dino.data.sources.columns import (
+    LABELS,
+    PATHS,
+    WEIGHTS,
+    as_labels,
+    as_text,
+    as_weights,
+    first_of,
+    require_names,
+    require_rows,
+    require_texts,
+)
 from dino.data.sources.source import (
     FileSource,
     Kind,
@@ -27,6 +38,7 @@ from dino.data.sources.storage import files_of, is_remote, read
 from dino.errors import UserError
 from dino.files import shown
 
+LARGEST = 2**31  # bytes of a list
 TABLES = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".txt", *TABLES, ".parquet")
 
@@ -44,8 +56,11 @@ class ListSource(FileSource):
         table = read_table(root)
         path = first_of(table.column_names, PATHS)
         if path is None:
-            raise UserError(f"{root} has no column of paths: name one of {', '.join(table.column_names)} 'path'")
-        table = table.filter(pc.fill_null(pc.not_equal(as_text(table[path]), ""), False))
+            names = ", ".join(map(shown, table.column_names))
+            raise UserError(f"{root} has no column of paths: name one of {names} 'path'")
+        texts = as_text(table[path], f"{root}, {shown(path)}: ")
+        table = table.set_column(table.column_names.index(path), path, texts)
+        table = table.filter(pc.fill_null(pc.not_equal(texts, ""), False))
         if not len(table):
             raise UserError(f"{root} lists no image")
         self.names = as_text(table[path]).cast(pa.large_binary())
@@ -64,8 +79,10 @@ class ListSource(FileSource):
             file = files_of(path, ())[0]
             require_bytes(file.size, self.max_bytes)
             return read(file)
-        except (UserError, IndexError) as error:
-            raise UnreadableImage(str(error) or f"{path} is no file") from error
+        except IndexError as error:
+            raise UnreadableImage(f"{path} is no file") from error
+        except UserError as error:
+            raise UnreadableImage(str(error)) from error
 
     def stamp(self) -> str:
         paths = (self._path(index) for index in range(len(self.names)))
@@ -92,6 +109,7 @@ def read_table(path: str) -> pa.Table:
         table = _read_table(path)
         if not table.column_names:  # which raises ValueError for names that are not UTF-8
             raise UserError(f"{path} has no columns")
+        require_names(table.column_names, path)
     except (OSError, pa.ArrowException, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as a list of images: {shown(reason)}") from error
@@ -99,13 +117,29 @@ def read_table(path: str) -> pa.Table:
 
 
 def _read_table(path: str) -> pa.Table:
+    size = os.path.getsize(path)
+    if size > LARGEST:
+        raise UserError(f"{path} cannot be read as a list of images: {size:,} bytes are more than {LARGEST:,}")
     if path.endswith(".parquet"):
-        return pq.read_table(path)
+        return _read_parquet(path, size)
     if path.endswith(".txt"):
-        lines = Path(path).read_bytes().splitlines()
-        return pa.table({"path": pa.array([line.strip() for line in lines], pa.large_binary())})
+        with open(path, "rb") as lines:
+            stripped = (line.strip() for line in lines)
+            return pa.table({"path": pa.array((line for line in stripped if line), pa.large_binary())})
     ending = os.path.splitext(path)[1].lower()
     return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=TABLES[ending]))
+
+
+def _read_parquet(path: str, size: int) -> pa.Table:
+    """Text that repeats stays packed, as in the file, until it is known what it becomes."""
+    with pq.ParquetFile(path) as file:
+        require_rows(file, size, path)
+        schema = file.schema_arrow
+    require_names(schema.names, path)
+    texts = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
+    table = pq.read_table(path, read_dictionary=texts)
+    require_texts(table, size, path)
+    return table
 
 
 def _refuse_repeated(names: pa.Array, root: str) -> None:
@@ -114,7 +148,7 @@ def _refuse_repeated(names: pa.Array, root: str) -> None:
     if len(repeated):
         example = repeated[0]["values"].as_py().decode("utf-8", "replace")
         raise UserError(
-            f"{root} lists {len(repeated):,} images twice, for example {example}: a column 'weight' says more"
+            f"{root} lists {len(repeated):,} images twice, for example {shown(example)}: a column 'weight' says more"
         )
 
 

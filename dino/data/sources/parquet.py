@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dino.data.formats import UnreadableImage
-from dino.data.sources.columns import IMAGES, LABELS, WEIGHTS, as_labels, as_text, as_weights, first_of
+from dino.data.sources.columns import IMAGES, LABELS, WEIGHTS, as_labels, as_text, as_weights, first_of, require_rows
 from dino.data.sources.source import FileSource, Kind, digest_of, no_image, packed, require_bytes
 from dino.data.sources.storage import File, files_of, is_pattern, is_remote, most_common_ending, opened, short_names
 from dino.errors import UserError
@@ -48,6 +48,7 @@ class ParquetSource(FileSource):
                     self.small = [field.name for field in schema if not _holds_bytes(field.type)]
                 elif opened_file.schema_arrow.names != schema.names:
                     raise UserError(f"{file.path} has other columns than {self.files[0].path}")
+                require_rows(opened_file, file.size, file.path)
                 groups += [(number, group, rows) for group, rows in enumerate(_groups(opened_file, file))]
                 tables.append(opened_file.read(columns=self.small))
         assert schema is not None
