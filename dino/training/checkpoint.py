@@ -102,15 +102,10 @@ class Checkpoints:
                 digests = self._write_tensors(partial, contents)
         except OSError as error:
             failure = error
-        self.accelerator.wait_for_everyone()
-        try:
-            if not failure and self.accelerator.is_main_process:
-                self._seal(partial, digests, {"step": step, **facts})
-        except OSError as error:
-            failure = error
         self._agree_on_success(partial, step, failure)
         try:
             if self.accelerator.is_main_process:
+                self._seal(partial, digests, {"step": step, **facts})
                 if os.path.lexists(final):
                     remove(final)
                 partial.rename(final)

@@ -81,6 +81,9 @@ def test_only_what_is_asked_for_once_the_disk_is_full(bucket, tmp_path, monkeypa
     monkeypatch.setenv("DINO_BLOCK_CACHE", "0")
     shutil.rmtree(tmp_path / "cache")
     assert (read(file, 0, 1), bucket.fetched) == (b"\0", [("/bucket/a.bin", 0, 1)])
+    monkeypatch.setenv("DINO_BLOCK_CACHE", "all of it")
+    with pytest.raises(UserError, match="DINO_BLOCK_CACHE=all of it is no number of GiB"):
+        read(file, 0, 1)
 
 
 @pytest.mark.parametrize("change", [lambda b: b"\1" + b[1:], lambda b: b[:-1], lambda b: b"", lambda b: b[:-32]])

@@ -110,3 +110,29 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(runs, tmp_path):
     process.end(signal.SIGTERM)
     assert "asked to stop" in process.output.read_text()
     assert checkpoints(run) == [steps_logged(run)[-1]]
+
+
+SECOND_CANNOT_WRITE = """
+import errno, os
+from dino.training import checkpoint
+original = checkpoint._write
+
+def write(path, content):
+    if os.environ["RANK"] == "1" and "step-00000004" in str(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    original(path, content)
+
+checkpoint._write = write
+"""
+
+
+def test_what_one_process_cannot_write_is_told_by_its_own_reason(runs, tmp_path):
+    run = tmp_path / "run"
+    command = ("train.steps=4", "train.checkpoint_every=2", f"run.dir={run}")
+    failed = runs.run(*command, launcher="two", before=SECOND_CANNOT_WRITE)
+    assert failed.returncode != 0
+    assert failed.stderr.count("error: ") == 1
+    assert "step 4 could not be written (Read-only file system); " in failed.stderr
+    assert checkpoints(run) == [2]
+    runs.finish(*command, launcher="two")
+    assert checkpoints(run) == [2, 4]

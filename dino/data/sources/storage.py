@@ -247,7 +247,11 @@ class _Blocks:
         return block
 
     def have_room(self) -> bool:
-        most = float(os.environ.get("DINO_BLOCK_CACHE", 10)) * 2**30
+        asked = os.environ.get("DINO_BLOCK_CACHE", "10")
+        try:
+            most = float(asked) * 2**30
+        except ValueError as error:
+            raise UserError(f"DINO_BLOCK_CACHE={asked} is no number of GiB") from error
         if most and not self.until_recount:
             self.bytes = sum(path.stat().st_size for path in (cache_directory() / "blocks").glob("*/??????"))
             self.until_recount = RECOUNTED
