@@ -110,7 +110,7 @@ def _opened(
         dataset = DatasetSource(root, channels)
         return Pool(dataset, "dataset", dataset.channels, transform=transform)
     root = os.path.expanduser(os.fspath(root))
-    roots = roots_of(root)
+    roots = [root] if kind == "folder" and os.path.isdir(root) else roots_of(root)  # else of its zip archives
     if len(roots) > 1 or roots[0] != root:
         kind = "auto" if kind == "several" else kind
         pools = [_opened(part, kind, channels, None, limits, manifests) for part in roots]

@@ -80,6 +80,53 @@ def test_a_pool_is_read_or_refused_in_one_line(tmp_path, monkeypatch, name):
     assert not any("\n" in message for message in told)
 
 
+def member(kind: bytes, size: int, content: bytes = b"") -> bytes:
+    """A tar header of any size, in base 256, and what follows it."""
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136], header[156:157], header[148:156] = b"\x80" + size.to_bytes(11, "big"), kind, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content + bytes(-len(content) % 512)
+
+
+TARS = {
+    "names of names of names": member(b"L", 4, b"abc\0") * 3000 + member(b"0", 0),
+    "headers of headers of headers": member(b"x", 10, b"10 a=bcde\n") * 3000 + member(b"0", 0),
+    "a name of a terabyte": member(b"L", 1 << 60, b"a"),
+    "a header of a terabyte": member(b"x", 1 << 60, b"a"),
+    "a file of a terabyte": member(b"0", 1 << 40, b"a"),
+    "a file larger than numbers": member(b"0", 1 << 80, b"a"),
+}
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_a_tar_that_claims_the_impossible_is_refused_in_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.tar").write_bytes(TARS[name])
+    with pytest.raises(UserError, match=r"x\.tar cannot be read as a tar archive: [^\n]+$"):
+        open_images(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    ("offset", "number", "reason"), [(8, 1, "encrypted: unpack"), (10, 93, "compression"), (10, 99, "compression")]
+)
+def test_members_that_are_not_read_say_what_to_do(tmp_path, offset, number, reason):
+    content = bytearray(zipped(zipfile.ZIP_STORED))
+    for at in (content.find(b"PK\1\2"), content.find(b"PK\3\4") - 2):  # where both kinds of headers have it
+        content[at + offset : at + offset + 2] = number.to_bytes(2, "little")
+    (tmp_path / "x.zip").write_bytes(content)
+    images = open_images(tmp_path / "x.zip")
+    assert reason in read_or_reason(images, 0)[1]
+    assert read_or_reason(images, 1)[0] is not None
+
+
+def test_images_beside_zips_are_read_where_a_folder_is_asked_for(tmp_path):
+    for name in ("1.zip", "2.zip"):
+        (tmp_path / name).write_bytes(zipped(zipfile.ZIP_STORED))
+    (tmp_path / "a.png").write_bytes(picture(3))
+    assert list(open_images(tmp_path).names) == [f"{archive}.zip/{name}" for archive in "12" for name in NAMES]
+    assert list(open_images(tmp_path, "folder").names) == ["a.png"]
+
+
 def test_a_damaged_list_of_members_is_told_of_in_one_line(tmp_path):
     file, told = tmp_path / "pool.zip", []
     whole = POOLS["stored.zip"]

@@ -115,7 +115,6 @@ def as_root(roots: Sequence[str]) -> str:
 
 def absolute(root: str) -> str:
     """A root, or each of several, from the top of the file system, so that it can be opened from anywhere."""
-    roots = [
-        part if is_remote(part) or not part else os.path.abspath(os.path.expanduser(part)) for part in roots_of(root)
-    ]
+    parts = roots_of(root) if root.startswith("[") else [root]
+    roots = [part if is_remote(part) or not part else os.path.abspath(os.path.expanduser(part)) for part in parts]
     return roots[0] if len(roots) == 1 else as_root(roots)

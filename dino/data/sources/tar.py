@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from dino.data.formats import EXTENSIONS, UnreadableImage
+from dino.data.formats import EXTENSIONS, UnreadableImage, reason_of
 from dino.data.sources.index import indexed
 from dino.data.sources.source import FileSource, Kind, below, digest_of, folder_labels, no_image, packed, require_bytes
 from dino.data.sources.storage import File, files_of, most_common_ending, opened, read, short_names
@@ -125,8 +125,9 @@ def _members(file: File) -> Iterator[tuple[str, int, int, Any]]:
                 hidden = any(part.startswith(".") and part != ".." for part in name.split("/"))
                 if member.isreg() and not member.issparse() and not hidden:
                     yield name, member.offset_data, member.size, stream
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"{file.path} cannot be read as a tar archive: {error or 'it is cut off'}") from error
+    except (tarfile.TarError, OSError, ValueError, RecursionError, MemoryError) as error:
+        reason = reason_of(error) if str(error) or isinstance(error, MemoryError) else "it is cut off"
+        raise UserError(f"{file.path} cannot be read as a tar archive: {reason}") from error
 
 
 def _content(stream: Any, offset: int, length: int) -> bytes:

@@ -1,5 +1,6 @@
 """The image files in a zip archive."""
 
+import io
 import os
 import threading
 import zipfile
@@ -15,7 +16,7 @@ from dino.errors import UserError
 # What reading a member takes, under the names that `zipfile.ZipInfo` has for it: 32 bytes instead of its 700.
 FIELDS = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits")
 MEMBER = np.dtype({"names": FIELDS, "formats": ("i8", "i8", "i8", "u4", "u2", "u2")})
-
+ENCRYPTED = 1  # of flag_bits
 PIECE = 1 << 20  # bytes read at a time
 BLIND_PIECE = 64  # compressed bytes of kinds that zipfile expands as far as they go: a bzip2 block of 50 to 45 MB
 
@@ -48,21 +49,25 @@ class ZipSource(FileSource):
         for field, value in zip(FIELDS, self.members[index].tolist(), strict=True):
             setattr(member, field, value)
         require_bytes(member.file_size, self.max_bytes)
+        if member.flag_bits & ENCRYPTED:
+            raise UnreadableImage("it is encrypted: unpack the archive with its password")
         try:
             return self._content(member)
+        except NotImplementedError as error:
+            raise UnreadableImage("its compression is not read here: pack it anew without one") from error
         except Exception as error:  # BadZipFile, and whatever zlib, bz2 and lzma raise
             raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
 
     def _content(self, member: zipfile.ZipInfo) -> bytes:
         """Of a member, which need not be as long as it says: no more is expanded than that."""
-        pieces = []
+        content = io.BytesIO()  # whose bytes are given out without a copy
         file: Any
         with self._archive().open(member) as file:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 file.MIN_READ_SIZE = BLIND_PIECE
             while piece := file.read(PIECE if file.MIN_READ_SIZE > BLIND_PIECE else BLIND_PIECE):
-                pieces.append(piece)
-        return b"".join(pieces)
+                content.write(piece)
+        return content.getvalue()
 
     def _images(self, members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
         """By their names, of which the last counts where one comes twice; what is hidden is passed over."""
