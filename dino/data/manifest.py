@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dino.data.sources.columns import require_names, require_rows
+from dino.data.sources.columns import require_names, require_rows, without_views
 from dino.data.sources.several import absolute
 from dino.data.sources.source import BLOCK, Names
 from dino.data.sources.storage import is_remote
@@ -98,7 +98,7 @@ def read_manifest(path: str | Path) -> Manifest:
         # Text that repeats stays packed, as in the file, until it is known that no name comes twice.
         packed = ["path"] if schema.field("path").type in (pa.string(), pa.large_string()) else []
         with pq.ParquetFile(path, read_dictionary=packed, page_checksum_verification=True) as file:
-            table = file.read(columns=COLUMNS)
+            table = without_views(file.read(columns=COLUMNS))
         table.validate(full=True)  # that text is UTF-8 is no more than said by a file
     except (OSError, pa.ArrowException, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

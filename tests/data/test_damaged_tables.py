@@ -80,6 +80,21 @@ def test_a_name_that_two_columns_have_is_told(tmp_path, kind):
         open_images(tmp_path / "x.parquet")
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"path": pa.array(PATHS, pa.string_view())},
+        {"path": pa.array(PATHS, pa.string_view()), **MANIFEST},
+        {"image": pa.array([picture()] * 2, pa.binary_view())},
+    ],
+)
+def test_texts_as_polars_writes_them(tmp_path, columns):
+    images = open_images(write(tmp_path, columns | {"label": pa.array(["cat", "dog"], pa.string_view())}))
+    assert [read_or_reason(images, index)[1] for index in range(2)] == ["", ""]
+    if images.kind != "manifest":
+        assert images.labels.classes == ["cat", "dog"]
+
+
 @pytest.mark.parametrize(("weights", "expected"), [([1e308] * 2, [1, 1]), ([5e-324] * 2, [1, 1]), ([1e308, 0], [1, 0])])
 def test_weights_of_any_size_are_brought_to_one_on_average(tmp_path, weights, expected):
     images = open_images(write(tmp_path, {"path": PATHS, "weight": weights}))

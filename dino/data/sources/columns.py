@@ -40,6 +40,14 @@ def require_names(names: list[str], path: str | Path) -> None:
         raise UserError(f"{shown(str(path))} has several columns called {shown(repeated[0][:100])}: rename the others")
 
 
+def without_views(table: pa.Table) -> pa.Table:
+    """A table whose texts are of the kind that Arrow can sort and take from; Polars writes them as views."""
+    for number, field in enumerate(table.schema):
+        if field.type == pa.string_view():
+            table = table.set_column(number, field.name, table[number].cast(pa.large_string()))
+    return table
+
+
 def require_texts(table: pa.Table, size: int, path: str | Path) -> None:
     """Raise `UserError` where texts that repeat, packed in a file of `size` bytes, would fill the memory."""
     for name in table.column_names:

@@ -23,6 +23,7 @@ from dino.data.sources.columns import (
     require_names,
     require_rows,
     require_texts,
+    without_views,
 )
 from dino.data.sources.source import (
     FileSource,
@@ -139,7 +140,7 @@ def _read_parquet(path: str, size: int) -> pa.Table:
     texts = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
     table = pq.read_table(path, read_dictionary=texts)
     require_texts(table, size, path)
-    return table
+    return without_views(table)
 
 
 def _refuse_repeated(names: pa.Array, root: str) -> None:

@@ -16,7 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dino.data.formats import UnreadableImage
-from dino.data.sources.columns import IMAGES, LABELS, WEIGHTS, as_labels, as_text, as_weights, first_of, require_rows
+from dino.data.sources.columns import (
+    IMAGES,
+    LABELS,
+    WEIGHTS,
+    as_labels,
+    as_text,
+    as_weights,
+    first_of,
+    require_rows,
+    without_views,
+)
 from dino.data.sources.source import FileSource, Kind, digest_of, no_image, packed, require_bytes
 from dino.data.sources.storage import File, files_of, is_pattern, is_remote, most_common_ending, opened, short_names
 from dino.errors import UserError
@@ -50,7 +60,7 @@ class ParquetSource(FileSource):
                     raise UserError(f"{file.path} has other columns than {self.files[0].path}")
                 require_rows(opened_file, file.size, file.path)
                 groups += [(number, group, rows) for group, rows in enumerate(_groups(opened_file, file))]
-                tables.append(opened_file.read(columns=self.small))
+                tables.append(without_views(opened_file.read(columns=self.small)))
         assert schema is not None
         if not self.image:
             raise UserError(f"{self.files[0].path} has no column of image bytes: {', '.join(schema.names)}")
@@ -142,7 +152,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         position = kind.get_field_index("bytes")
         return position >= 0 and _holds_bytes(kind.field(position).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
