@@ -56,7 +56,7 @@ def main() -> None:
         raise UserError(f"--image-size {size} is not divisible by the patch size {patch}")
     # Positions resampled as Meta's plain releases do it exist nowhere else, and in Hugging Face's library only the
     # models with registers resample as the register releases do: then the table is made for one size.
-    is_fixed = backbone.spec.position_interpolation == "offset"
+    is_fixed = backbone.has_patches and backbone.spec.position_interpolation == "offset"
     is_fixed |= arguments.to == "huggingface" and not backbone.spec.registers
     exported = export.at_size(backbone, size) if is_fixed else backbone
     if arguments.half:

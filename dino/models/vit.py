@@ -193,10 +193,13 @@ class VisionTransformer(HubModel):
             return_class_token: give pairs (patches, class token (B, D)).
             norm: apply the last norm.
         """
-        asked = range(self.depth - n, self.depth) if isinstance(n, int) else n
-        indices = [index + self.depth if index < 0 and not isinstance(n, int) else index for index in asked]
-        if any(index not in range(self.depth) for index in indices):
-            raise ValueError(f"asked for blocks {list(asked)} of {self.depth}")
+        if isinstance(n, int):
+            asked = list(range(self.depth - n, self.depth)) if 1 <= n <= self.depth else []
+        else:
+            asked = [int(index) for index in n]  # also those of an array or a tensor
+        if not asked or min(asked) < -self.depth or max(asked) >= self.depth:
+            raise ValueError(f"asked for blocks {n} of {self.depth}: a number from 1 on, or indices")
+        indices = [index % self.depth for index in asked]
         tokens, groups = self._embed([images])
         by_index = {}
         for index, after_block in enumerate(self._after_blocks(tokens, groups)):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dino.models import VisionTransformer, ViTSpec
+from dino.models import Backbone, ResNet, ResNetSpec, VisionTransformer, ViTSpec
 from dino.models.weights import export
 
 pytestmark = pytest.mark.slow
@@ -11,7 +11,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def made(folder, backbone: VisionTransformer, images: torch.Tensor):
+def made(folder, backbone: Backbone, images: torch.Tensor):
     export.write_onnx(backbone, folder / "model.onnx", 16)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     return session.run(["class_token"], {"images": images.numpy()})[0]
@@ -30,3 +30,16 @@ def test_weights_too_large_for_the_file_lie_beside_it_and_halves_are_halves(tmp_
     halved = made(tmp_path, backbone.half(), images.half())
     assert halved.dtype == "float16"
     assert halved == pytest.approx(expected, abs=0.02)
+
+
+def test_a_resnet_of_one_channel_at_other_sizes_than_it_was_traced_with(tmp_path):
+    torch.manual_seed(0)
+    backbone = ResNet(ResNetSpec("resnet18", in_chans=1)).eval()
+    export.check(backbone, "onnx")
+    export.write_onnx(backbone, tmp_path / "model.onnx", 64)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch, height, width in ((1, 64, 64), (3, 96, 128)):
+        images = torch.randn(batch, 1, height, width)
+        with torch.no_grad():
+            expected = backbone(images).numpy()
+        assert session.run(["class_token"], {"images": images.numpy()})[0] == pytest.approx(expected, abs=1e-4)

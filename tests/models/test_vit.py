@@ -173,10 +173,11 @@ def test_intermediate_layers(randomise):
 
     first, second, third = model.get_intermediate_layers(images, n=3)
     for blocks, expected in (([0, 2], (first, third)), ([2, 0], (third, first)), ([-1, 1, -3], (third, second, first))):
-        torch.testing.assert_close(model.get_intermediate_layers(images, n=blocks), expected)
+        for given in (blocks, tuple(blocks), torch.tensor(blocks)):
+            torch.testing.assert_close(model.get_intermediate_layers(images, n=given), expected)
 
 
-@pytest.mark.parametrize("blocks", [4, [0, 3], [-4]], ids=str)
+@pytest.mark.parametrize("blocks", [4, 0, -1, [], [0, 3], [-4]], ids=str)
 def test_intermediate_layers_that_do_not_exist(blocks):
     with pytest.raises(ValueError, match="of 3"):
         VisionTransformer(SPEC).get_intermediate_layers(torch.randn(1, 3, 16, 16), n=blocks)
