@@ -1,21 +1,25 @@
 """What peers and this project learn in the same minutes, from the same images, into the same ViT.
 
     python benchmarks/peers.py --omniglot images_background.zip --caltech caltech101_128px.zip --cifar CIFAR \\
-        --out OUT --peers-python VENV/bin/python --official CLONE --minutes 5 15
+        --out OUT --peers-python VENV/bin/python --lightly-train VENV/bin/lightly-train --official CLONE --minutes 5 15
 
 Contestants: this project's defaults (`auto`) with its levers for short runs, its DINO as published, lightly's DINO
-(`--peers-python` has it) and the official DINO (`--official`, your clone of facebookresearch/dino). Each has the given
-minutes of CPU time of one thread: a few steps first tell how many steps those are, and every schedule is that long.
-Then 1-NN and logistic regression of class tokens by the same readouts. CIFAR is a folder with train/ and test/, of the
-others 30 % of each class are the test (Omniglot: the article's split). Results are kept in OUT/results.jsonl, and the
-same command goes on where it stopped; at the end a table, and OUT/peers.png. Run nothing beside it.
+and DINOv2 (`--peers-python` has it), the official DINO (`--official`, your clone of facebookresearch/dino) and DINO
+by lightly-train, as it is but for network, sizes of crops, batch and steps (a program, in an environment of its own).
+Each has the given minutes of CPU time of one thread: a few steps first tell how many steps those are, and every
+schedule is that long. Then 1-NN and logistic regression of class tokens by the same readouts. CIFAR is a folder with
+train/ and test/, of the others 30 % of each class are the test (Omniglot: the article's split). Results are kept in
+OUT/results.jsonl, and the same command goes on where it stopped; at the end a table, and OUT/peers.png. Run nothing
+beside it.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from kit import print_table
 from objectives import read_omniglot, readouts
+from peer_loops import keep
 
 import dino
 from dino import cli
@@ -51,7 +56,12 @@ LEVERS = {
     **{"views.global_scale": "[0.4,1.0]", "objective.head_hidden": 1024, "optim.weight_decay_end": 0.04},
 }
 OURS: dict[str, dict[str, Any]] = {"this project": LEVERS, "this project, DINO as published": PUBLISHED}
-PEERS = {"lightly, DINO": "lightly-dino", "official DINO": "official-dino"}
+PEERS = {  # and the option that brings each
+    "lightly, DINO": ("lightly-dino", "peers_python"),
+    "lightly, DINOv2": ("lightly-dinov2", "peers_python"),
+    "official DINO": ("official-dino", "official"),
+    "lightly-train, DINO": ("lightly-train", "lightly_train"),
+}
 
 
 def main() -> None:
@@ -73,9 +83,7 @@ def main() -> None:
 
 def plan(arguments: argparse.Namespace) -> list[tuple[str, str, float, int]]:
     """(set, contestant, minutes, seed) of every run, short ones first."""
-    contestants = [*OURS]
-    contestants += ["lightly, DINO"] if arguments.peers_python else []
-    contestants += ["official DINO"] if arguments.official else []
+    contestants = [*OURS, *(name for name, (_, option) in PEERS.items() if getattr(arguments, option))]
     sets = [name for name in SIZES if getattr(arguments, name)]
     return [
         (pool, contestant, minutes, seed)
@@ -94,8 +102,10 @@ def run(arguments: argparse.Namespace, pool: str, contestant: str, minutes: floa
         backbone, facts = untrained(data, pool, folder, seed), {"steps": 0}
     elif contestant in OURS:
         backbone, facts = ours(data, pool, OURS[contestant], minutes, folder, seed)
+    elif PEERS[contestant][0] == "lightly-train":
+        backbone, facts = lightly_train(arguments, data, pool, minutes, folder, seed)
     else:
-        backbone, facts = peer(arguments, data, pool, PEERS[contestant], minutes, folder, seed)
+        backbone, facts = peer(arguments, data, pool, PEERS[contestant][0], minutes, folder, seed)
     line = {"set": pool, "contestant": contestant, "minutes": minutes, "seed": seed, **facts}
     return line | READ[pool](backbone, data)
 
@@ -167,6 +177,39 @@ def peer(
     return backbone, {"steps": facts["steps"], "took": round(facts["minutes"], 2)}
 
 
+def lightly_train(
+    arguments: argparse.Namespace, data: str, pool: str, minutes: float, folder: Path, seed: int
+) -> tuple[Backbone, dict[str, float]]:
+    """The program by its command line, which wants files in a folder and gives timm's weights."""
+    images = Path(training_images(data, pool))
+    if images.suffix == ".zip":
+        images = arguments.out / "images" / images.stem
+        if not images.exists():
+            zipfile.ZipFile(training_images(data, pool)).extractall(images)
+    sizes = SIZES[pool]
+    network = {"img_size": sizes["size"], "patch_size": sizes["patch"], "embed_dim": NETWORK["width"]}
+    network |= {"depth": NETWORK["depth"], "num_heads": NETWORK["heads"], "dynamic_img_size": "true"}
+    words = [arguments.lightly_train, "pretrain", f"data={images}", "model=timm/vit_tiny_patch16_224", "method=dino"]
+    words += [f"model_args.{name}={value}" for name, value in network.items()]
+    words += [f"transform_args.image_size=[{sizes['size']},{sizes['size']}]", "transform_args.local_view.num_views=6"]
+    words += [f"transform_args.local_view.view_size=[{sizes['local']},{sizes['local']}]", f"seed={seed}"]
+    words += ["batch_size=64", "num_workers=0", "accelerator=cpu", "devices=1", "epochs=1000000", "overwrite=true"]
+
+    def timed_program(steps: int) -> float:
+        before = os.times()
+        words_of_run = [*words, f"out={folder}", f"trainer_args.max_steps={steps}"]
+        subprocess.run(words_of_run, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    few, more = (timed_program(count) for count in PILOTS)
+    steps = int(60 * minutes / ((more - few) / (PILOTS[1] - PILOTS[0])))
+    took = timed_program(steps) / 60
+    weights = torch.load(folder / "exported_models" / "exported_last.pt", weights_only=True)
+    keep(folder / "backbone", weights, sizes | NETWORK, {"steps": steps, "minutes": took})
+    return dino.load_backbone(folder / "backbone"), {"steps": steps, "took": round(took, 2)}
+
+
 def read_folder(backbone: Backbone, data: str, test: str | None = None) -> dict[str, float]:
     found = labelled_features(backbone, data, test, "auto", 0, Accelerator(cpu=True))
     return readouts(found.train.class_tokens, found.train_labels, found.test.class_tokens, found.test_labels)
@@ -234,6 +277,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15, 45, 180])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--peers-python", help="a Python that has lightly, and this project")
+    parser.add_argument("--lightly-train", metavar="PROGRAM", help="the command of lightly-train, in its environment")
     parser.add_argument("--official", metavar="DIR", help="your clone of facebookresearch/dino")
     return parser.parse_args()
 
