@@ -188,7 +188,8 @@ def lightly_train(
             zipfile.ZipFile(training_images(data, pool)).extractall(images)
     sizes = SIZES[pool]
     network = {"img_size": sizes["size"], "patch_size": sizes["patch"], "embed_dim": NETWORK["width"]}
-    network |= {"depth": NETWORK["depth"], "num_heads": NETWORK["heads"], "dynamic_img_size": "true"}
+    network |= {"depth": NETWORK["depth"], "num_heads": NETWORK["heads"]}
+    network |= {"num_classes": 0, "dynamic_img_size": "true"}
     words = [arguments.lightly_train, "pretrain", f"data={images}", "model=timm/vit_tiny_patch16_224", "method=dino"]
     words += [f"model_args.{name}={value}" for name, value in network.items()]
     words += [f"transform_args.image_size=[{sizes['size']},{sizes['size']}]", "transform_args.local_view.num_views=6"]
