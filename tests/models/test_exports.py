@@ -133,7 +133,7 @@ def test_shards_lie_beside_their_index(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for place, match in (
         ("../x.safetensors", "no file beside it"),
-        ("gone.safetensors", "cannot be read"),
+        ("gone.safetensors", "gone.safetensors is no file beside it"),
         (3, "nowhere"),
     ):
         index.write_text(json.dumps({"weight_map": {"cls_token": place}}))

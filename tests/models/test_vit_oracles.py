@@ -174,14 +174,16 @@ def test_intermediate_layers_equal_timm(blocks, norm, tmp_path, randomise):
         (VisionTransformer(replace(PLAIN, positions="rotary")), "huggingface", "rotates queries and keys"),
         (VisionTransformer(replace(PLAIN, stem="conv")), "timm", "convolutional stem"),
         (VisionTransformer(replace(PLAIN, stem="conv")), "huggingface", "convolutional stem"),
-        (ResNet(ResNetSpec("resnet18")), "onnx", "this is a ResNet"),
+        (ResNet(ResNetSpec("resnet18")), "timm", "ResNet"),
+        (ResNet(ResNetSpec("resnet18")), "huggingface", "ResNet"),
     ],
     ids=[
         "rotary, timm",
         "rotary, Hugging Face",
         "stem, timm",
         "stem, Hugging Face",
-        "ResNet",
+        "ResNet, timm",
+        "ResNet, Hugging Face",
     ],
 )
 def test_what_cannot_be_exported_is_refused_with_the_reason(backbone, target, match):
