@@ -121,7 +121,7 @@ REFUSED = {  # a start that cannot work, and what is said of it; {} is a folder 
     "dry": ((*SMALL, "--dry-run", "data.root={}/bad"), ("data.max_unreadable", "cannot be read")),
     "tracker": (("tracking.backends=[wandbb]",), ("unknown tracker 'wandbb'", "wandb")),
     "file": (("run.dir={}/file",), ("run.dir=",)),
-    "below": (("run.dir={}/file/run",), ("run.dir=", "cannot be written")),
+    "below": (("run.dir={}/file/run",), ("in the way of the run", "name another run.dir")),
 }
 
 
