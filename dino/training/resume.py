@@ -36,6 +36,7 @@ MAY_DIFFER = (  # on resume
     "run.dir",
 )
 WHERE_IMAGES_LIE = ("data.root", "data.kind")  # may differ too, where a checkpoint says which they are
+WHERE_WEIGHTS_LIE = ("objective.distill",)  # whose contents a checkpoint names: config.yaml may say where they are now
 MAY_DIFFER_GROUPS = ("tracking.", "monitor.")
 # What a run writes, by its path in the run directory.
 FOLDERS = ("checkpoints", "best")
@@ -183,7 +184,7 @@ def prepare(directory: RunDirectory, config: Config, step: int) -> None:
 def settings_of(config: Config) -> dict[str, Any]:
     """What must not change while a run goes on, for its checkpoints: JSON values by key."""
     plain = dataclasses.asdict(config)
-    keys = [key for key in leaves(config) if _must_agree(key, has_checkpoint=True)]
+    keys = [key for key in leaves(config) if _must_agree(key, has_checkpoint=True) and key not in WHERE_WEIGHTS_LIE]
     return {key: plain[key.split(".")[0]][key.split(".")[1]] for key in keys}
 
 
