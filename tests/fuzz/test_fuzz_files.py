@@ -40,7 +40,7 @@ def test_a_damaged_file_is_read_or_refused(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_whole_files_are_read(name, tmp_path):
-    """Else this would be a test of nothing."""
+    """Else this would be a test of nothing: a refusal of a whole file is raised here, and fails."""
     target = TARGETS[name]
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(TARGETS["images"].wholes[0])
